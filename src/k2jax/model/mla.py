@@ -1,0 +1,75 @@
+"""Multi-head latent attention (DeepSeek-V3 report 2.1.1): queries, keys and values come from two small latents.
+
+    T positions over context and tensor, S queries over context, Z keys whole; Q, C latents, J = C + R, G = N + U
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from k2jax.config import ModelConfig
+from k2jax.model.attention import attention
+from k2jax.model.rope import apply_rope
+from k2jax.model.weights import Stack
+from k2jax.sharding.rules import out_spec, place
+
+LATENT_NORM_EPS = 1e-6  # the published code builds the latent norms with this, whatever rms_norm_eps is
+
+
+def rms_norm(x: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
+    """Normalise the last dim in float32, cast back, then apply the gain (order of the published code)."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * gain_D
+
+
+class Positions(NamedTuple):
+    """What attention knows of the token positions; computed once for all layers."""
+
+    q_angles_BS: jax.Array  # [B, S, R / 2]
+    k_angles_BZ: jax.Array  # [B, Z, R / 2]
+    visible_BSZ: jax.Array  # bool: same document, and not in the future
+
+
+class MLA(nnx.Module):
+    """One attention layer; `q_b` and `kv_b` declare what QK-Clip may scale (K2 report 2.1)."""
+
+    def __init__(self, stack: Stack):
+        config = stack.config
+        nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.config = config
+        self.q_a = stack.weight("D>Q")
+        self.q_a_norm = stack.gain("Q")
+        self.q_b = stack.weight("Q>HK", qk_powers=((nope, 0.5), (rope, 1.0)))
+        self.kv_a = stack.weight("D>J")
+        self.kv_a_norm = stack.gain("C")
+        self.kv_b = stack.weight("C>HG", qk_powers=((nope, 0.5), (value, 0.0)))
+        self.o = stack.weight("HU>D")
+
+    def __call__(self, x_BTD: jax.Array, positions: Positions) -> tuple[jax.Array, jax.Array]:
+        """Output [B, T, D] and the largest logit of each head [H]."""
+        config, dtype = self.config, x_BTD.dtype
+        nope, latent = config.qk_nope_head_dim, config.kv_lora_rank
+        # Latents are made where the tokens are, then moved: they are much smaller than x.
+        q_BTQ = jnp.einsum("BTD,DQ->BTQ", x_BTD, self.q_a.use(dtype))
+        q_BSQ = place(rms_norm(q_BTQ, self.q_a_norm.use(dtype), LATENT_NORM_EPS), "BSQ")
+        kv_BTJ = jnp.einsum("BTD,DJ->BTJ", x_BTD, self.kv_a.use(dtype))
+        c_BTC = rms_norm(kv_BTJ[..., :latent], self.kv_a_norm.use(dtype), LATENT_NORM_EPS)
+        c_BZC, k_rope_BZR = place(c_BTC, "BZC"), place(kv_BTJ[..., latent:], "BZR")
+
+        q_BSHK = jnp.einsum("BSQ,QHK->BSHK", q_BSQ, self.q_b.use(dtype))
+        kv_BZHG = jnp.einsum("BZC,CHG->BZHG", c_BZC, self.kv_b.use(dtype))
+        q_rope_BSHR = apply_rope(q_BSHK[..., nope:], positions.q_angles_BS[:, :, None]).astype(dtype)
+        k_rope_BZR = apply_rope(k_rope_BZR, positions.k_angles_BZ).astype(dtype)
+        out_BSHU, max_logit_H = attention(
+            q_BSHK[..., :nope],
+            q_rope_BSHR,
+            kv_BZHG[..., :nope],
+            k_rope_BZR,
+            kv_BZHG[..., nope:],
+            positions.visible_BSZ,
+            scale=(nope + config.qk_rope_head_dim) ** -0.5,
+        )
+        return jnp.einsum("BSHU,HUD->BSD", out_BSHU, self.o.use(dtype), out_sharding=out_spec("BTD")), max_logit_H

@@ -1,0 +1,137 @@
+"""A weight is declared once; shape, sharding, fan-in, optimizer group and counts all derive from that."""
+
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from k2jax.config import ModelConfig
+from k2jax.sharding.rules import place, stored_spec
+
+
+@dataclass(frozen=True)
+class QKSlice:
+    """How QK-Clip scales a projection of the layers [first_layer, first_layer + L): K2 report 2.1.
+
+    `powers`: (size, power) runs along the last dim; a head's factor g acts as g**power on each run.
+    """
+
+    first_layer: int
+    powers: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Declaration of one parameter. Its dims are `stack + inputs + outputs`, letters of sharding/names.py.
+
+    stack: dims that count equal weights (layers, experts); inputs: contracted with the activation.
+    """
+
+    stack: str
+    inputs: str
+    outputs: str
+    shape: tuple[int, ...]
+    init: Literal["normal", "ones"] = "normal"
+    group: Literal["muon", "adamw"] = "muon"
+    component: str = "attention"
+    qk: QKSlice | None = None
+
+    @property
+    def dims(self) -> str:
+        return self.stack + self.inputs + self.outputs
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def num_stack(self) -> int:
+        return len(self.stack)
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def spec(self) -> P:
+        """Layout at rest."""
+        return stored_spec(self.dims, self.inputs + self.outputs if self.inputs else "")
+
+
+class Param(nnx.Param):
+    """A parameter that knows its declaration, and is taken for use through `use`."""
+
+    def use(self, dtype: jnp.dtype) -> jax.Array:
+        """The value in `dtype`, gathered over fsdp (its gradient is scattered back over it)."""
+        weight = self.weight
+        value = self[...]
+        return place(value.astype(dtype), weight.dims[-value.ndim :])  # a scan over layers has taken the leading L
+
+
+class RouterBias(nnx.Variable):
+    """The balancing bias [E]: part of the train state, but of no optimizer (Wang et al., arXiv 2408.15664)."""
+
+
+def dim_sizes(config: ModelConfig) -> dict[str, int]:
+    """Size of every dim letter that a weight may have; F is left to the FFN that declares it."""
+    return {
+        "D": config.hidden_size,
+        "Q": config.q_lora_rank,
+        "C": config.kv_lora_rank,
+        "J": config.kv_lora_rank + config.qk_rope_head_dim,
+        "H": config.num_attention_heads,
+        "K": config.qk_nope_head_dim + config.qk_rope_head_dim,
+        "U": config.v_head_dim,
+        "G": config.qk_nope_head_dim + config.v_head_dim,
+        "E": config.n_routed_experts,
+        "X": config.n_routed_experts,
+        "V": config.vocab_size,
+    }
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Equal layers that one scan runs through: layers [first_layer, first_layer + num_layers)."""
+
+    config: ModelConfig
+    first_layer: int
+    num_layers: int
+
+    def weight(self, equation: str, stack: str = "", qk_powers=None, F: int = 0, **declaration) -> Param:
+        """Declare a weight "inputs>outputs" of every layer, e.g. "Q>HK"; `stack` names dims after L."""
+        inputs, outputs = equation.split(">")
+        sizes = dim_sizes(self.config) | {"L": self.num_layers, "F": F}
+        qk = QKSlice(self.first_layer, qk_powers) if qk_powers else None
+        return declare("L" + stack, inputs, outputs, sizes, qk=qk, **declaration)
+
+    def gain(self, dim: str, **declaration) -> Param:
+        """Declare an RMSNorm gain: no matrix, so AdamW's."""
+        return self.weight(f">{dim}", init="ones", group="adamw", component="norms", **declaration)
+
+
+def declare(stack: str, inputs: str, outputs: str, sizes: dict[str, int], **declaration) -> Param:
+    """A parameter without a value; `init_params` makes values, `nnx.merge` brings the two together."""
+    shape = tuple(sizes[dim] for dim in stack + inputs + outputs)
+    weight = Weight(stack, inputs, outputs, shape, **declaration)
+    return Param(jax.ShapeDtypeStruct(shape, jnp.float32), weight=weight)
+
+
+def init_params(weights, key: jax.Array, std: float):
+    """Fp32 values for a pytree of Weight: N(0, std) matrices, gains of one.
+
+    Each value depends on `key` and its own path alone, so it is the same on every mesh and with other layers around it.
+    """
+
+    def init(path, weight: Weight):
+        out_sharding = weight.spec if not jax.sharding.get_abstract_mesh().empty else None
+        if weight.init == "ones":
+            return jnp.ones(weight.shape, jnp.float32, out_sharding=out_sharding)
+        own_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        return std * jax.random.normal(own_key, weight.shape, jnp.float32, out_sharding=out_sharding)
+
+    return jax.tree_util.tree_map_with_path(init, weights, is_leaf=lambda x: isinstance(x, Weight))

@@ -1,0 +1,31 @@
+"""The device mesh: five named axes, all Explicit, all always there."""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType
+
+from k2jax.config import MeshConfig, UserError
+from k2jax.sharding.names import AXES
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
+    """The mesh of `config` over `devices` (all there are, by default).
+
+    Raises UserError where the axis sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = tuple(getattr(config, axis) for axis in AXES)
+    if math.prod(shape) != len(devices):
+        product = " * ".join(f"mesh.{axis} = {size}" for axis, size in zip(AXES, shape, strict=True) if size > 1)
+        raise UserError(
+            f"{product or 'the mesh (all axes 1)'}: needs {math.prod(shape)} devices, there are {len(devices)}; "
+            f"change the axes, or on a CPU give --simulate {math.prod(shape)}"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def single_device_mesh() -> jax.sharding.Mesh:
+    """All axes 1: for generation, and for a reference to compare with."""
+    return jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape((1,) * len(AXES)), AXES, (AxisType.Explicit,) * len(AXES))

@@ -1,0 +1,82 @@
+"""The one table from dims to mesh axes. Nothing else in k2jax writes a PartitionSpec for an array of the model.
+
+    x_BTD          residual stream: sequences over replica, fsdp and expert; positions over context and tensor
+    q_BSHK k_BZHK  inside attention heads take the tensor axis, so queries keep context only and keys none
+    w_EDF          experts over expert; at rest every matrix is also cut over fsdp (FSDP_DIMS)
+
+With tokens cut over `tensor` outside attention no token is normalised, routed or dispatched twice.
+"""
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from k2jax.sharding.names import AXES, DIMS
+
+AXES_OF = {
+    "B": ("replica", "fsdp", "expert"),
+    "T": ("context", "tensor"),
+    "S": ("context",),
+    "H": ("tensor",),
+    "E": ("expert",),
+}
+# At rest fsdp cuts the first of these that a matrix has; gains are small and stay whole.
+FSDP_DIMS = "DQC"
+
+
+def spec(dims: str) -> P:
+    """PartitionSpec of an array with these dims, in use. Raises ValueError for an unknown dim or a twice used axis."""
+    axes = [AXES_OF.get(dim, ()) for dim in dims]
+    used = [axis for group in axes for axis in group]
+    if unknown := [dim for dim in dims if dim not in DIMS]:
+        raise ValueError(f"unknown dims {unknown} in {dims!r}; known: {DIMS}")
+    if len(used) != len(set(used)):
+        raise ValueError(f"dims {dims!r} use a mesh axis twice: {dict(zip(dims, axes, strict=True))}")
+    return P(*(group or None for group in axes))
+
+
+def stored_spec(dims: str, matrix_dims: str) -> P:
+    """PartitionSpec at rest of a weight with `dims`, of which `matrix_dims` make its matrix ("" for a gain)."""
+    cut = next((dim for dim in FSDP_DIMS if dim in matrix_dims), None)
+    return P(*("fsdp" if dim == cut else axes for dim, axes in zip(dims, spec(dims), strict=True)))
+
+
+def whole_matrix_spec(shape: tuple[int, ...], num_stack: int, mesh: jax.sharding.Mesh, first: P) -> P:
+    """Where Newton-Schulz runs: matrix dims whole, the `num_stack` leading dims cut over all axes that divide them.
+
+    An axis that `first`, the spec at rest, has on a stack dim stays where it is (experts do not move).
+    """
+    cuts = [list(_axes(first[i])) if i < len(first) else [] for i in range(num_stack)]
+    used = {axis for cut in cuts for axis in cut}
+    for axis in (a for a in AXES if a not in used and mesh.shape[a] > 1):
+        for dim, cut in enumerate(cuts):
+            rest = shape[dim]
+            for taken in cut:
+                rest //= mesh.shape[taken]
+            if rest % mesh.shape[axis] == 0:
+                cut.append(axis)
+                break
+    return P(*(tuple(cut) or None for cut in cuts), *(None,) * (len(shape) - num_stack))
+
+
+def _axes(entry) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def on_mesh() -> bool:
+    """Whether a mesh is set; without one (a model called by hand) arrays keep no shardings."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def place(x: jax.Array, dims: str) -> jax.Array:
+    """`x` with its dims laid out as the table says; moves data where the layout changes."""
+    return jax.sharding.reshard(x, spec(dims)) if on_mesh() else x
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """`x` on every device: for the few numbers that are reported."""
+    return jax.sharding.reshard(x, P()) if on_mesh() else x
+
+
+def out_spec(dims: str) -> P | None:
+    """`spec(dims)` for an `out_sharding` argument; None without a mesh."""
+    return spec(dims) if on_mesh() else None

@@ -1,0 +1,49 @@
+"""All that influences the future of a run, in one pytree."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from k2jax.config import Config
+from k2jax.model.transformer import declarations, init_router_bias
+from k2jax.model.weights import Weight, init_params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """step: int32, steps done so far, so also the next step's number and data position."""
+
+    step: jax.Array
+    params: dict
+    router_bias: dict
+    opt_state: optax.OptState
+
+
+def weight_leaves(weights) -> list[Weight]:
+    """The declarations in a pytree of them."""
+    return jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Weight))
+
+
+def init_state(config: Config, tx: optax.GradientTransformation) -> TrainState:
+    """The state at step 0, a function of `config.train.seed`; sharded as declared where a mesh is set."""
+
+    def init():
+        params = init_params(declarations(config.model), jax.random.key(config.train.seed), config.model.initializer_range)
+        return TrainState(jnp.zeros((), jnp.int32), params, init_router_bias(config.model), tx.init(params))
+
+    return jax.jit(init)()
+
+
+def abstract_state(config: Config, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state on `mesh`, without making it."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        shapes = jax.eval_shape(lambda: init_state(config, tx))
+
+    def concrete(x):
+        spec = x.sharding.spec if x.sharding else jax.P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(concrete, shapes)
