@@ -23,6 +23,10 @@ class UserError(Exception):
         self.problems = problems
 
 
+class RunFailed(Exception):
+    """A run that began well cannot go on. The CLI prints the message and exits with 1."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of the network (K2's `config.json`)."""

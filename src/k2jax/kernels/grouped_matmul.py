@@ -62,16 +62,17 @@ def _blocked(x_MI, w_GIO, group_sizes_G, block):
 def _blocked_weight_grad(x_MI, dy_MO, group_sizes_G, block, dtype):
     x_MI, dy_MO = _pad_rows(x_MI, block), _pad_rows(dy_MO, block)
     num_tiles, tile_of = _tiles(group_sizes_G, block)
+    wide = jnp.promote_types(x_MI.dtype, jnp.float32)
 
     def body(i, dw_GIO):
         tile = tile_of(i)
         group, index, *_ = tile
         dy_block = jax.lax.dynamic_slice_in_dim(dy_MO, index * block, block)
-        dw_IO = jnp.matmul(_rows_of_tile(x_MI, tile, block).T, dy_block, preferred_element_type=jnp.float32)
+        dw_IO = jnp.matmul(_rows_of_tile(x_MI, tile, block).T, dy_block, preferred_element_type=wide)
         return dw_GIO.at[group].add(dw_IO)
 
     shape = (group_sizes_G.shape[0], x_MI.shape[1], dy_MO.shape[1])
-    return jax.lax.fori_loop(0, num_tiles, body, jnp.zeros_like(x_MI, shape=shape, dtype=jnp.float32)).astype(dtype)
+    return jax.lax.fori_loop(0, num_tiles, body, jnp.zeros_like(x_MI, shape=shape, dtype=wide)).astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -96,6 +97,6 @@ def grouped_matmul(x_MI: jax.Array, w_GIO: jax.Array, group_sizes_G: jax.Array, 
     """[M, I] x [G, I, O] -> [M, O]: the first group_sizes[0] rows use w[0], the next group_sizes[1] w[1], and so on.
 
     group_sizes: int [G] with sum <= M; rows past the sum give zeros and take no part in gradients.
-    Weight gradients are summed in float32 whatever the dtype of x.
+    Weight gradients are summed in at least float32 whatever the dtype of x.
     """
     return _grouped_matmul(x_MI, w_GIO, group_sizes_G, min(block, -(-x_MI.shape[0] // 8) * 8))

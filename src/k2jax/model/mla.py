@@ -19,9 +19,9 @@ LATENT_NORM_EPS = 1e-6  # the published code builds the latent norms with this, 
 
 
 def rms_norm(x: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
-    """Normalise the last dim in float32, cast back, then apply the gain (order of the published code)."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+    """Normalise the last dim in at least float32, cast back, then apply the gain (order of the published code)."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
     return normed.astype(x.dtype) * gain_D
 
 

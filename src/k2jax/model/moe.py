@@ -57,8 +57,9 @@ class MoE(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Output [B, T, D] and the rows that each expert worked on, over the whole batch: int32 [E]."""
         dtype = x_BTD.dtype
-        # The router runs in float32: bf16 logits would tie and flip choices.
-        logit_BTX = jnp.einsum("BTD,DX->BTX", x_BTD.astype(jnp.float32), self.router.use(jnp.float32))
+        # The router runs in at least float32: bf16 logits would tie and flip choices.
+        wide = jnp.promote_types(dtype, jnp.float32)
+        logit_BTX = jnp.einsum("BTD,DX->BTX", x_BTD.astype(wide), self.router.use(wide))
         weights = [w.use(dtype) for w in (self.gate, self.up, self.down)]
         routed, in_dims = self._routed, ("BTD", "BTX", "X", "EDF", "EDF", "EFD")
         if on_mesh():

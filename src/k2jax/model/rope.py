@@ -5,17 +5,17 @@ import jax.numpy as jnp
 
 
 def rope_angles(positions: jax.Array, rotary_dim: int, theta: float) -> jax.Array:
-    """Angles [..., rotary_dim / 2] in float32 for integer positions [...]."""
-    frequency = theta ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
-    return positions[..., None].astype(jnp.float32) * frequency
+    """Angles [..., rotary_dim / 2] for integer positions [...]; float32, or float64 where jax_enable_x64 is on."""
+    frequency = theta ** (-jnp.arange(0, rotary_dim, 2) / rotary_dim)
+    return positions[..., None] * frequency
 
 
 def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Turn adjacent pairs of the last dim by `angles` (broadcast); computed in float32, returned in x's dtype.
+    """Turn adjacent pairs of the last dim by `angles` (broadcast); computed and returned in at least float32.
 
     The output holds all first halves of the pairs, then all second ones: q and k are permuted alike, so logits are unchanged.
     """
-    x = x.astype(jnp.float32) if x.dtype != jnp.float64 else x
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = x[..., 0::2], x[..., 1::2]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)

@@ -18,7 +18,7 @@ from k2jax.sharding.rules import out_spec, place, whole
 
 
 class Output(NamedTuple):
-    """What a forward pass gives: logits [B, T, V] float32, max_logits [layers, H] float32, expert_load [MoE layers, E] int32."""
+    """What a forward pass gives: logits [B, T, V] and max_logits [layers, H] in at least float32, expert_load [MoE layers, E] int32."""
 
     logits: jax.Array
     max_logits: jax.Array
@@ -92,7 +92,8 @@ class Transformer(nnx.Module):
                 max_logits.append(whole(max_logit_LH))
                 loads += [whole(load_LE)] if load_LE is not None else []
         x_BTD = rms_norm(x_BTD, self.norm.use(self.dtype), self.config.rms_norm_eps)
-        logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, self.head.use(self.dtype), preferred_element_type=jnp.float32)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, self.head.use(self.dtype), preferred_element_type=wide)
         no_load = jnp.zeros((0, self.config.n_routed_experts), jnp.int32)
         return Output(logits_BTV, jnp.concatenate(max_logits), jnp.concatenate(loads) if loads else no_load)
 

@@ -86,7 +86,7 @@ def exchange_experts(
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of each token's experts [T, D], and the rows that each expert here worked on [E].
 
-    experts(rows, group_sizes): the local experts on rows sorted by expert. weight_TA: float32. `axis` None: one shard.
+    experts(rows, group_sizes): the local experts on rows sorted by expert. weight_TA: float32 or wider, the sum's dtype. `axis` None: one shard.
     """
     plan = plan_send(expert_TA, num_experts, num_shards)
     num_tokens, num_choices = expert_TA.shape
@@ -106,5 +106,5 @@ def exchange_experts(
 
     y_RD = take_rows(returned_WD, plan.slot_of_choice_TA.reshape(-1), plan.choice_of_slot_W[:, None])
     y_TAD = y_RD.reshape(num_tokens, num_choices, -1)
-    y_TD = jnp.einsum("TA,TAD->TD", weight_TA, y_TAD, preferred_element_type=jnp.float32)
+    y_TD = jnp.einsum("TA,TAD->TD", weight_TA, y_TAD, preferred_element_type=weight_TA.dtype)
     return y_TD.astype(x_TD.dtype), group_sizes_E

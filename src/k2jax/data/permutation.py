@@ -1,0 +1,66 @@
+"""A keyed shuffle of range(size) that computes any element alone: no table, no state, the same on every platform."""
+
+import math
+
+import numpy as np
+
+_MASK = 2**64 - 1
+_ROUNDS = 8
+MAX_SIZE = 2**62
+
+
+def _mix(x):
+    """The finalizer of splitmix64: a bijection of 64-bit words whose every output bit hangs on every input bit."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def _round_keys(key: int) -> list[int]:
+    return [_mix((key + (i + 1) * 0x9E3779B97F4A7C15) & _MASK) for i in range(_ROUNDS)]
+
+
+def _feistel(x, radix: int, keys: list[int]):
+    """A bijection of range(radix**2): each round adds, modulo radix, a function of one digit to the other.
+
+    x is an int or a uint64 array: both take the same operators, and `& _MASK` gives ints the wrap-around.
+    """
+    high, low = x // radix, x % radix
+    for key in keys:
+        high, low = low, (high + _mix((low + key) & _MASK) % radix) % radix
+    return high * radix + low
+
+
+def _permute_array(index: np.ndarray, size: int, radix: int, keys: list[int]) -> np.ndarray:
+    result = _feistel(index.astype(np.uint64).ravel(), radix, keys)
+    (outside,) = np.nonzero(result >= size)
+    while outside.size:  # walk along the cycle until back in range(size); at most 2 sqrt(size) + 1 values are outside
+        result[outside] = _feistel(result[outside], radix, keys)
+        outside = outside[result[outside] >= size]
+    return result.astype(np.int64).reshape(index.shape)
+
+
+def _permute_int(index: int, size: int, radix: int, keys: list[int]) -> int:
+    index = _feistel(index, radix, keys)
+    while index >= size:
+        index = _feistel(index, radix, keys)
+    return index
+
+
+def permute(index: np.ndarray | int, size: int, key: int) -> np.ndarray | int:
+    """Where element `index` of range(size) goes under the shuffle named by the 64-bit `key`.
+
+    index: an int (gives an int), or integers of any shape (gives int64). ValueError outside range(size) or for
+    sizes outside 1..2**62. Every size is a bijection: a Feistel network over ceil(sqrt(size))**2 and cycle walking.
+    """
+    if not 1 <= size <= MAX_SIZE:
+        raise ValueError(f"size = {size}: must be from 1 to 2**62")
+    radix, keys = math.isqrt(size - 1) + 1, _round_keys(key & _MASK)
+    if isinstance(index, int):
+        if not 0 <= index < size:
+            raise ValueError(f"index = {index}: must be in range({size})")
+        return _permute_int(index, size, radix, keys)
+    index = np.asarray(index)
+    if index.size and not (0 <= index.min() and index.max() < size):
+        raise ValueError(f"index from {index.min()} to {index.max()}: must be in range({size})")
+    return _permute_array(index, size, radix, keys)

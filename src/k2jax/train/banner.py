@@ -1,0 +1,55 @@
+"""The start banner: what is about to run, where, and how large it is."""
+
+import importlib.metadata
+import math
+import platform
+
+import jax
+
+from k2jax.config import Config
+from k2jax.model.flops import count_parameters, flops_per_token
+from k2jax.train.state import TrainState, weight_leaves
+
+LIBRARIES = ("k2jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Python's and each library's version."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def _si(value: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.4g} {unit}"
+    return f"{value:.4g} "
+
+
+def _device_bytes(tree) -> int:
+    """Bytes that one device holds of a pytree of ShapeDtypeStructs with shardings."""
+    return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def banner(config: Config, weights, abstract: TrainState, mesh: jax.sharding.Mesh, optimizer_groups: dict[str, int]) -> str:
+    """Versions, devices, mesh, parameters, bytes per device, FLOPs per token, optimizer groups."""
+    leaves = weight_leaves(weights)
+    counts = count_parameters(leaves, config.model)
+    total, active = (sum(c[i] for c in counts.values()) for i in (0, 1))
+    library = versions()
+    device = mesh.devices.flat[0]
+    groups = ", ".join(f"{name} {_si(size)}" for name, size in optimizer_groups.items())
+    flops = flops_per_token(leaves, config.model, config.data.sequence_length)
+    lines = [
+        ("k2jax", "  ".join(f"{name} {version}" for name, version in library.items())),
+        ("devices", f"{mesh.size} x {device.device_kind} ({device.platform})"),
+        ("mesh", "  ".join(f"{axis} {size}" for axis, size in mesh.shape.items())),
+        ("parameters", f"{_si(total)} total, {_si(active)} activated per token ({total:,} / {active:,})"),
+        ("", ", ".join(f"{name} {_si(c[0])}" for name, c in counts.items())),
+        ("optimizer", f"{groups} parameters; QK-Clip tau {config.optim.qk_clip_tau}"),
+        ("per device", f"{_si(_device_bytes(abstract.params))}B parameters, {_si(_device_bytes(abstract.opt_state))}B optimizer state"),
+        ("per token", f"{_si(flops)}FLOP forward and backward"),
+        ("batch", f"{config.data.batch_sequences} x {config.data.sequence_length} = {config.batch_tokens:,} tokens a step, "
+                  f"{config.train.num_microbatches} microbatches; {config.train.num_steps:,} steps, "
+                  f"{_si(config.train.num_steps * config.batch_tokens)}tokens"),
+    ]  # fmt: skip
+    return "\n".join(f"{name:<11}{text}" for name, text in lines)

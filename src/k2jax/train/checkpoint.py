@@ -1,0 +1,123 @@
+"""Checkpoints: Orbax writes the arrays, and a commit record of ours, written last, makes the step exist.
+
+    checkpoints/120/        Orbax: model (params, router bias), optimizer (step, state), run (config, data position)
+    checkpoints/120.json    the commit record; a folder without one is the rest of a save that did not end
+
+Steps are found by their records alone, never by Orbax's listing: it shows steps whose save has not ended yet.
+"""
+
+import json
+import shutil
+import threading
+from dataclasses import asdict
+from pathlib import Path
+
+from orbax.checkpoint import v1 as ocp
+
+from k2jax.config import CheckpointConfig, Config, RunFailed, UserError
+from k2jax.train.files import sync_folder, write_atomic
+from k2jax.train.state import TrainState
+
+
+def committed_steps(folder: Path) -> list[int]:
+    """Steps that can be restored, oldest first."""
+    return sorted(int(record.stem) for record in folder.glob("*.json") if record.stem.isdigit())
+
+
+def newest_step(folder: Path) -> int | None:
+    """The step to resume from, or None where nothing was ever trained.
+
+    Raises UserError where steps were saved but none is committed: starting again from step 0 would throw them away.
+    """
+    if steps := committed_steps(folder):
+        return steps[-1]
+    lost = [entry.name for entry in folder.glob("*") if entry.name.split(".")[0] not in ("", "0")]
+    if lost:
+        raise UserError(
+            f"{folder}: holds {', '.join(sorted(lost))} but no commit record (STEP.json), so no step can be trusted; "
+            "move the folder away to start from step 0"
+        )
+    return None
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Remove what unfinished saves left behind; returns the names."""
+    committed = {str(step) for step in committed_steps(folder)}
+    left = [e for e in folder.glob("*") if e.name.removesuffix(".json") not in committed]
+    for entry in left:
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    return sorted(entry.name for entry in left)
+
+
+def parts(state: TrainState) -> dict:
+    """The state as it is stored: what generation needs, apart from what only training needs."""
+    return {
+        "model": {"params": state.params, "router_bias": state.router_bias},
+        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+    }
+
+
+class Saver:
+    """Saves in the background, one step at a time; a failure is raised at the next call of any method."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._config = folder.absolute(), config
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, state: TrainState, config: Config, data_position: dict) -> None:
+        """Start saving `state`, which may be donated as soon as this returns. Waits for the save before it."""
+        self.wait()
+        run = {"config": asdict(config), "data_position": data_position}
+        path = self._folder / str(step)
+        response = ocp.save_checkpointables_async(path, {**parts(state), "run": run}, overwrite=True)
+        record = {"step": step, "data_position": data_position}
+        self._thread = threading.Thread(target=self._commit, args=(step, response, record), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _commit(self, step: int, response, record: dict) -> None:
+        try:
+            response.result(timeout=self._config.save_timeout_seconds)
+            sync_folder(self._folder)
+            write_atomic(self._folder / f"{step}.json", json.dumps(record, indent=2) + "\n")
+            self._prune()
+        except BaseException as error:
+            self._error = error
+
+    def _prune(self) -> None:
+        """Remove all but the newest `keep_last`; the record goes first, so that no half step is ever listed."""
+        for step in committed_steps(self._folder)[: -self._config.keep_last]:
+            (self._folder / f"{step}.json").unlink()
+            sync_folder(self._folder)
+            shutil.rmtree(self._folder / str(step))
+
+    def poll(self) -> None:
+        """Raise what a background save failed with."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise RunFailed(f"checkpoint in {self._folder} could not be saved: {error}") from error
+
+    def wait(self) -> None:
+        """Return when no save is under way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.poll()
+
+
+def restore_run(folder: Path, step: int) -> dict:
+    """The config and data position saved with `step`: {"config": ..., "data_position": ...}."""
+    return ocp.load_checkpointables((folder / str(step)).absolute(), {"run": None})["run"]
+
+
+def restore_model(folder: Path, step: int, abstract: dict) -> dict:
+    """{"params", "router_bias"} of `step`, laid out as `abstract`, the same part of `parts(abstract_state(...))`, says."""
+    return ocp.load_checkpointables((folder / str(step)).absolute(), {"model": abstract})["model"]
+
+
+def restore_state(folder: Path, step: int, abstract: TrainState) -> TrainState:
+    """The TrainState of `step` on the mesh of `abstract`, whatever mesh it was saved from."""
+    stored = ocp.load_checkpointables((folder / str(step)).absolute(), parts(abstract))
+    return TrainState(**stored["model"], **stored["optimizer"])
+

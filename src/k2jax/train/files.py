@@ -1,0 +1,76 @@
+"""Small files that survive a crash: written whole under another name, synced, then renamed."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+from k2jax.config import UserError
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace `path` by `text`: after a crash at any moment the old or the new content is there, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_run(run_dir: Path):
+    """Hold the run directory for this process until the returned file is closed; the kernel frees it when we die.
+
+    Raises UserError where another process holds it.
+    """
+    file = open(run_dir / "lock", "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise UserError(f"{run_dir}: in use by process {owner}; wait for it or give another train.run_dir") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+class MetricsFile:
+    """metrics.jsonl: one record per step, each exactly once, whatever the run went through."""
+
+    def __init__(self, path: Path, first_step: int):
+        """Keep the records of steps before `first_step` (a resumed run does the later ones again), drop the rest."""
+        kept = [line for record, line in read_records(path) if record["step"] < first_step]
+        write_atomic(path, "".join(line + "\n" for line in kept))
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, record: dict) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Bring all records to the disk; done before a checkpoint that counts their steps as past."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_records(path: Path) -> list[tuple[dict, str]]:
+    """(record, line) of each complete line; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [(json.loads(line), line) for line in lines[:-1]]

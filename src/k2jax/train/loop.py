@@ -1,0 +1,192 @@
+"""The training loop: build or restore; save if due, draw the batch, step, write the previous step's metrics."""
+
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from k2jax.config import Config, UserError, differences
+from k2jax.data.batches import check_position, check_store, data_position, train_batches
+from k2jax.data.tokens import TokenStore
+from k2jax.model.transformer import declarations
+from k2jax.sharding.mesh import make_mesh
+from k2jax.train.banner import banner, versions
+from k2jax.train.checkpoint import Saver, newest_step, remove_leftovers, restore_run, restore_state
+from k2jax.train.display import Display
+from k2jax.train.evaluate import bits_per_byte, make_evaluator, split_rows
+from k2jax.train.files import MetricsFile, lock_run, write_atomic
+from k2jax.train.metrics import TensorBoard, check_finite, make_record
+from k2jax.train.state import TrainState, abstract_state, init_state, weight_leaves
+from k2jax.train.step import make_optimizer, make_train_step
+
+# Fields that a resumed run may change, because no later state depends on them: how it is cut, shown, read and kept.
+FREE_ON_RESUME = (
+    "mesh.", "checkpoint.", "data.path", "data.read_threads", "data.prefetch_sequences", "train.run_dir", "train.num_steps",
+    "train.log_every", "train.eval_every", "train.eval_sequences", "train.remat",
+)  # fmt: skip
+
+
+class StopRequest:
+    """Set by the first SIGINT or SIGTERM, which lets the step end; the second one acts as if we had not been here."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._old = {s: signal.signal(s, self._set) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _set(self, number, frame):
+        self.signal = number
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. signal: the one that stopped it, or None where all steps are done."""
+
+    step: int
+    signal: int | None
+    validation_bits_per_byte: float | None
+
+
+def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
+    """The differences to the config that the run directory was made with; {} for a new one.
+
+    Raises UserError where the directory is not ours, or where a field that shapes the future differs.
+    """
+    folder = Path(config.train.run_dir)
+    stored = folder / "config.json"
+    if not stored.exists():
+        strangers = [e.name for e in folder.glob("*") if not e.name.startswith(("config.json", "lock"))] if folder.exists() else []
+        if strangers:
+            raise UserError(f"{folder}: is no run (it has no config.json) and not empty: {', '.join(sorted(strangers)[:5])}")
+        return {}
+    changes = differences(Config.from_json(stored.read_text(encoding="utf-8")), config)
+    fixed = {name: change for name, change in changes.items() if not name.startswith(FREE_ON_RESUME)}
+    if fixed:
+        raise UserError(
+            *(f"{name}: the run in {folder} has {old!r}, now given {new!r}" for name, (old, new) in fixed.items()),
+            "these may not change within a run; restore them, or give another train.run_dir",
+        )
+    return changes
+
+
+def start_state(config: Config, tx, store: TokenStore, mesh, saver: Saver, display: Display) -> TrainState:
+    """The newest committed state, or a new one, committed as step 0 before the first step."""
+    folder = Path(config.train.run_dir) / "checkpoints"
+    step = newest_step(folder)
+    if removed := remove_leftovers(folder):
+        display.say(f"removed unfinished saves: {', '.join(removed)}")
+    if step is None:
+        with display.phase("initialise"):
+            state = init_state(config, tx)
+            saver.save(0, state, config, data_position(store, config, 0))
+            saver.wait()
+        return state
+    with display.phase(f"restore step {step}"):
+        check_position(restore_run(folder, step)["data_position"], store, config, step)
+        return restore_state(folder, step, abstract_state(config, tx, mesh))
+
+
+def prepare_run(config: Config) -> tuple[TokenStore, jax.sharding.Mesh, dict]:
+    """Check all that can be checked before anything is written; (store, mesh, changes since the run began)."""
+    config.validate()
+    mesh = make_mesh(config.mesh)
+    changes = check_run_dir(config)
+    store = TokenStore(config.data.path)
+    check_store(store, config)
+    return store, mesh, changes
+
+
+def run(config: Config) -> Result:
+    """Train `config` to its last step, from wherever its run directory stands.
+
+    Raises UserError for what a user can mend before the first step, RunFailed where the run itself went wrong.
+    """
+    store, mesh, changes = prepare_run(config)
+    folder = Path(config.train.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_run(folder), jax.set_mesh(mesh):
+        write_atomic(folder / "config.json", config.to_json())
+        write_atomic(folder / "env.txt", "".join(f"{name} {version}\n" for name, version in versions().items()))
+        tx = make_optimizer(config, mesh)
+        saver = Saver(folder / "checkpoints", config.checkpoint)
+        first = newest_step(folder / "checkpoints") or 0
+        display = Display(first, config.train.num_steps, config.train.log_every)
+        for name, (old, new) in changes.items():
+            display.say(f"changed since the run began: {name} {old!r} -> {new!r}")
+        weights = declarations(config.model)
+        groups = {}
+        for weight in weight_leaves(weights):
+            groups[weight.group] = groups.get(weight.group, 0) + weight.size
+        display.say(banner(config, weights, abstract_state(config, tx, mesh), mesh, groups))
+        stop = StopRequest()
+        try:
+            state = start_state(config, tx, store, mesh, saver, display)
+            return train(config, tx, store, mesh, state, saver, display, stop)
+        finally:
+            stop.restore()
+            display.close()
+
+
+def train(config, tx, store, mesh, state: TrainState, saver: Saver, display: Display, stop: StopRequest) -> Result:
+    """The loop itself, from `state` to the last step or the first signal."""
+    folder, num_steps = Path(config.train.run_dir), config.train.num_steps
+    first = int(jax.device_get(state.step))
+    metrics_file, board = MetricsFile(folder / "metrics.jsonl", first), TensorBoard(folder / "tb", first)
+    evaluate = make_evaluator(config, store, mesh)
+    batches = train_batches(store, config.data, first)
+    pending, validation, step, last_time = None, None, first, time.monotonic()
+
+    def write_pending():
+        """Write the step that has just ended. Done one step late, so that the device never waits for the host."""
+        nonlocal pending, last_time
+        if pending is None:
+            return
+        number, metrics, extra = pending
+        metrics = jax.device_get(metrics)
+        now = time.monotonic()
+        record = make_record(number, metrics, config, now - last_time) | extra
+        pending, last_time = None, now
+        metrics_file.write(record)
+        board.write(record)
+        display.step(record)
+        check_finite(record)
+
+    def save():
+        write_pending()
+        metrics_file.sync()  # a committed step's past is on the disk
+        saver.save(step, state, config, data_position(store, config, step))
+
+    if step < num_steps:
+        rows = next(batches)
+        with display.phase("compile"):
+            batch = split_rows(rows, config.train.num_microbatches, mesh)
+            compiled = jax.jit(make_train_step(config, tx), donate_argnums=0).lower(state, batch).compile()
+        last_time = time.monotonic()
+    with jax.transfer_guard("disallow"):
+        while step < num_steps and stop.signal is None:
+            if step > first:
+                if step % config.checkpoint.save_every == 0:
+                    save()
+                # Nothing may come between a save and the next batch: the data position is the step alone.
+                batch = split_rows(next(batches), config.train.num_microbatches, mesh)
+            state, metrics = compiled(state, batch)
+            write_pending()
+            step += 1
+            extra = {}
+            if step == num_steps or (config.train.eval_every and step % config.train.eval_every == 0):
+                validation = bits_per_byte(evaluate(state.params, state.router_bias), store)
+                extra = {"validation_bits_per_byte": validation}
+            pending = (step - 1, metrics, extra)
+            saver.poll()
+        if step > first:
+            save()
+        saver.wait()
+    metrics_file.close()
+    board.close()
+    return Result(step, stop.signal if step < num_steps else None, validation)

@@ -1,0 +1,58 @@
+"""From a step's arrays to the record that metrics.jsonl, TensorBoard and the display show."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from k2jax.config import Config, RunFailed
+from k2jax.train.step import Metrics
+
+WALL_CLOCK = ("seconds", "tokens_per_second")  # the only fields that a repeated run need not reproduce
+
+
+def make_record(step: int, metrics: Metrics, config: Config, seconds: float) -> dict:
+    """Record of one step. `metrics` as NumPy arrays; `seconds`: wall clock since the step before."""
+    tau = config.optim.qk_clip_tau
+    clipped = np.argwhere(metrics.max_logits > tau) if tau is not None else []
+    load = metrics.expert_load
+    return {
+        "step": step,
+        "tokens": (step + 1) * config.batch_tokens,
+        "loss": float(metrics.loss),
+        "loss_hex": float(metrics.loss).hex(),
+        "grad_norm": float(metrics.grad_norm),
+        "learning_rate": float(metrics.learning_rate),
+        "max_logit": float(metrics.max_logits.max()),
+        "max_logit_by_layer": [float(layer.max()) for layer in metrics.max_logits],
+        "heads_clipped": len(clipped),
+        "clipped_heads": [f"L{layer}H{head}" for layer, head in clipped],
+        "expert_load_max_over_mean": float((load.max(-1) / load.mean(-1)).max()) if load.size else None,
+        "seconds": seconds,
+        "tokens_per_second": config.batch_tokens / seconds,
+    }
+
+
+def check_finite(record: dict) -> None:
+    """Raise RunFailed where the step's loss or gradient is not a number."""
+    bad = [name for name in ("loss", "grad_norm", "max_logit") if not math.isfinite(record[name])]
+    if bad:
+        values = ", ".join(f"{name} = {record[name]}" for name in bad)
+        raise RunFailed(f"step {record['step']}: {values}; the state after it is not saved. Lower optim.learning_rate or look at the data")
+
+
+class TensorBoard:
+    """Scalars of the records, under tb/."""
+
+    def __init__(self, folder: Path, first_step: int):
+        from tensorboardX import SummaryWriter  # 0.3 s to import
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+
+    def write(self, record: dict) -> None:
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()

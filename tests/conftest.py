@@ -1,0 +1,42 @@
+"""Eight CPU devices before anything asks for one, the small model of most tests, and meshes."""
+
+import math
+
+import jax
+import pytest
+
+from k2jax.config import MeshConfig, ModelConfig
+from k2jax.sharding.mesh import make_mesh
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture
+def tiny() -> ModelConfig:
+    """One dense and two MoE layers; every size differs where it can, so that a swapped dim is an error."""
+    return ModelConfig(
+        vocab_size=50,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        q_lora_rank=32,
+        kv_lora_rank=16,
+        qk_nope_head_dim=14,
+        qk_rope_head_dim=8,
+        v_head_dim=10,
+        intermediate_size=40,
+        moe_intermediate_size=24,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+    )
+
+
+@pytest.fixture
+def mesh_of():
+    """mesh_of(expert=4, tensor=2): that mesh on the first 8 devices, every other axis 1."""
+
+    def make(**axes: int) -> jax.sharding.Mesh:
+        return make_mesh(MeshConfig(**axes), jax.devices()[: math.prod(axes.values())])
+
+    return make

@@ -1,0 +1,81 @@
+"""Values and both gradients against a loop over rows."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from k2jax.kernels.grouped_matmul import grouped_matmul
+
+NUM_ROWS, NUM_GROUPS, NUM_IN, NUM_OUT = 37, 6, 5, 7
+
+
+def zipf(rng):
+    return rng.multinomial(NUM_ROWS, (1 / np.arange(1, 7)) / (1 / np.arange(1, 7)).sum())
+
+
+SIZES = {
+    "random": np.random.default_rng(0).multinomial(NUM_ROWS, np.full(6, 1 / 6)),
+    "zipf": zipf(np.random.default_rng(1)),
+    "empty_groups": [0, 10, 0, 0, 27, 0],
+    "all_in_one": [0, 0, 0, NUM_ROWS, 0, 0],
+    "all_in_last": [0, 0, 0, 0, 0, NUM_ROWS],
+    "rows_past_the_sum": [3, 0, 8, 5, 1, 4],
+    "borders_on_blocks": [8, 8, 0, 16, 0, 5],
+    "nothing": [0, 0, 0, 0, 0, 0],
+}
+
+
+def reference(x, w, sizes, dy):
+    """y, dx, dw of sum(y * dy), row by row."""
+    y, dx, dw = np.zeros((len(x), w.shape[2])), np.zeros_like(x), np.zeros_like(w)
+    for row, group in enumerate(np.repeat(np.arange(len(sizes)), sizes)):
+        y[row] = x[row] @ w[group]
+        dx[row] = w[group] @ dy[row]
+        dw[group] += np.outer(x[row], dy[row])
+    return y, dx, dw
+
+
+@partial(jax.jit, static_argnums=4)
+def value_and_gradients(x, w, sizes, dy, block):
+    y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, block), x, w)
+    return y, *pull(dy)
+
+
+def inputs(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = (NUM_ROWS, NUM_IN), (NUM_GROUPS, NUM_IN, NUM_OUT), (NUM_ROWS, NUM_OUT)
+    return [rng.normal(size=shape) for shape in shapes]
+
+
+@pytest.mark.parametrize("block", [1, 8, 16, 40, 256])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_float64_agrees_with_loop(sizes, block):
+    """1e-13: only the order of sums differs."""
+    x, w, dy = inputs()
+    expected = reference(x, w, sizes, dy)
+    with jax.enable_x64(True):
+        results = value_and_gradients(x, w, np.array(sizes, np.int32), dy, block)
+        for result, want in zip(results, expected, strict=True):
+            np.testing.assert_allclose(result, want, rtol=1e-13, atol=1e-13)
+
+
+def test_bfloat16_sums_weight_gradients_in_float32():
+    """Ones summed in bfloat16 stick at 256; 2,001 rows must come to 2,000 (2,001 rounded to bfloat16)."""
+    x, w, dy = jnp.ones((2001, 1), jnp.bfloat16), jnp.ones((1, 1, 1), jnp.bfloat16), jnp.ones((2001, 1), jnp.bfloat16)
+    _, _, dw = value_and_gradients(x, w, np.array([2001], np.int32), dy, 8)
+    assert dw.dtype == jnp.bfloat16
+    assert float(dw[0, 0, 0]) == 2000
+
+
+def test_rows_past_the_sum_may_hold_anything():
+    """The exchange leaves empty slots there: what they hold must not reach a result, not even as 0 * inf."""
+    x, w, dy = (v.astype(np.float32) for v in inputs())
+    sizes = np.array(SIZES["rows_past_the_sum"], np.int32)
+    clean = value_and_gradients(x, w, sizes, dy, 8)
+    x[sizes.sum() :] = np.inf
+    dy[sizes.sum() :] = np.nan
+    for result, want in zip(value_and_gradients(x, w, sizes, dy, 8), clean, strict=True):
+        np.testing.assert_array_equal(result, want)
