@@ -213,3 +213,15 @@ def test_an_error_on_the_way_leaves_nothing(tree, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         prepare(str(tree), str(tmp_path / "out"), "byte", progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["source"] and time.monotonic() - started < 10
+
+
+def test_a_text_named_by_itself_is_cut_at_line_ends(tmp_path):
+    text = "".join(f"line {i} of a long text\n" for i in range(20_000)) + "no line end"
+    (tmp_path / "book.txt").write_text(text)
+    prepare(str(tmp_path / "book.txt"), str(tmp_path / "out"), "byte", validation_fraction=0.2)
+    store = TokenStore(tmp_path / "out")
+    found = [pair for split in ("train", "validation") for pair in documents(store, split)]
+    parts = sorted(found, key=lambda pair: int(pair[0].removeprefix("book.txt@")))
+    assert "".join(part for _, part in parts) == text
+    assert all(part.endswith("\n") and 2**14 <= len(part) < 2**14 + 40 for _, part in parts[:-1])
+    assert all(text[int(name.removeprefix("book.txt@")) :].startswith(part) for name, part in parts)

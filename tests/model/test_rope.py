@@ -8,7 +8,7 @@ from k2jax.model.rope import apply_rope, rope_angles
 
 
 def test_frequencies_are_k2s():
-    """k2-facts 3.3: theta 5e4, dim 64, without YaRN (whose pairs up to 19 are unchanged); at position 1 angle = frequency."""
+    """k2-facts 3.3: theta 5e4, dim 64, without YaRN; at position 1 the angle is the frequency."""
     with jax.enable_x64(True):
         frequency = np.asarray(rope_angles(np.array([1]), 64, 5e4))[0]
     expected = {0: 1.0, 1: 0.71311108, 2: 0.50852742, 18: 2.2742038e-3, 19: 1.6217599e-3, 20: 1.1564950e-3}

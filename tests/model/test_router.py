@@ -28,7 +28,7 @@ def test_vanishing_scores_give_finite_weights():
 
 
 def test_published_scaling_factor():
-    """k2-facts 2.2: 2.827 is the mean of 1 / ||p||, p the renormalised best 8 of 384 sigmoid scores of N(0, 1) logits."""
+    """k2-facts 2.2: 2.827 is the mean of 1 / ||p||, p the renormalised best 8 of 384 sigmoids of N(0, 1) logits."""
     scores = 1 / (1 + np.exp(-np.random.default_rng(0).normal(size=(2000, 384)))).astype(np.float32)
     _, weights = choose_experts(scores, np.zeros(384, np.float32), 8, 1.0)
     # 2.8276 in the facts, 2.827 in the config: both within 3e-4 (the sample's own error is 1e-5)

@@ -17,13 +17,23 @@ from typing import NamedTuple
 
 from k2jax.config import UserError
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_vocab
-from k2jax.data.tokens import CHUNK_TOKENS, SHARD_TOKENS, SPLITS, TokenWriter, sync_folder
+from k2jax.data.tokens import CHUNK_TOKENS, SHARD_TOKENS, SPLITS, TokenWriter
+from k2jax.files import sync_folder
+
+
+PART_BYTES = 2**14
 
 
 class Document(NamedTuple):
     name: str
     text: str
     place: float  # in [0, 1), by content; validation has the lowest
+
+
+class _File(NamedTuple):
+    name: str
+    path: Path
+    alone: bool  # a source by itself, not found in a folder
 
 
 class _Tally:
@@ -46,8 +56,8 @@ def _glob_regex(pattern: str) -> re.Pattern:
     return re.compile("".join(meaning.get(part) or re.escape(part) for part in parts), re.DOTALL)
 
 
-def _files_in(folder: Path, pattern: str, exclude: tuple[str, ...], skipped: _Tally) -> Iterator[tuple[str, Path]]:
-    """(path relative to folder, path) of every file that matches, sorted."""
+def _files_in(folder: Path, pattern: str, exclude: tuple[str, ...], skipped: _Tally) -> Iterator[_File]:
+    """Every file that matches, named by its path inside the folder, sorted."""
     wanted, unwanted = _glob_regex(pattern), [_glob_regex(e) for e in exclude]
     found = []
     for root, folders, files in os.walk(folder, onerror=lambda error: skipped.add("unreadable folder", error.filename)):
@@ -61,7 +71,7 @@ def _files_in(folder: Path, pattern: str, exclude: tuple[str, ...], skipped: _Ta
             if any(e.fullmatch(name) for e in unwanted):
                 skipped.add("excluded", name)
             else:
-                yield name, folder / name
+                yield _File(name, folder / name, alone=False)
 
 
 def _texts_of_lines(name: str, path: Path, text_field: str, skipped: _Tally, bad: _Tally):
@@ -84,15 +94,31 @@ def _texts_of_lines(name: str, path: Path, text_field: str, skipped: _Tally, bad
                 bad.add("line", f"{path}:{number}: is not JSON ({error}); mend or remove the line")
 
 
-def _texts(files: list[tuple[str, Path]], text_field: str, skipped: _Tally, bad: _Tally) -> Iterator[tuple[str, str]]:
+def _parts(name: str, path: Path) -> Iterator[tuple[str, str]]:
+    """A text named by itself, cut at line ends into parts of at least PART_BYTES: held-out text needs more than one."""
+    lines, size, start = [], 0, 0
+    with open(path, "rb") as file:
+        for line in file:
+            lines.append(line)
+            size += len(line)
+            if size >= PART_BYTES:
+                yield f"{name}@{start}", b"".join(lines).decode("utf-8")
+                lines, start, size = [], start + size, 0
+    if lines:
+        yield f"{name}@{start}", b"".join(lines).decode("utf-8")
+
+
+def _texts(files: list[_File], text_field: str, skipped: _Tally, bad: _Tally) -> Iterator[tuple[str, str]]:
     """(name, text) of every document, duplicates and empty ones too."""
-    for name, path in files:
+    for name, path, alone in files:
         if not path.is_file():
             skipped.add("not a file", name)
             continue
         try:
             if path.suffix.lower() == ".jsonl":
                 yield from _texts_of_lines(name, path, text_field, skipped, bad)
+            elif alone:
+                yield from _parts(name, path)
             else:
                 yield name, path.read_bytes().decode("utf-8")
         except UnicodeDecodeError:
@@ -101,7 +127,7 @@ def _texts(files: list[tuple[str, Path]], text_field: str, skipped: _Tally, bad:
             skipped.add("unreadable", name)
 
 
-def _documents(files: list[tuple[str, Path]], text_field: str, skipped: _Tally) -> Iterator[Document]:
+def _documents(files: list[_File], text_field: str, skipped: _Tally) -> Iterator[Document]:
     """Every document once. UserError at the end if a .jsonl line is bad. Memory: 32 bytes and more per document."""
     seen, bad = set(), _Tally(num_examples=10)
     for name, text in _texts(files, text_field, skipped, bad):
@@ -209,10 +235,10 @@ def _write(writer: TokenWriter, documents: Iterator[Document], fraction: float, 
     return lowest, highest
 
 
-def _find_files(sources: list[Path], pattern: str, exclude: tuple[str, ...], skipped: _Tally) -> list[tuple[str, Path]]:
+def _find_files(sources: list[Path], pattern: str, exclude: tuple[str, ...], skipped: _Tally) -> list[_File]:
     files = []
     for path in sources:
-        files += _files_in(path, pattern, exclude, skipped) if path.is_dir() else [(path.name, path)]
+        files += _files_in(path, pattern, exclude, skipped) if path.is_dir() else [_File(path.name, path, alone=True)]
     return files
 
 
@@ -232,7 +258,7 @@ def prepare(
     """Make the token store `out` and return its manifest without the files, with "path" and "digest".
 
     source: folders and files. A .jsonl file has a document on each line, in the field `text_field`; every other file
-    is one document. `pattern` and `exclude` (`**/`, `*`, `?`) choose files in folders, by their path in there.
+    in a folder is one document, and a text named by itself is cut at line ends into documents of 16 KiB or more. `pattern` and `exclude` (`**/`, `*`, `?`) choose files in folders, by their path in there.
     tokenizer: "byte", a .tiktoken file, a tokenizer.json, or "train:VOCAB", trained on the training split.
     progress: called with the documents and text bytes so far. UserError, and nothing written, for arguments and lines
     that cannot be, and where training or validation would have no document.

@@ -20,6 +20,7 @@ import tensorstore
 
 from k2jax.config import UserError
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer
+from k2jax.files import sync_folder, write_atomic
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -40,25 +41,6 @@ def _sha256(path: Path) -> str:
 
 def _describe(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    """A reader finds all of `content` at `path`, or what was there before."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _create_array(path: Path, shard_tokens: int, chunk_tokens: int) -> tensorstore.TensorStore:
@@ -155,7 +137,7 @@ class TokenWriter:
         splits = {name: split.finish() for name, split in self.splits.items()}
         tokenizer = self.tokenizer
         if tokenizer.definition is not None:
-            _write_durably(self.folder / tokenizer.file_name, tokenizer.definition)
+            write_atomic(self.folder / tokenizer.file_name, tokenizer.definition)
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
         manifest = {
             "format": FORMAT,
@@ -172,8 +154,7 @@ class TokenWriter:
         }
         for folder in {path.parent for path in paths}:
             sync_folder(folder)
-        _write_durably(self.folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
-        sync_folder(self.folder)
+        write_atomic(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         return manifest
 
 

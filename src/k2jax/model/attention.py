@@ -1,6 +1,6 @@
 """Causal attention that also returns each head's largest logit, which QK-Clip needs.
 
-    B sequences, S queries, Z keys, H heads, N no-position dim, R rotary dim, U value dim
+    B sequences, H heads, S queries, Z keys, K query and key dim, U value dim
 """
 
 import jax
@@ -8,22 +8,18 @@ import jax.numpy as jnp
 
 
 def attention(
-    q_BSHN: jax.Array,
-    q_rope_BSHR: jax.Array,
-    k_BZHN: jax.Array,
-    k_rope_BZR: jax.Array,
-    v_BZHU: jax.Array,
-    visible_BSZ: jax.Array,
-    scale: float,
+    q_BHSK: jax.Array, k_BHZK: jax.Array, v_BHZU: jax.Array, visible_BSZ: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [B, S, H, U] and the signed maximum [H] of the scaled logits over visible pairs (no gradient).
+    """Output [B, H, S, U] and the signed maximum [H] of the scaled logits over visible pairs (float32, no gradient).
 
-    k_rope is shared by all heads (DeepSeek-V3 report, eq. 1-11). Logits, softmax in at least float32. Materialises [B, H, S, Z].
+    Softmax in float32, normalised after the sum over values: one pass less over [B, H, S, Z], which is materialised.
+    Every query must see at least one key.
     """
-    wide = jnp.promote_types(q_BSHN.dtype, jnp.float32)
-    logits_BHSZ = jnp.einsum("BSHN,BZHN->BHSZ", q_BSHN, k_BZHN, preferred_element_type=wide)
-    logits_BHSZ += jnp.einsum("BSHR,BZR->BHSZ", q_rope_BSHR, k_rope_BZR, preferred_element_type=wide)
-    logits_BHSZ = jnp.where(visible_BSZ[:, None], logits_BHSZ * scale, -jnp.inf)
-    max_logit_H = jax.lax.stop_gradient(logits_BHSZ).max((0, 2, 3))
-    weights_BHSZ = jax.nn.softmax(logits_BHSZ, -1).astype(v_BZHU.dtype)
-    return jnp.einsum("BHSZ,BZHU->BSHU", weights_BHSZ, v_BZHU), max_logit_H
+    wide = jnp.promote_types(q_BHSK.dtype, jnp.float32)
+    logit_BHSZ = jnp.einsum("BHSK,BHZK->BHSZ", q_BHSK, k_BHZK, preferred_element_type=wide) * scale
+    logit_BHSZ = jnp.where(visible_BSZ[:, None], logit_BHSZ, -jnp.inf)
+    max_BHS = jax.lax.stop_gradient(logit_BHSZ).max(-1)
+    weight_BHSZ = jnp.exp(logit_BHSZ - max_BHS[..., None])
+    sum_BHS = weight_BHSZ.sum(-1)
+    out_BHSU = jnp.einsum("BHSZ,BHZU->BHSU", weight_BHSZ.astype(v_BHZU.dtype), v_BHZU, preferred_element_type=wide)
+    return (out_BHSU / sum_BHS[..., None]).astype(v_BHZU.dtype), max_BHS.max((0, 2))

@@ -59,17 +59,16 @@ class MLA(nnx.Module):
         c_BTC = rms_norm(kv_BTJ[..., :latent], self.kv_a_norm.use(dtype), LATENT_NORM_EPS)
         c_BZC, k_rope_BZR = place(c_BTC, "BZC"), place(kv_BTJ[..., latent:], "BZR")
 
-        q_BSHK = jnp.einsum("BSQ,QHK->BSHK", q_BSQ, self.q_b.use(dtype))
-        kv_BZHG = jnp.einsum("BZC,CHG->BZHG", c_BZC, self.kv_b.use(dtype))
-        q_rope_BSHR = apply_rope(q_BSHK[..., nope:], positions.q_angles_BS[:, :, None]).astype(dtype)
+        q_BHSK = jnp.einsum("BSQ,QHK->BHSK", q_BSQ, self.q_b.use(dtype))
+        q_rope_BHSR = apply_rope(q_BHSK[..., nope:], positions.q_angles_BS[:, None]).astype(dtype)
+        kv_BHZG = jnp.einsum("BZC,CHG->BHZG", c_BZC, self.kv_b.use(dtype))
         k_rope_BZR = apply_rope(k_rope_BZR, positions.k_angles_BZ).astype(dtype)
-        out_BSHU, max_logit_H = attention(
-            q_BSHK[..., :nope],
-            q_rope_BSHR,
-            kv_BZHG[..., :nope],
-            k_rope_BZR,
-            kv_BZHG[..., nope:],
+        k_rope_BHZR = place(jnp.broadcast_to(k_rope_BZR[:, None], (*kv_BHZG.shape[:3], k_rope_BZR.shape[-1])), "BHZR")
+        out_BHSU, max_logit_H = attention(
+            jnp.concatenate([q_BHSK[..., :nope], q_rope_BHSR], -1),
+            jnp.concatenate([kv_BHZG[..., :nope], k_rope_BHZR], -1),
+            kv_BHZG[..., nope:],
             positions.visible_BSZ,
             scale=(nope + config.qk_rope_head_dim) ** -0.5,
         )
-        return jnp.einsum("BSHU,HUD->BSD", out_BSHU, self.o.use(dtype), out_sharding=out_spec("BTD")), max_logit_H
+        return jnp.einsum("BHSU,HUD->BSD", out_BHSU, self.o.use(dtype), out_sharding=out_spec("BTD")), max_logit_H

@@ -1,6 +1,7 @@
 """Feed-forward layers: SwiGLU, and the mixture of experts with a sigmoid router (DeepSeek-V3 report 2.1.2).
 
-    E experts as owners of weights, X experts as the router's scores, A experts of a token
+    E experts as owners of weights, X experts as the router's scores, A experts of a token,
+    W rows that the experts of one device work on
 """
 
 import jax

@@ -124,7 +124,8 @@ def declare(stack: str, inputs: str, outputs: str, sizes: dict[str, int], **decl
 def init_params(weights, key: jax.Array, std: float):
     """Fp32 values for a pytree of Weight: N(0, std) matrices, gains of one.
 
-    Each value depends on `key` and its own path alone, so it is the same on every mesh and with other layers around it.
+    Each value depends on `key` and its own path alone, so it is the same on every mesh (to float32 rounding)
+    and with other weights around it.
     """
 
     def init(path, weight: Weight):

@@ -15,7 +15,7 @@ from pathlib import Path
 from orbax.checkpoint import v1 as ocp
 
 from k2jax.config import CheckpointConfig, Config, RunFailed, UserError
-from k2jax.train.files import sync_folder, write_atomic
+from k2jax.files import sync_folder, write_atomic
 from k2jax.train.state import TrainState
 
 

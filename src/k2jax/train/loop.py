@@ -10,13 +10,14 @@ import jax
 from k2jax.config import Config, UserError, differences
 from k2jax.data.batches import check_position, check_store, data_position, train_batches
 from k2jax.data.tokens import TokenStore
+from k2jax.files import write_atomic
 from k2jax.model.transformer import declarations
 from k2jax.sharding.mesh import make_mesh
 from k2jax.train.banner import banner, versions
 from k2jax.train.checkpoint import Saver, newest_step, remove_leftovers, restore_run, restore_state
 from k2jax.train.display import Display
 from k2jax.train.evaluate import bits_per_byte, make_evaluator, split_rows
-from k2jax.train.files import MetricsFile, lock_run, write_atomic
+from k2jax.train.run_dir import MetricsFile, lock_run
 from k2jax.train.metrics import TensorBoard, check_finite, make_record
 from k2jax.train.state import TrainState, abstract_state, init_state, weight_leaves
 from k2jax.train.step import make_optimizer, make_train_step

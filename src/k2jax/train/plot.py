@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from k2jax.config import Config, UserError
-from k2jax.train.files import read_records
+from k2jax.train.run_dir import read_records
 
 
 def read_run(run_dir: str) -> tuple[Config, list[dict]]:

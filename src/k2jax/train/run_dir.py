@@ -1,4 +1,4 @@
-"""Small files that survive a crash: written whole under another name, synced, then renamed."""
+"""The run directory: its lock, and metrics.jsonl."""
 
 import fcntl
 import json
@@ -6,26 +6,7 @@ import os
 from pathlib import Path
 
 from k2jax.config import UserError
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text`: after a crash at any moment the old or the new content is there, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from k2jax.files import write_atomic
 
 
 def lock_run(run_dir: Path):

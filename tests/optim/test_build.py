@@ -1,0 +1,78 @@
+"""MuonClip as a whole: who gets which rule, and two steps of the chain by hand."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_newton_schulz import reference as orthogonalise
+
+from k2jax.config import ModelConfig, OptimConfig
+from k2jax.model.transformer import declarations
+from k2jax.model.weights import Weight
+from k2jax.optim.build import muonclip
+
+
+def test_groups_of_k2():
+    """k2-facts 4.2: AdamW for embedding, head and gains; Muon for every other matrix, the router too."""
+    pairs = jax.tree_util.tree_leaves_with_path(declarations(ModelConfig()), is_leaf=lambda x: isinstance(x, Weight))
+    groups = {"adamw": set(), "muon": set()}
+    for path, weight in pairs:
+        groups[weight.group].add(jax.tree_util.keystr(path, simple=True, separator="."))
+    norms = ("attention_norm", "ffn_norm", "attention.q_a_norm", "attention.kv_a_norm")
+    attention = [f"attention.{name}" for name in ("q_a", "q_b", "kv_a", "kv_b", "o")]
+    swiglu = ("gate", "up", "down")
+    moe = ["ffn.router", *(f"ffn.{name}" for name in swiglu), *(f"ffn.shared.{name}" for name in swiglu)]
+    gains = ["norm", *(f"{stack}.{name}" for stack in ("dense", "moe") for name in norms)]
+    assert groups["adamw"] == {"embedding", "head", *gains}
+    assert groups["muon"] == {
+        *(f"dense.{name}" for name in [*attention, *(f"ffn.{n}" for n in swiglu)]),
+        *(f"moe.{name}" for name in [*attention, *moe]),
+    }
+
+
+WEIGHTS = {
+    "gain": Weight("", "", "D", (6,), group="adamw"),
+    "experts": Weight("E", "D", "F", (2, 6, 4), group="muon"),
+}
+BATCH_TOKENS = 1000
+
+
+def by_hand(config, params, gradients):
+    """Clip, AdamW or Muon, decay, learning rate (K2 report, Algorithm 1; warm-up over 10 steps), in float64."""
+    gain, experts = params["gain"], params["experts"]
+    m, v, buffer = np.zeros_like(gain), np.zeros_like(gain), np.zeros_like(experts)
+    for step, grads in enumerate(gradients, 1):
+        norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+        g_gain, g_experts = (grads[k] * min(1, 0.5 / norm) for k in ("gain", "experts"))
+        rate = 2e-4 * step / 10
+        m, v = 0.9 * m + 0.1 * g_gain, 0.95 * v + 0.05 * g_gain**2
+        adam = m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-8)
+        buffer = 0.95 * buffer + g_experts
+        muon = np.stack([0.2 * np.sqrt(6) * orthogonalise(e) for e in 0.95 * buffer + g_experts])
+        gain, experts = gain - rate * (adam + 0.1 * gain), experts - rate * (muon + 0.1 * experts)
+    return {"gain": gain, "experts": experts}
+
+
+@pytest.mark.parametrize("gradient_scale", [10.0, 0.01], ids=["clipped", "not_clipped"])
+def test_chain_agrees_with_numpy(gradient_scale):
+    """The distance moved, in float64 but for what the chain itself does in float32: Newton-Schulz and the schedule."""
+    config = dataclasses.replace(OptimConfig(), max_grad_norm=0.5, ns_dtype="float32", warmup_tokens=10 * BATCH_TOKENS)
+    rng = np.random.default_rng(0)
+    params, *gradients = (
+        {name: scale * rng.normal(size=w.shape) for name, w in WEIGHTS.items()} for scale in (1, *[gradient_scale] * 3)
+    )
+    expected = by_hand(config, params, gradients)
+    with jax.enable_x64(True):
+        tx = muonclip(config, WEIGHTS, BATCH_TOKENS)
+        new = jax.tree.map(jnp.asarray, params)
+        state = tx.init(new)
+        for grads in gradients:
+            updates, state = tx.update(jax.tree.map(jnp.asarray, grads), state, new, max_logits=jnp.zeros((1, 1)))
+            new = optax.apply_updates(new, updates)
+    new = jax.device_get(new)
+    for name in WEIGHTS:
+        moved, want = new[name] - params[name], expected[name] - params[name]
+        np.testing.assert_allclose(moved, want, rtol=0, atol=3e-6 * np.abs(want).max(), err_msg=name)

@@ -1,0 +1,143 @@
+"""QK-Clip: exact halving of one head's logits in the real attention layer, all else untouched bit for bit."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from k2jax.model import mla
+from k2jax.model.transformer import declarations, make_positions
+from k2jax.model.weights import Stack, init_params
+from k2jax.optim.build import map_weights
+from k2jax.optim.qk_clip import QKPart, clip_factors, qk_clip
+
+HEAD = 2  # the one that grows
+
+
+@pytest.fixture
+def layer(tiny):
+    """One attention layer's declarations and weights, and a function weights -> (logits [B, H, S, Z], values)."""
+    config = dataclasses.replace(tiny, num_hidden_layers=1)
+    rng = np.random.default_rng(0)
+    x_BTD = rng.normal(size=(2, 9, config.hidden_size)).astype(np.float32)
+    index = jnp.broadcast_to(jnp.arange(9), (2, 9))
+    positions = make_positions(index, jnp.zeros_like(index), config)
+    graph = nnx.graphdef(mla.MLA(Stack(config, 0, 1)))
+
+    def look(weights, monkeypatch):
+        """Run the layer on `weights` and note what its attention is given."""
+        seen = {}
+
+        def spy(q, k, v, visible, scale):
+            seen["logits"] = scale * jnp.einsum("bhsk,bhzk->bhsz", q, k)
+            seen["v"], seen["k_rope"] = v, k[..., -config.qk_rope_head_dim :]
+            return attention(q, k, v, visible, scale)
+
+        attention = mla.attention
+        with monkeypatch.context() as patch:
+            patch.setattr(mla, "attention", spy)
+            _, seen["max"] = nnx.merge(graph, jax.tree.map(lambda w: w[0], weights))(x_BTD, positions)
+        return jax.tree.map(np.asarray, seen)
+
+    declared = declarations(config)["dense"]["attention"]
+    weights = init_params(declared, jax.random.key(0), 0.1)
+    return declared, weights, look
+
+
+def parts_of(declared):
+    return map_weights(lambda w: w.qk and QKPart(w.qk.first_layer, w.qk.powers), declared)
+
+
+def scale_head(weights, factor):
+    """The weights with HEAD's queries times `factor`, and so all its logits."""
+    return weights | {"q_b": weights["q_b"].at[:, :, HEAD].multiply(factor)}
+
+
+def test_logits_of_the_head_halve_and_nothing_else_moves(layer, monkeypatch, tiny):
+    """S = 200 and tau = 100 (k2-facts 9.5). 1e-6 of the largest logit is a few roundings of float32."""
+    declared, weights, look = layer
+    weights = scale_head(weights, 200 / look(weights, monkeypatch)["max"][HEAD])
+    before = look(weights, monkeypatch)
+    assert before["max"][HEAD] == pytest.approx(200, rel=1e-6)
+    assert np.delete(before["max"], HEAD).max() < 100
+    tx = qk_clip(100.0, parts_of(declared))
+    zeros = jax.tree.map(jnp.zeros_like, weights)
+    updates, _ = tx.update(zeros, tx.init(weights), weights, max_logits=before["max"][None])
+    clipped = optax.apply_updates(weights, updates)
+    after = look(clipped, monkeypatch)
+
+    others = [h for h in range(tiny.num_attention_heads) if h != HEAD]
+    np.testing.assert_allclose(after["logits"][:, HEAD], before["logits"][:, HEAD] / 2, rtol=0, atol=100 * 1e-6)
+    assert after["max"][HEAD] == pytest.approx(100, rel=1e-6)
+    np.testing.assert_array_equal(after["logits"][:, others], before["logits"][:, others])
+    np.testing.assert_array_equal(after["v"], before["v"])
+    np.testing.assert_array_equal(after["k_rope"], before["k_rope"])
+
+    # and by weights: q_b and kv_b of HEAD, its no-position parts by sqrt(1/2) each, its rotary q by 1/2
+    nope = tiny.qk_nope_head_dim
+    changed = {name: np.asarray(clipped[name] != weights[name]) for name in weights}
+    assert {name for name, c in changed.items() if c.any()} == {"q_b", "kv_b"}
+    assert not changed["q_b"][:, :, others].any() and not changed["kv_b"][:, :, others].any()
+    assert not changed["kv_b"][..., nope:].any()
+    q_ratio, kv_ratio = (np.asarray(clipped[n] / weights[n])[0, :, HEAD] for n in ("q_b", "kv_b"))
+    np.testing.assert_allclose(q_ratio[:, :nope], 0.5**0.5, rtol=1e-6)
+    np.testing.assert_allclose(q_ratio[:, nope:], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(kv_ratio[:, :nope], 0.5**0.5, rtol=1e-6)
+
+
+def test_factors():
+    """Signed: a negative S is no reason to clip, however large, and gives no NaN."""
+    factors = clip_factors(jnp.array([[-500.0, 200.0, 100.0, 0.0, 100.001, 1e9, -jnp.inf]]), 100.0)
+    np.testing.assert_allclose(factors, [[1, 0.5, 1, 1, 100 / 100.001, 1e-7, 1]], rtol=1e-7)
+    assert (np.asarray(factors)[0, [0, 2, 3, 6]] == 1).all()
+
+
+def test_negative_maximum_beside_a_clipped_head(layer):
+    declared, weights, _ = layer
+    tx = qk_clip(100.0, parts_of(declared))
+    max_logits = jnp.array([[-300.0, 50.0, 400.0, -1e-3]])
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, weights), tx.init(weights), weights, max_logits=max_logits)
+    moved = {name: np.flatnonzero(np.any(u != 0, (0, 1, 3))).tolist() for name, u in updates.items() if u.ndim == 4}
+    assert moved == {"q_b": [HEAD], "kv_b": [HEAD], "o": []}
+    assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
+
+
+def test_each_layer_of_a_stack_takes_its_own_row():
+    """A stack that begins at layer 1 reads max_logits from row 1 on; one layer (no leading dim) reads its row."""
+    stacked, single = jnp.ones((2, 3, 2, 5)), jnp.ones((3, 2, 5))
+    parts = {"stacked": QKPart(1, ((4, 0.5), (1, 1.0))), "single": QKPart(0, ((5, 1.0),))}
+    params = {"stacked": stacked, "single": single}
+    max_logits = jnp.array([[400.0, 1.0], [1.0, 1.0], [1.0, 1600.0]])
+    tx = qk_clip(100.0, parts)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, max_logits=max_logits)
+    new = optax.apply_updates(params, updates)
+    expected_single = np.ones((3, 2, 5))
+    expected_single[:, 0] = 1 / 4
+    expected_stacked = np.ones((2, 3, 2, 5))
+    expected_stacked[1, :, 1] = [1 / 4] * 4 + [1 / 16]
+    np.testing.assert_allclose(new["single"], expected_single, rtol=1e-6)
+    np.testing.assert_allclose(new["stacked"], expected_stacked, rtol=1e-6)
+
+
+def test_after_any_optimizer(layer):
+    """Chained after optax.adamw: the clip acts on the weights as that left them (Algorithm 1: after the update)."""
+    declared, weights, _ = layer
+    adamw = optax.adamw(1e-2)
+    grads = jax.tree.map(jnp.cos, weights)
+    plain, _ = adamw.update(grads, adamw.init(weights), weights)
+    stepped = optax.apply_updates(weights, plain)
+    tx = optax.chain(optax.adamw(1e-2), qk_clip(100.0, parts_of(declared)))
+    updates, _ = tx.update(grads, tx.init(weights), weights, max_logits=jnp.array([[1.0, 2.0, 400.0, 3.0]]))
+    new = optax.apply_updates(weights, updates)
+    heads = np.where(np.arange(4) == HEAD, 0.25, 1.0)[:, None]
+    nope = declared["q_b"].qk.powers[0][0]
+    q_power, kv_power = np.ones(stepped["q_b"].shape[-1]), np.zeros(stepped["kv_b"].shape[-1])
+    q_power[:nope] = kv_power[:nope] = 0.5
+    expected = stepped | {"q_b": stepped["q_b"] * heads**q_power, "kv_b": stepped["kv_b"] * heads**kv_power}
+    for name, want in expected.items():
+        # p + (new - p) rounds once more than new, at the size of p
+        np.testing.assert_allclose(new[name], want, rtol=0, atol=2e-7 * np.abs(want).max(), err_msg=name)

@@ -1,0 +1,117 @@
+"""Config: every violation at once, in words that name the fields; JSON there and back."""
+
+import dataclasses
+import json
+
+import pytest
+
+from k2jax.config import Config, UserError, differences, field_types
+
+
+def error_of(function):
+    with pytest.raises(UserError) as error:
+        function()
+    return str(error.value)
+
+
+def test_defaults_are_valid():
+    assert Config().validate() == Config()
+
+
+def test_all_violations_at_once():
+    """The golden text; where a message is improved, improve it here too."""
+    config = Config().replace(
+        {
+            "model.num_hidden_layers": 1.5,
+            "model.hidden_size": 100,
+            "model.num_experts_per_tok": 400,
+            "model.qk_rope_head_dim": 7,
+            "optim.momentum": 1.0,
+            "optim.weight_decay": -0.1,
+            "optim.max_grad_norm": 0.0,
+            "optim.ns_dtype": "float16",
+            "optim.nesterov": 1,
+            "optim.learning_rate": float("nan"),
+            "optim.adam_b2": True,
+            "optim.warmup_tokens": 20_000_000_000_000,
+            "mesh.fsdp": 8,
+            "mesh.expert": 5,
+            "train.num_microbatches": 3,
+            "train.eval_every": 0,
+            "data.seed": True,
+        }
+    )
+    assert error_of(config.validate) == "\n".join(
+        [
+            "model.num_hidden_layers = 1.5: must be an integer",
+            "optim.learning_rate = nan: must be a finite number",
+            "optim.weight_decay = -0.1: must be at least 0",
+            "optim.max_grad_norm = 0.0: must be greater than 0",
+            "optim.momentum = 1.0: must be below 1",
+            "optim.nesterov = 1: must be True or False",
+            "optim.ns_dtype = 'float16': must be one of 'bfloat16', 'float32'",
+            "optim.adam_b2 = True: must be a finite number",
+            "data.seed = True: must be an integer",
+            "train.eval_every = 0: must be greater than 0",
+            "model.n_routed_experts = 384: must be a multiple of mesh.expert = 5; nearest: 380 or 385",
+            "model.hidden_size = 100: must be a multiple of mesh.fsdp = 8; nearest: 96 or 104",
+            "model.qk_rope_head_dim = 7: must be a multiple of 2 = 2; nearest: 6 or 8",
+            "data.batch_sequences = 16384: must be a multiple of train.num_microbatches * mesh.replica * mesh.fsdp"
+            " * mesh.expert = 120; nearest: 16320 or 16440",
+            "train.eval_sequences = 256: must be a multiple of mesh.replica * mesh.fsdp * mesh.expert = 40;"
+            " nearest: 240 or 280",
+            "model.num_experts_per_tok = 400: must be at most model.n_routed_experts = 384",
+            "optim.warmup_tokens = 20000000000000: must be at most optim.constant_until_tokens = 10000000000000",
+        ]
+    )
+
+
+def test_off_is_none_only_where_it_may_be():
+    Config().replace({"optim.max_grad_norm": None, "optim.qk_clip_tau": None, "train.eval_every": None}).validate()
+    message = error_of(Config().replace({"optim.momentum": None, "train.num_steps": None}).validate)
+    assert message == "optim.momentum = None: must be a finite number\ntrain.num_steps = None: must be an integer"
+
+
+def test_json_round_trip():
+    changes = {"model.rope_theta": 10_000, "optim.qk_clip_tau": None, "mesh.expert": 4, "train.run_dir": "a/b"}
+    config = Config().replace(changes)
+    assert Config.from_json(config.to_json()) == config
+    assert json.loads(config.to_json())["mesh"]["expert"] == 4
+    assert differences(Config(), config) == {
+        "model.rope_theta": (50_000.0, 10_000),
+        "optim.qk_clip_tau": (100.0, None),
+        "mesh.expert": (1, 4),
+        "train.run_dir": ("runs/k2", "a/b"),
+    }
+
+
+def test_json_with_unknown_and_missing_fields():
+    values = dataclasses.asdict(Config())
+    values["optim"]["learning_rat"] = values["optim"].pop("learning_rate")
+    values["zebra"] = {"stripes": 2}
+    assert error_of(lambda: Config.from_json(json.dumps(values))) == (
+        "optim.learning_rat: no such field; did you mean optim.learning_rate or optim.final_learning_rate?\n"
+        "zebra.stripes: no such field; sections are model, optim, data, mesh, train, checkpoint\n"
+        "optim.learning_rate: is missing"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"model": 3}', '{"model": [1]}'])
+def test_text_that_is_no_config(text):
+    """A message and not a traceback, whatever the file holds."""
+    assert error_of(lambda: Config.from_json(text)).startswith("config JSON: cannot be read: ")
+
+
+def test_ill_typed_json_names_the_fields():
+    values = dataclasses.asdict(Config())
+    values["model"]["hidden_size"], values["data"]["path"] = "7168", 3
+    assert error_of(lambda: Config.from_json(json.dumps(values))) == (
+        "model.hidden_size = '7168': must be an integer\ndata.path = 3: must be text"
+    )
+
+
+def test_sections_stay_small():
+    """Rule 8 of the style: under 25 fields a section."""
+    sections = [name.split(".")[0] for name in field_types()]
+    assert all(sections.count(section) < 25 for section in sections)
+    assert len(sections) == len(field_types()) > 50

@@ -1,0 +1,119 @@
+"""A run that was stopped or killed, however often, ends in the same bits as one that was not."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from k2jax.config import Config
+from k2jax.data.prepare import prepare
+from k2jax.sharding.mesh import single_device_mesh
+from k2jax.train.checkpoint import restore_state
+from k2jax.train.metrics import WALL_CLOCK
+from k2jax.train.state import abstract_state
+from k2jax.train.step import make_optimizer
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a token store, and a cache that spares every later process the compilation."""
+    folder = tmp_path_factory.mktemp("runs")
+    prepare(str(Path(os.__file__).parent / "json"), str(folder / "store"), "byte", pattern="*.py", validation_fraction=0.5)
+    return folder
+
+
+def train(place: Path, moment: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(place / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, HERE / "crash_driver.py", moment, "train", HERE / "micro.py", "--simulate", "1", *arguments]
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def state(run: Path, step: int) -> dict:
+    """Every array of a checkpoint as NumPy, by its path."""
+    config, mesh = Config.from_json((run / "config.json").read_text()), single_device_mesh()
+    stored = restore_state(run / "checkpoints", step, abstract_state(config, make_optimizer(config, mesh), mesh))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(stored)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def records(run: Path) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in WALL_CLOCK} for line in lines]
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    assert records(run) == records(reference)
+    mine, theirs = state(run, 20), state(reference, 20)
+    assert mine.keys() == theirs.keys() and len(mine) > 40
+    for name in mine:
+        assert mine[name].dtype == theirs[name].dtype and np.array_equal(mine[name], theirs[name]), name
+
+
+@pytest.fixture(scope="module")
+def reference(place) -> tuple[Path, int]:
+    """An undisturbed run, and the number of its file operations."""
+    done = train(place, "count")
+    assert done.returncode == 0, done.stderr
+    (place / "run").rename(place / "reference")
+    assert [r["step"] for r in records(place / "reference")] == list(range(20))
+    assert any(r["heads_clipped"] for r in records(place / "reference"))
+    return place / "reference", int(done.stdout.split("file operations: ")[1])
+
+
+def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(place, reference):
+    stopped = train(place, "term:9")
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    step = records(place / "run")[-1]["step"] + 1
+    assert step in (10, 11)  # the record of step 9 is written while step 10 runs
+    assert f"stopped after step {step}, saved. Resume with:\n  k2jax train" in stopped.stdout
+    assert (place / "run" / "checkpoints" / f"{step}.json").exists()
+    assert train(place, "count").returncode == 0
+    assert_same_run(place / "run", reference[0])
+    shutil.rmtree(place / "run")
+
+
+def test_sigkill_at_ten_moments(place, reference):
+    """One run, killed ten times: before its first save, while it saves, inside a record, and at seeded file operations."""
+    folder, operations = reference
+    draw = random.Random(7)
+    moments = ["file:1", "file:12", "metrics:2", "file:40", "metrics:9"]
+    moments += [f"file:{draw.randrange(20, operations // 2)}" for _ in range(5)]
+    for moment in moments:
+        killed = train(place, moment)
+        assert killed.returncode == -signal.SIGKILL, (moment, killed.stdout, killed.stderr)
+    finished = train(place, "count")
+    assert finished.returncode == 0, finished.stderr
+    assert_same_run(place / "run", folder)
+    again = train(place, "count")
+    assert again.returncode == 0 and "done: step 20" in again.stdout, again.stderr
+    assert_same_run(place / "run", folder)
+    shutil.rmtree(place / "run")
+
+
+def test_a_changed_config_is_refused_with_all_differences(place, reference):
+    (place / "reference").rename(place / "run")
+    try:
+        refused = train(place, "count", "--optim.learning-rate", "0.01", "--data.seed", "3", "--train.num-steps", "30")
+    finally:
+        (place / "run").rename(place / "reference")
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        "k2jax train: 3 problems\n"
+        "  optim.learning_rate: the run in run has 0.02, now given 0.01\n"
+        "  data.seed: the run in run has 0, now given 3\n"
+        "  these may not change within a run; restore them, or give another train.run_dir\n"
+    )

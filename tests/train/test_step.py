@@ -1,0 +1,127 @@
+"""One training step is the same on every mesh and for every cut of its batch into microbatches."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from k2jax.config import Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
+from k2jax.model.transformer import declarations
+from k2jax.model.weights import Weight
+from k2jax.sharding.mesh import make_mesh
+from k2jax.sharding.rules import spec
+from k2jax.train.state import abstract_state
+from k2jax.train.step import Batch, make_loss, make_optimizer, make_train_step
+
+NUM_ROWS, LENGTH = 8, 16
+LAYOUTS = [
+    ({}, 4),
+    ({"fsdp": 8}, 1),
+    ({"expert": 8}, 1),
+    ({"fsdp": 2, "expert": 2, "tensor": 2}, 2),
+    ({"context": 4, "tensor": 2}, 1),
+]
+
+
+def make_config(model, num_microbatches):
+    """A learning rate that moves the weights, and a tau that clips some heads."""
+    return Config(
+        model=dataclasses.replace(model, num_hidden_layers=2),
+        optim=OptimConfig(
+            learning_rate=1e-2, final_learning_rate=1e-2, warmup_tokens=0, ns_dtype="float32", qk_clip_tau=0.9
+        ),
+        data=DataConfig(sequence_length=LENGTH, batch_sequences=NUM_ROWS),
+        train=TrainConfig(num_microbatches=num_microbatches, compute_dtype="float32"),
+    )
+
+
+def make_values(config):
+    """Parameters, router bias and batch, drawn on the host."""
+    rng = np.random.default_rng(0)
+    draw = lambda w: rng.normal(w.init == "ones", 0.1, w.shape).astype(np.float32)  # noqa: E731
+    params = jax.tree.map(draw, declarations(config.model), is_leaf=lambda w: isinstance(w, Weight))
+    bias = rng.normal(0, 0.05, (1, config.model.n_routed_experts)).astype(np.float32)
+    tokens = rng.integers(0, config.model.vocab_size, (NUM_ROWS, LENGTH + 1), dtype=np.int32)
+    segments = (np.arange(LENGTH) >= rng.integers(3, 9, (NUM_ROWS, 1))).astype(np.int32)
+    positions = np.arange(LENGTH, dtype=np.int32) - segments * segments.argmax(1)[:, None].astype(np.int32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], positions, segments)
+    rows = (config.train.num_microbatches, -1, LENGTH)
+    return params, {"moe": {"ffn": {"bias": bias}}}, jax.tree.map(lambda x: x.reshape(rows), batch)
+
+
+@functools.cache
+def one_step(model, axes, num_microbatches):
+    """(state before, state after, metrics, compiled text) on the mesh of `axes`, a tuple of items; one compile each."""
+    config = make_config(model, num_microbatches)
+    params, bias, batch = make_values(config)
+    mesh = make_mesh(MeshConfig(**dict(axes)), jax.devices()[: math.prod(dict(axes).values())])
+    with jax.set_mesh(mesh):
+        tx = make_optimizer(config, mesh)
+        abstract = abstract_state(config, tx, mesh)
+        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), abstract)
+        state = dataclasses.replace(zeros, params=params, router_bias=bias)
+        placed = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), state, abstract)
+        batch = jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, spec("MBT"))), batch)
+        # LLVM's optimisation is half of the time and no part of what is tested
+        quick = {"xla_backend_optimization_level": 0}
+        compiled = jax.jit(make_train_step(config, tx)).lower(placed, batch).compile(compiler_options=quick)
+        after, metrics = compiled(placed, batch)
+        same_layout = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s.sharding, x.ndim), after, abstract)
+        assert all(jax.tree.leaves(same_layout)), same_layout
+    return state, *jax.device_get((after, metrics)), compiled.as_text()
+
+
+def assert_close(got, want, rtol, path=()):
+    """Relative to the largest entry: rounding is as large as that, whatever a small entry is."""
+    name = jax.tree_util.keystr(path)
+    np.testing.assert_allclose(got, want, rtol=0, atol=rtol * np.abs(want).max(), err_msg=name)
+
+
+@pytest.mark.parametrize(("axes", "num_microbatches"), LAYOUTS, ids=str)
+def test_step_is_the_same_everywhere(tiny, axes, num_microbatches):
+    """Against one device and one microbatch. Float32 sums in another order; 485 times that after Newton-Schulz."""
+    before, after, metrics, _ = one_step(tiny, (), 1)
+    _, got_after, got_metrics, _ = one_step(tiny, tuple(axes.items()), num_microbatches)
+    for name in ("loss", "grad_norm", "learning_rate", "max_logits"):
+        assert_close(getattr(got_metrics, name), getattr(metrics, name), 2e-6, (jax.tree_util.GetAttrKey(name),))
+    np.testing.assert_array_equal(got_metrics.expert_load, metrics.expert_load)
+    np.testing.assert_array_equal(got_after.router_bias["moe"]["ffn"]["bias"], after.router_bias["moe"]["ffn"]["bias"])
+    assert got_after.step == after.step == 1
+    moved, got_moved = (jax.tree.map(np.subtract, a.params, before.params) for a in (after, got_after))
+    for got, want, rtol in (
+        (got_moved, moved, 1e-4),  # measured: 2e-5
+        (got_after.params, after.params, 2e-6),  # 5e-7
+        (got_after.opt_state, after.opt_state, 1e-5),  # 2e-6
+    ):
+        jax.tree_util.tree_map_with_path(lambda path, g, w, rtol=rtol: assert_close(g, w, rtol, path), got, want)
+
+
+def test_step_did_something(tiny):
+    """Or the comparison above would be of nothing: every parameter and every bias moved, some heads were clipped."""
+    before, after, metrics, _ = one_step(tiny, (), 1)
+    for path, moved in jax.tree_util.tree_leaves_with_path(jax.tree.map(np.subtract, after.params, before.params)):
+        assert np.abs(moved).max() > 1e-3, jax.tree_util.keystr(path)
+    assert np.abs(after.router_bias["moe"]["ffn"]["bias"] - before.router_bias["moe"]["ffn"]["bias"]).max() > 5e-4
+    assert 0 < np.sum(metrics.max_logits > 0.9) < metrics.max_logits.size
+    assert metrics.expert_load.sum() == NUM_ROWS * LENGTH * tiny.num_experts_per_tok
+    assert metrics.grad_norm > 0.1
+    assert metrics.learning_rate == pytest.approx(1e-2)
+
+
+def test_experts_are_reached_by_all_to_all(tiny):
+    """On expert = 8 the compiled step exchanges rows; on one device it has nothing to exchange with."""
+    assert "all-to-all(" in one_step(tiny, (("expert", 8),), 1)[3]
+    assert "all-to-all(" not in one_step(tiny, (), 1)[3]
+
+
+def test_loss_is_nats_per_token(tiny):
+    """A head of zeros gives log(vocab_size), whatever the rest."""
+    config = make_config(tiny, 1)
+    params, bias, batch = make_values(config)
+    params["head"] = np.zeros_like(params["head"])
+    loss, _ = jax.jit(make_loss(config))(params, bias, jax.tree.map(lambda x: jnp.asarray(x[0]), batch))
+    assert loss / (NUM_ROWS * LENGTH) == pytest.approx(np.log(tiny.vocab_size), rel=1e-6)
