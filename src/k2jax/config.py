@@ -188,9 +188,11 @@ def field_types() -> dict[str, object]:
 
 def unknown_field(name: str) -> str:
     """The message for a field that does not exist, with the nearest that do."""
-    near = difflib.get_close_matches(name, field_types(), n=2, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else f"; sections are {', '.join(typing.get_type_hints(Config))}"
-    return f"{name}: no such field{hint}"
+    names = list(field_types())
+    near = [known for known in names if known.split(".")[1] == name.split(".")[-1]]
+    near = near or difflib.get_close_matches(name, names, n=2, cutoff=0.75)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"sections are {', '.join(typing.get_type_hints(Config))}"
+    return f"{name}: no such field; {hint}"
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[object, object]]:

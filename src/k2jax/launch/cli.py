@@ -56,13 +56,24 @@ def _show_result(folder: Path, result) -> None:
 
 
 def _prepare(args, rest: list[str]) -> int:
+    from rich.console import Console
+
     from k2jax.data.prepare import prepare
 
-    summary = prepare(
-        args.source, args.out, args.tokenizer, pattern=args.pattern, exclude=args.exclude,
-        validation_fraction=args.validation_fraction, text_field=args.text_field,
-    )  # fmt: skip
-    print(summary)
+    console = Console(soft_wrap=True, highlight=False)
+    with console.status("reading ...") as status:
+        summary = prepare(
+            args.source, args.out, args.tokenizer, pattern=args.pattern, exclude=args.exclude,
+            validation_fraction=args.validation_fraction, text_field=args.text_field,
+            progress=lambda documents, size: status.update(f"{documents:,} documents, {size / 1e6:,.1f} MB"),
+        )  # fmt: skip
+    for reason, entry in summary["skipped"].items():
+        console.print(f"left out, {reason}: {entry['count']:,} (such as {', '.join(entry['examples'][:2])})", markup=False)
+    for split, counts in summary["splits"].items():
+        text = f"{counts['documents']:,} documents, {counts['text_bytes']:,} bytes, {counts['tokens']:,} tokens"
+        console.print(f"{split}: {text}", markup=False)
+    vocabulary = summary["tokenizer"]["vocab_size"]
+    console.print(f"token store: {args.out} (model.vocab_size must be at least {vocabulary:,})", markup=False)
     return 0
 
 

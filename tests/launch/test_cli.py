@@ -1,0 +1,112 @@
+"""What a user's mistakes look like: one clear message, exit code 2, no traceback, nothing written."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from k2jax.data.prepare import prepare
+from k2jax.launch.cli import main
+
+MICRO = str(Path(__file__).parents[1] / "train" / "micro.py")
+ON_EIGHT = ("--mesh.fsdp", "2", "--mesh.expert", "2", "--mesh.tensor", "2")  # the test process has 8 devices
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def documents(folder: Path, count: int = 40) -> str:
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"{number}.txt").write_text(f"document {number} " * 40)
+    return str(folder)
+
+
+def refusal(capsys, *arguments: str) -> str:
+    """The message of a refused command."""
+    assert main(list(arguments)) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and "Traceback" not in output.err
+    return output.err
+
+
+def test_wrong_mesh_size(place, capsys):
+    assert refusal(capsys, "train", MICRO, "--mesh.fsdp", "2", "--mesh.expert", "2") == (
+        "k2jax train: 1 problem\n"
+        "  mesh.fsdp = 2 * mesh.expert = 2: needs 4 devices, there are 8; change the axes, or on a CPU give --simulate 4\n"
+    )
+    assert list(place.iterdir()) == []
+
+
+def test_all_wrong_arguments_at_once(place, capsys):
+    arguments = ("--mesh.exprt", "2", "--optim.momentum", "high", "--mesh.tensor=3", "--data.seed", "4.5", "--train.remat")
+    assert refusal(capsys, "train", MICRO, *arguments) == (
+        "k2jax train: 6 problems\n"
+        "  mesh.exprt: no such field; did you mean mesh.expert?\n"
+        "  optim.momentum = 'high': must be a finite number\n"
+        "  data.seed = '4.5': must be an integer\n"
+        "  train.remat: needs a value, one of 'none', 'layer'\n"
+        "  model.num_attention_heads = 4: must be a multiple of mesh.tensor = 3; nearest: 3 or 6\n"
+        "  data.sequence_length = 32: must be a multiple of mesh.context * mesh.tensor = 3; nearest: 30 or 33\n"
+    )
+    assert list(place.iterdir()) == []
+
+
+def test_missing_folder(place, capsys):
+    assert "store" in refusal(capsys, "train", MICRO, *ON_EIGHT)
+    assert list(place.iterdir()) == []
+
+
+def test_config_files_that_are_none(place, capsys):
+    (place / "empty.py").write_text("x = 1\n")
+    (place / "broken.py").write_text("def config(:\n")
+    assert "no such config file" in refusal(capsys, "train", "absent.py")
+    assert "must define config()" in refusal(capsys, "train", "empty.py")
+    assert "broken.py: SyntaxError" in refusal(capsys, "train", "broken.py")
+
+
+def test_empty_source(place, capsys):
+    (place / "nothing").mkdir()
+    message = refusal(capsys, "prepare", "nothing", "--out", "store", "--tokenizer", "byte")
+    assert message.startswith("k2jax prepare: 1 problem\n  source = ['nothing']: no document")
+    assert sorted(p.name for p in place.iterdir()) == ["nothing"]
+
+
+def test_store_of_another_tokenizer(place, capsys):
+    """A vocabulary larger than the model's; and, on resume, a store other than the run's."""
+    prepare(documents(place / "texts"), "store", "train:300")
+    message = refusal(capsys, "train", MICRO, *ON_EIGHT)
+    assert "model.vocab_size = 258: must be at least " in message and "'store'" in message
+    assert sorted(p.name for p in place.iterdir()) == ["store", "texts"]
+
+
+def test_nothing_is_written_over(place, capsys):
+    source = documents(place / "texts")
+    prepare(source, "store", "byte")
+    before = {p: p.read_bytes() for p in Path("store").rglob("*") if p.is_file()}
+    assert "exists already" in refusal(capsys, "prepare", source, "--out", "store", "--tokenizer", "byte")
+    (place / "run").mkdir()
+    (place / "run" / "notes.txt").write_text("mine")
+    assert "is no run (it has no config.json) and not empty: notes.txt" in refusal(capsys, "train", MICRO, *ON_EIGHT)
+    assert {p: p.read_bytes() for p in Path("store").rglob("*") if p.is_file()} == before
+    assert [p.name for p in (place / "run").iterdir()] == ["notes.txt"]
+
+
+def test_no_run_to_show(place, capsys):
+    assert "is no run directory" in refusal(capsys, "plot", "absent", "--out", "x.png")
+    assert list(place.iterdir()) == []
+
+
+def test_help_is_quick():
+    """Best of three, in a process of its own: 0.5 s is the promise."""
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "k2jax", "--help"], check=True, capture_output=True)
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.5

@@ -1,0 +1,91 @@
+"""A step exists when its commit record does; what is restored is what was saved, on any mesh."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from k2jax.config import CheckpointConfig, Config, RunFailed, UserError
+from k2jax.train.checkpoint import Saver, committed_steps, newest_step, remove_leftovers, restore_run, restore_state
+from k2jax.train.state import TrainState
+
+
+def make_state(mesh, step: int = 0) -> TrainState:
+    def put(array, *spec):
+        return jax.device_put(array, jax.NamedSharding(mesh, jax.P(*spec)))
+
+    values = np.random.default_rng(step).standard_normal((4, 8, 16)).astype(np.float32)
+    return TrainState(
+        step=put(np.int32(step)),
+        params={"w": put(values, None, "fsdp", "tensor"), "b": put(values[0, 0])},
+        router_bias={"bias": put(values[0, :4], "expert")},
+        opt_state=({"m": put(values.astype(jnp.bfloat16), "expert")}, put(np.int32(step))),
+    )
+
+
+def abstract(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def assert_equal(a: TrainState, b: TrainState) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_round_trip_to_another_mesh(tmp_path, mesh_of):
+    state = make_state(mesh_of(fsdp=2, expert=2, tensor=2), step=3)
+    saver = Saver(tmp_path, CheckpointConfig())
+    saver.save(3, state, Config(), {"next_row": 12})
+    saver.wait()
+    assert newest_step(tmp_path) == 3
+    assert restore_run(tmp_path, 3) == {"config": json.loads(Config().to_json()), "data_position": {"next_row": 12}}
+    for mesh in (mesh_of(fsdp=2, expert=2, tensor=2), mesh_of(fsdp=8), mesh_of(expert=4), mesh_of()):
+        template = abstract(make_state(mesh))
+        restored = restore_state(tmp_path, 3, template)
+        assert_equal(restored, state)
+        assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, template)
+
+
+def test_only_the_newest_are_kept_and_leftovers_go(tmp_path, mesh_of):
+    saver = Saver(tmp_path, CheckpointConfig(keep_last=2))
+    for step in (0, 4, 8, 12):
+        saver.save(step, make_state(mesh_of(), step), Config(), {})
+    saver.wait()
+    assert committed_steps(tmp_path) == [8, 12] and sorted(p.name for p in tmp_path.iterdir()) == ["12", "12.json", "8", "8.json"]
+    (tmp_path / "12.json").unlink()  # as if killed between Orbax's end and ours
+    (tmp_path / "16.orbax-checkpoint-tmp").mkdir()
+    assert newest_step(tmp_path) == 8
+    assert remove_leftovers(tmp_path) == ["12", "16.orbax-checkpoint-tmp"]
+    assert_equal(restore_state(tmp_path, 8, abstract(make_state(mesh_of()))), make_state(mesh_of(), 8))
+
+
+def test_saved_steps_without_a_record_stop_the_run(tmp_path, mesh_of):
+    saver = Saver(tmp_path, CheckpointConfig())
+    saver.save(4, make_state(mesh_of()), Config(), {})
+    saver.wait()
+    (tmp_path / "4.json").unlink()
+    with pytest.raises(UserError, match="holds 4 but no commit record"):
+        newest_step(tmp_path)
+    (tmp_path / "4").rename(tmp_path / "0")  # killed inside the very first save: nothing to lose
+    assert newest_step(tmp_path) is None
+
+
+def test_a_save_that_fails_is_raised_and_leaves_no_record(tmp_path, mesh_of, monkeypatch):
+    saver = Saver(tmp_path, CheckpointConfig())
+    monkeypatch.setattr("k2jax.train.checkpoint.write_atomic", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    saver.save(0, make_state(mesh_of()), Config(), {})
+    with pytest.raises(RunFailed, match="could not be saved: .*No space left"):
+        saver.wait()
+    assert committed_steps(tmp_path) == []
+
+
+def test_a_state_may_be_donated_once_save_returns(tmp_path, mesh_of):
+    state = make_state(mesh_of(fsdp=2), step=7)
+    expected = jax.tree.map(np.array, state)
+    saver = Saver(tmp_path, CheckpointConfig())
+    saver.save(7, state, Config(), {})
+    jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
+    saver.wait()
+    assert_equal(restore_state(tmp_path, 7, abstract(make_state(mesh_of()))), expected)
