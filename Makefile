@@ -28,7 +28,7 @@ data/stdlib: | $(VENV)/ready
 train: env data/stdlib
 	$(BIN)/k2jax train configs/tiny.py --simulate 1
 	$(BIN)/k2jax train configs/tiny.py --simulate 1 --train.run-dir runs/tiny-no-clip --optim.qk-clip-tau none \
-		--train.num-steps 200
+		--train.num-steps 110
 	$(BIN)/python benchmarks/quickstart.py runs/tiny runs/tiny-no-clip
 
 test: env

@@ -30,17 +30,17 @@ def config() -> Config:
             initializer_range=0.02,
         ),
         optim=OptimConfig(
-            learning_rate=5e-3,
-            final_learning_rate=5e-4,
+            learning_rate=2e-2,
+            final_learning_rate=2e-3,
             warmup_tokens=20 * 4096,
-            constant_until_tokens=300 * 4096,
-            cosine_until_tokens=500 * 4096,
-            qk_clip_tau=10.0,
+            constant_until_tokens=60 * 4096,
+            cosine_until_tokens=150 * 4096,
+            qk_clip_tau=12.0,
         ),
         data=DataConfig(path="data/stdlib", sequence_length=256, batch_sequences=16, prefetch_sequences=64),
         mesh=MeshConfig(),
         train=TrainConfig(
-            run_dir="runs/tiny", num_steps=500, compute_dtype="float32", remat="none", log_every=10, eval_every=100
+            run_dir="runs/tiny", num_steps=250, compute_dtype="float32", remat="none", log_every=10, eval_every=100
         ),
         checkpoint=CheckpointConfig(save_every=100),
     )

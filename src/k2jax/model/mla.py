@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from k2jax.config import ModelConfig
+from k2jax.kernels.project import project
 from k2jax.model.attention import attention
 from k2jax.model.rope import apply_rope
 from k2jax.model.weights import Stack
@@ -53,15 +53,15 @@ class MLA(nnx.Module):
         config, dtype = self.config, x_BTD.dtype
         nope, latent = config.qk_nope_head_dim, config.kv_lora_rank
         # Latents are made where the tokens are, then moved: they are much smaller than x.
-        q_BTQ = jnp.einsum("BTD,DQ->BTQ", x_BTD, self.q_a.use(dtype))
+        q_BTQ = project("BTD,DQ->BTQ", x_BTD, self.q_a.use(dtype))
         q_BSQ = place(rms_norm(q_BTQ, self.q_a_norm.use(dtype), LATENT_NORM_EPS), "BSQ")
-        kv_BTJ = jnp.einsum("BTD,DJ->BTJ", x_BTD, self.kv_a.use(dtype))
+        kv_BTJ = project("BTD,DJ->BTJ", x_BTD, self.kv_a.use(dtype))
         c_BTC = rms_norm(kv_BTJ[..., :latent], self.kv_a_norm.use(dtype), LATENT_NORM_EPS)
         c_BZC, k_rope_BZR = place(c_BTC, "BZC"), place(kv_BTJ[..., latent:], "BZR")
 
-        q_BHSK = jnp.einsum("BSQ,QHK->BHSK", q_BSQ, self.q_b.use(dtype))
+        q_BHSK = project("BSQ,QHK->BHSK", q_BSQ, self.q_b.use(dtype))
         q_rope_BHSR = apply_rope(q_BHSK[..., nope:], positions.q_angles_BS[:, None]).astype(dtype)
-        kv_BHZG = jnp.einsum("BZC,CHG->BHZG", c_BZC, self.kv_b.use(dtype))
+        kv_BHZG = project("BZC,CHG->BHZG", c_BZC, self.kv_b.use(dtype))
         k_rope_BZR = apply_rope(k_rope_BZR, positions.k_angles_BZ).astype(dtype)
         k_rope_BHZR = place(jnp.broadcast_to(k_rope_BZR[:, None], (*kv_BHZG.shape[:3], k_rope_BZR.shape[-1])), "BHZR")
         out_BHSU, max_logit_H = attention(
@@ -71,4 +71,4 @@ class MLA(nnx.Module):
             positions.visible_BSZ,
             scale=(nope + config.qk_rope_head_dim) ** -0.5,
         )
-        return jnp.einsum("BHSU,HUD->BSD", out_BHSU, self.o.use(dtype), out_sharding=out_spec("BTD")), max_logit_H
+        return project("BHSU,HUD->BSD", out_BHSU, self.o.use(dtype), out_spec("BTD")), max_logit_H

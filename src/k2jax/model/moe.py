@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from k2jax.kernels.grouped_matmul import grouped_matmul
+from k2jax.kernels.project import project
 from k2jax.model.weights import RouterBias, Stack
 from k2jax.sharding.exchange import exchange_experts
 from k2jax.sharding.names import AXES
@@ -25,9 +26,9 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         dtype = x_BTD.dtype
-        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate.use(dtype))
-        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.up.use(dtype))
-        return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down.use(dtype))
+        gate_BTF = project("BTD,DF->BTF", x_BTD, self.gate.use(dtype))
+        up_BTF = project("BTD,DF->BTF", x_BTD, self.up.use(dtype))
+        return project("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down.use(dtype))
 
 
 def choose_experts(score_TX: jax.Array, bias_X: jax.Array, num_choices: int, factor: float):
@@ -60,7 +61,7 @@ class MoE(nnx.Module):
         dtype = x_BTD.dtype
         # The router runs in at least float32: bf16 logits would tie and flip choices.
         wide = jnp.promote_types(dtype, jnp.float32)
-        logit_BTX = jnp.einsum("BTD,DX->BTX", x_BTD.astype(wide), self.router.use(wide))
+        logit_BTX = project("BTD,DX->BTX", x_BTD.astype(wide), self.router.use(wide))
         weights = [w.use(dtype) for w in (self.gate, self.up, self.down)]
         routed, in_dims = self._routed, ("BTD", "BTX", "X", "EDF", "EDF", "EFD")
         if on_mesh():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from k2jax.config import ModelConfig
+from k2jax.kernels.project import project
 from k2jax.model.mla import MLA, Positions, rms_norm
 from k2jax.model.moe import MoE, SwiGLU
 from k2jax.model.rope import rope_angles
@@ -93,7 +94,7 @@ class Transformer(nnx.Module):
                 loads += [whole(load_LE)] if load_LE is not None else []
         x_BTD = rms_norm(x_BTD, self.norm.use(self.dtype), self.config.rms_norm_eps)
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, self.head.use(self.dtype), preferred_element_type=wide)
+        logits_BTV = project("BTD,DV->BTV", x_BTD, self.head.use(self.dtype), None, wide)
         no_load = jnp.zeros((0, self.config.n_routed_experts), jnp.int32)
         return Output(logits_BTV, jnp.concatenate(max_logits), jnp.concatenate(loads) if loads else no_load)
 
