@@ -19,7 +19,7 @@ from k2jax.launch.cli import use_cpu_devices
 
 
 def bigram_bits(store, rows: np.ndarray) -> float:
-    """Bits per predicted token of rows [n, T + 1] under a bigram model with add-0.01 smoothing, counted on the training split."""
+    """Bits per predicted token of rows [n, T + 1] under a bigram model of the training split, counts + 0.01."""
     size = store.manifest["tokenizer"]["vocab_size"]
     counts = np.zeros(size * size)
     total, chunk = store.num_tokens("train"), 2**22
@@ -84,7 +84,11 @@ def clip_figures(records: list[dict], tau: float) -> dict:
     """First step with a clip, and the median and maximum of the largest logit from 20 steps after it."""
     first = next((r["step"] for r in records if r["heads_clipped"]), None)
     later = [r["max_logit"] / tau for r in records if first is not None and r["step"] >= first + 20]
-    return {"first": first, "median": statistics.median(later) if later else math.nan, "max": max(later, default=math.nan)}
+    return {
+        "first": first,
+        "median": statistics.median(later) if later else math.nan,
+        "max": max(later, default=math.nan),
+    }
 
 
 def main() -> int:
@@ -120,7 +124,8 @@ def main() -> int:
     print(f"--- sample ({args.run}/sample.txt)\n{sample}\n---")
     checks = [
         (f"validation {model:.3f} bits per byte, bigram {bigram:.3f}", model < bigram),
-        (f"last byte {intact:.3f} bits, with its context shuffled {shuffled:.3f} (+{shuffled / intact - 1:.0%})", shuffled >= 1.2 * intact),
+        (f"last byte {intact:.3f} bits, with its context shuffled {shuffled:.3f} (+{shuffled / intact - 1:.0%})",
+         shuffled >= 1.2 * intact),
         (f"sample: {lines} consecutive lines that Python's tokenizer reads", lines >= 10),
         (f"sample: {len(copies)} lines of 60 or more characters copied from the training text", not copies),
         (f"QK-Clip: first at step {clip['first']}; from 20 steps later max logit / tau: median {clip['median']:.3f}, "

@@ -183,7 +183,11 @@ def flatten(values: dict) -> dict[str, object]:
 def field_types() -> dict[str, object]:
     """{"section.field": type} of every field of Config."""
     sections = typing.get_type_hints(Config)
-    return {f"{section}.{key}": kind for section, cls in sections.items() for key, kind in typing.get_type_hints(cls).items()}
+    return {
+        f"{section}.{key}": kind
+        for section, cls in sections.items()
+        for key, kind in typing.get_type_hints(cls).items()
+    }
 
 
 def unknown_field(name: str) -> str:
@@ -219,7 +223,9 @@ def describe_type(kind: object) -> str:
         return " or ".join(describe_type(k) for k in typing.get_args(kind))
     if origin is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(kind)))
-    return {float: "a finite number", int: "an integer", str: "text", bool: "True or False", types.NoneType: "None"}[kind]
+    return {float: "a finite number", int: "an integer", str: "text", bool: "True or False", types.NoneType: "None"}[
+        kind
+    ]
 
 
 # Fields that may be zero; every other number must be positive.
@@ -278,7 +284,8 @@ def _fit_problems(values: dict):
             continue
         value = values[name]
         near = [n for n in (value // divisor * divisor, (value // divisor + 1) * divisor) if n > 0]
-        yield f"{name} = {value}: must be a multiple of {' * '.join(map(str, divisors))} = {divisor}; nearest: {' or '.join(map(str, near))}"
+        rule = f"must be a multiple of {' * '.join(map(str, divisors))} = {divisor}"
+        yield f"{name} = {value}: {rule}; nearest: {' or '.join(map(str, near))}"
     for name, limit in _AT_MOST:
         if name in values and limit in values and values[name] > values[limit]:
             yield f"{name} = {values[name]}: must be at most {limit} = {values[limit]}"

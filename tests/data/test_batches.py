@@ -9,8 +9,17 @@ import pytest
 
 from k2jax.config import Config, DataConfig, UserError
 from k2jax.data.batches import (
-    NUM_ROWS, check_position, check_store, data_position, num_windows, permutation_key, read_row, train_batches,
-    validation_batches, window_of_row, windows_of_rows,
+    NUM_ROWS,
+    check_position,
+    check_store,
+    data_position,
+    num_windows,
+    permutation_key,
+    read_row,
+    train_batches,
+    validation_batches,
+    window_of_row,
+    windows_of_rows,
 )  # fmt: skip
 from k2jax.data.permutation import permute
 from k2jax.data.tokenizer import load_tokenizer

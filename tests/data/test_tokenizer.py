@@ -131,7 +131,9 @@ def test_pre_split_pieces():
 
 def test_guards_match_a_slow_loop():
     rng = np.random.default_rng(0)
-    runs = [("ab漢"[i % 3] if i % 2 else " \n\u3000"[i % 3]) * int(n) for i, n in enumerate(rng.integers(1, 70_000, 40))]
+    runs = [
+        ("ab漢"[i % 3] if i % 2 else " \n\u3000"[i % 3]) * int(n) for i, n in enumerate(rng.integers(1, 70_000, 40))
+    ]
     for text in ("", "abc", "".join(runs), "x" * 25_000, "x" * 25_001, "x" * 800_000, "a b " * 200_001):
         pieces = split_long(text)
         assert pieces == slow_split_long(text) and "".join(pieces) == text

@@ -38,13 +38,23 @@ def refusal(capsys, *arguments: str) -> str:
 def test_wrong_mesh_size(place, capsys):
     assert refusal(capsys, "train", MICRO, "--mesh.fsdp", "2", "--mesh.expert", "2") == (
         "k2jax train: 1 problem\n"
-        "  mesh.fsdp = 2 * mesh.expert = 2: needs 4 devices, there are 8; change the axes, or on a CPU give --simulate 4\n"
+        "  mesh.fsdp = 2 * mesh.expert = 2: needs 4 devices, there are 8; "
+        "change the axes, or on a CPU give --simulate 4\n"
     )
     assert list(place.iterdir()) == []
 
 
 def test_all_wrong_arguments_at_once(place, capsys):
-    arguments = ("--mesh.exprt", "2", "--optim.momentum", "high", "--mesh.tensor=3", "--data.seed", "4.5", "--train.remat")
+    arguments = (
+        "--mesh.exprt",
+        "2",
+        "--optim.momentum",
+        "high",
+        "--mesh.tensor=3",
+        "--data.seed",
+        "4.5",
+        "--train.remat",
+    )
     assert refusal(capsys, "train", MICRO, *arguments) == (
         "k2jax train: 6 problems\n"
         "  mesh.exprt: no such field; did you mean mesh.expert?\n"

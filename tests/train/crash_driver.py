@@ -1,9 +1,9 @@
 """Run the `k2jax` command and send this process a signal at a chosen moment: crash_driver.py MOMENT ARGUMENTS...
 
-    file:K          SIGKILL at the K-th operation on a file or folder inside the run directory
-    metrics:STEP    SIGKILL when half of the record of STEP is written
-    term:STEP       SIGTERM when the record of STEP has been written
-    count           no signal; prints the number of operations that file:K counts
+file:K          SIGKILL at the K-th operation on a file or folder inside the run directory
+metrics:STEP    SIGKILL when half of the record of STEP is written
+term:STEP       SIGTERM when the record of STEP has been written
+count           no signal; prints the number of operations that file:K counts
 """
 
 import json

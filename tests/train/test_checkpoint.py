@@ -53,7 +53,12 @@ def test_only_the_newest_are_kept_and_leftovers_go(tmp_path, mesh_of):
     for step in (0, 4, 8, 12):
         saver.save(step, make_state(mesh_of(), step), Config(), {})
     saver.wait()
-    assert committed_steps(tmp_path) == [8, 12] and sorted(p.name for p in tmp_path.iterdir()) == ["12", "12.json", "8", "8.json"]
+    assert committed_steps(tmp_path) == [8, 12] and sorted(p.name for p in tmp_path.iterdir()) == [
+        "12",
+        "12.json",
+        "8",
+        "8.json",
+    ]
     (tmp_path / "12.json").unlink()  # as if killed between Orbax's end and ours
     (tmp_path / "16.orbax-checkpoint-tmp").mkdir()
     assert newest_step(tmp_path) == 8
@@ -74,7 +79,9 @@ def test_saved_steps_without_a_record_stop_the_run(tmp_path, mesh_of):
 
 def test_a_save_that_fails_is_raised_and_leaves_no_record(tmp_path, mesh_of, monkeypatch):
     saver = Saver(tmp_path, CheckpointConfig())
-    monkeypatch.setattr("k2jax.train.checkpoint.write_atomic", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(
+        "k2jax.train.checkpoint.write_atomic", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
     saver.save(0, make_state(mesh_of()), Config(), {})
     with pytest.raises(RunFailed, match="could not be saved: .*No space left"):
         saver.wait()

@@ -29,7 +29,9 @@ pytestmark = pytest.mark.slow
 def place(tmp_path_factory) -> Path:
     """A folder with a token store, and a cache that spares every later process the compilation."""
     folder = tmp_path_factory.mktemp("runs")
-    prepare(str(Path(os.__file__).parent / "json"), str(folder / "store"), "byte", pattern="*.py", validation_fraction=0.5)
+    prepare(
+        str(Path(os.__file__).parent / "json"), str(folder / "store"), "byte", pattern="*.py", validation_fraction=0.5
+    )
     return folder
 
 
@@ -38,7 +40,16 @@ def train(place: Path, moment: str, *arguments: str) -> subprocess.CompletedProc
         "JAX_COMPILATION_CACHE_DIR": str(place / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, HERE / "crash_driver.py", moment, "train", HERE / "micro.py", "--simulate", "1", *arguments]
+    command = [
+        sys.executable,
+        HERE / "crash_driver.py",
+        moment,
+        "train",
+        HERE / "micro.py",
+        "--simulate",
+        "1",
+        *arguments,
+    ]
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -87,7 +98,7 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(place, reference
 
 
 def test_sigkill_at_ten_moments(place, reference):
-    """One run, killed ten times: before its first save, while it saves, inside a record, and at seeded file operations."""
+    """One run, killed ten times: before its first save, in a save, inside a record, at seeded file operations."""
     folder, operations = reference
     draw = random.Random(7)
     moments = ["file:1", "file:12", "metrics:2", "file:40", "metrics:9"]

@@ -20,7 +20,6 @@ from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_voc
 from k2jax.data.tokens import CHUNK_TOKENS, SHARD_TOKENS, SPLITS, TokenWriter
 from k2jax.files import sync_folder
 
-
 PART_BYTES = 2**14
 
 
@@ -258,7 +257,8 @@ def prepare(
     """Make the token store `out` and return its manifest without the files, with "path" and "digest".
 
     source: folders and files. A .jsonl file has a document on each line, in the field `text_field`; every other file
-    in a folder is one document, and a text named by itself is cut at line ends into documents of 16 KiB or more. `pattern` and `exclude` (`**/`, `*`, `?`) choose files in folders, by their path in there.
+    in a folder is one document, and a text named by itself is cut at line ends into documents of 16 KiB or more.
+    `pattern` and `exclude` (`**/`, `*`, `?`) choose files in folders, by their path in there.
     tokenizer: "byte", a .tiktoken file, a tokenizer.json, or "train:VOCAB", trained on the training split.
     progress: called with the documents and text bytes so far. UserError, and nothing written, for arguments and lines
     that cannot be, and where training or validation would have no document.

@@ -233,7 +233,8 @@ def train_vocab(spec: str) -> int | None:
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` ids, <|bos|> 0 and <|eos|> 1 among them; fewer if merges run out."""
-    from tokenizers import Regex, Tokenizer as Model, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Model
 
     train_vocab(f"train:{vocab_size}")
     model = Model(models.BPE())

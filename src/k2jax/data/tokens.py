@@ -1,11 +1,11 @@
 """The token store: a folder of token ids that any sequence length can read at random, and that notices damage.
 
-    manifest.json                what the folder holds, with a sha256 of every other file; written last
-    tokenizer.*                  the tokenizer's own file, where it has one
-    train/, validation/
-        tokens/                  zarr 3 array, uint32 [num_tokens], in shards of compressed chunks with crc32c
-        borders.npy              uint64 [num_documents + 1]: where each document starts, and the end
-        documents.jsonl          per document: name, bytes and sha256 of its text
+manifest.json                what the folder holds, with a sha256 of every other file; written last
+tokenizer.*                  the tokenizer's own file, where it has one
+train/, validation/
+    tokens/                  zarr 3 array, uint32 [num_tokens], in shards of compressed chunks with crc32c
+    borders.npy              uint64 [num_documents + 1]: where each document starts, and the end
+    documents.jsonl          per document: name, bytes and sha256 of its text
 """
 
 import array

@@ -18,7 +18,9 @@ def _spec(x: jax.Array) -> P | None:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
-def project(equation: str, x: jax.Array, w: jax.Array, out_spec: P | None = None, dtype: jnp.dtype | None = None) -> jax.Array:
+def project(
+    equation: str, x: jax.Array, w: jax.Array, out_spec: P | None = None, dtype: jnp.dtype | None = None
+) -> jax.Array:
     """jnp.einsum(equation, x, w). out_spec: sharding of the result where a cut dim is summed; dtype: of the result."""
     return jnp.einsum(equation, x, w, out_sharding=out_spec, preferred_element_type=dtype)
 

@@ -52,7 +52,7 @@ def _show_result(folder: Path, result) -> None:
     text = generate(str(folder), prompt="", num_tokens=400, temperature=0.7, seed=0)
     (folder / "sample.txt").write_text(text, encoding="utf-8")
     print(f"metrics: {folder / 'metrics.jsonl'}\ncheckpoints: {folder / 'checkpoints'}\nTensorBoard: {folder / 'tb'}")
-    print(f"sample ({folder / 'sample.txt'}; more with: k2jax generate {folder} \"def \"):\n{text}")
+    print(f'sample ({folder / "sample.txt"}; more with: k2jax generate {folder} "def "):\n{text}')
 
 
 def _prepare(args, rest: list[str]) -> int:
@@ -68,7 +68,9 @@ def _prepare(args, rest: list[str]) -> int:
             progress=lambda documents, size: status.update(f"{documents:,} documents, {size / 1e6:,.1f} MB"),
         )  # fmt: skip
     for reason, entry in summary["skipped"].items():
-        console.print(f"left out, {reason}: {entry['count']:,} (such as {', '.join(entry['examples'][:2])})", markup=False)
+        console.print(
+            f"left out, {reason}: {entry['count']:,} (such as {', '.join(entry['examples'][:2])})", markup=False
+        )
     for split, counts in summary["splits"].items():
         text = f"{counts['documents']:,} documents, {counts['text_bytes']:,} bytes, {counts['tokens']:,} tokens"
         console.print(f"{split}: {text}", markup=False)
@@ -108,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokenizer", required=True, help="byte, train:VOCAB, FILE.tiktoken or tokenizer.json")
     sub.add_argument("--pattern", default="**/*", help="which files of a folder (default: %(default)s)")
     sub.add_argument("--exclude", action="append", default=[], help="which of them not; may be repeated")
-    sub.add_argument("--validation-fraction", type=float, default=0.02, help="share of held-out documents (default: %(default)s)")
+    sub.add_argument(
+        "--validation-fraction", type=float, default=0.02, help="share of held-out documents (default: %(default)s)"
+    )
     sub.add_argument("--text-field", default="text", help="field of a .jsonl line (default: %(default)s)")
 
     sub = command("train", _train, "Train; resumes where the run directory stands.", add_help=False)

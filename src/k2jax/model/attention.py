@@ -1,6 +1,6 @@
 """Causal attention that also returns each head's largest logit, which QK-Clip needs.
 
-    B sequences, H heads, S queries, Z keys, K query and key dim, U value dim
+B sequences, H heads, S queries, Z keys, K query and key dim, U value dim
 """
 
 import jax

@@ -1,6 +1,6 @@
 """Multi-head latent attention (DeepSeek-V3 report 2.1.1): queries, keys and values come from two small latents.
 
-    T positions over context and tensor, S queries over context, Z keys whole; Q, C latents, J = C + R, G = N + U
+T positions over context and tensor, S queries over context, Z keys whole; Q, C latents, J = C + R, G = N + U
 """
 
 from typing import NamedTuple

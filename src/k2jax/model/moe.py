@@ -1,7 +1,7 @@
 """Feed-forward layers: SwiGLU, and the mixture of experts with a sigmoid router (DeepSeek-V3 report 2.1.2).
 
-    E experts as owners of weights, X experts as the router's scores, A experts of a token,
-    W rows that the experts of one device work on
+E experts as owners of weights, X experts as the router's scores, A experts of a token,
+W rows that the experts of one device work on
 """
 
 import jax
@@ -85,7 +85,9 @@ class MoE(nnx.Module):
             return grouped_matmul(jax.nn.silu(gate_WF) * up_WF, down_EFD, group_sizes_E)
 
         score_TX = score_BTX.reshape(-1, score_BTX.shape[-1])
-        expert_TA, weight_TA = choose_experts(score_TX, bias_X, config.num_experts_per_tok, config.routed_scaling_factor)
+        expert_TA, weight_TA = choose_experts(
+            score_TX, bias_X, config.num_experts_per_tok, config.routed_scaling_factor
+        )
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
         y_TD, load_E = exchange_experts(x_TD, expert_TA, weight_TA, experts, config.n_routed_experts, axis, num_shards)
         if on_mesh():

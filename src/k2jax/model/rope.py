@@ -13,7 +13,8 @@ def rope_angles(positions: jax.Array, rotary_dim: int, theta: float) -> jax.Arra
 def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
     """Turn adjacent pairs of the last dim by `angles` (broadcast); computed and returned in at least float32.
 
-    The output holds all first halves of the pairs, then all second ones: q and k are permuted alike, so logits are unchanged.
+    The output holds all first halves of the pairs, then all second ones: q and k are permuted alike, so their
+    logits are unchanged.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     cos, sin = jnp.cos(angles), jnp.sin(angles)

@@ -1,6 +1,6 @@
 """The Kimi K2 decoder: embedding, dense layers, MoE layers, norm, untied head.
 
-    B sequences, T positions, D hidden, V vocabulary, H heads, L layers of one stack
+B sequences, T positions, D hidden, V vocabulary, H heads, L layers of one stack
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from k2jax.sharding.rules import out_spec, place, whole
 
 
 class Output(NamedTuple):
-    """What a forward pass gives: logits [B, T, V] and max_logits [layers, H] in at least float32, expert_load [MoE layers, E] int32."""
+    """logits [B, T, V] and max_logits [layers, H] in at least float32, expert_load [MoE layers, E] int32."""
 
     logits: jax.Array
     max_logits: jax.Array
@@ -105,7 +105,9 @@ def declarations(config: ModelConfig) -> dict:
     return nnx.to_pure_dict(jax.tree.map(lambda p: p.weight, state, is_leaf=lambda x: isinstance(x, Param)))
 
 
-def build_model(config: ModelConfig, params: dict, router_bias: dict, dtype: jnp.dtype, remat: bool = False) -> Transformer:
+def build_model(
+    config: ModelConfig, params: dict, router_bias: dict, dtype: jnp.dtype, remat: bool = False
+) -> Transformer:
     """The model with these values: pytrees as `declarations` and `init_router_bias` shape them."""
     graph, _, _ = nnx.split(Transformer(config, dtype, remat), Param, RouterBias)
     return nnx.merge(graph, params, router_bias)

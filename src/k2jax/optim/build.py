@@ -24,7 +24,10 @@ def muonclip(
     """
     layouts = map_weights(lambda w: None, weights) if layouts is None else layouts
     views = jax.tree.map(
-        lambda w, layout: MatrixView(w.num_stack, w.num_inputs, layout), weights, layouts, is_leaf=lambda x: hasattr(x, "group")
+        lambda w, layout: MatrixView(w.num_stack, w.num_inputs, layout),
+        weights,
+        layouts,
+        is_leaf=lambda x: hasattr(x, "group"),
     )
     muon = scale_by_muon(
         views, config.momentum, config.nesterov, config.ns_steps, jnp.dtype(config.ns_dtype), config.update_rms
@@ -36,5 +39,7 @@ def muonclip(
         optax.partition({"muon": muon, "adamw": adam}, map_weights(lambda w: w.group, weights)),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(lambda step: learning_rate_of_step(config, step, batch_tokens)),
-        qk_clip(config.qk_clip_tau, parts) if config.qk_clip_tau is not None else optax.with_extra_args_support(optax.identity()),
+        qk_clip(config.qk_clip_tau, parts)
+        if config.qk_clip_tau is not None
+        else optax.with_extra_args_support(optax.identity()),
     )

@@ -1,4 +1,4 @@
-"""Muon as an optax transform: momentum, orthogonalisation, and the scale that matches AdamW's update (Moonlight 2.2)."""
+"""Muon as an optax transform: momentum, orthogonalisation, and the scale that makes it AdamW-like (Moonlight 2.2)."""
 
 import math
 from typing import NamedTuple

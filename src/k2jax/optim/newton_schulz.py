@@ -7,14 +7,16 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Keller Jordan's, used by Moonlight a
 
 
 def _normalise(x: jax.Array) -> jax.Array:
-    """x / ||x||_F per matrix; divided by its largest entry first, so that no square over- or underflows. Zero stays zero."""
+    """x / ||x||_F per matrix, by way of its largest entry so that no square over- or underflows. Zero stays zero."""
     largest = jnp.max(jnp.abs(x), (-2, -1), keepdims=True)
     x = x / jnp.where(largest > 0, largest, 1)
     norm = jnp.sqrt(jnp.sum(x * x, (-2, -1), keepdims=True))
     return x / jnp.where(norm > 0, norm, 1)
 
 
-def newton_schulz(x: jax.Array, steps: int = 5, dtype: jnp.dtype = jnp.bfloat16, coefficients=COEFFICIENTS) -> jax.Array:
+def newton_schulz(
+    x: jax.Array, steps: int = 5, dtype: jnp.dtype = jnp.bfloat16, coefficients=COEFFICIENTS
+) -> jax.Array:
     """Nearly orthogonal factor of every matrix in x [..., n, m]; same shape and dtype as x.
 
     X <- a X + (b A + c A^2) X with A = X X^T, on the shorter side. Singular values end in [0.68, 1.14] for

@@ -39,8 +39,8 @@ def _head_scales(part: QKPart, factors_LH: jax.Array, param: jax.Array) -> jax.A
 def qk_clip(tau: float, parts: optax.Params) -> optax.GradientTransformationExtraArgs:
     """Scale the *new* weights, params + update, of each head with max_logits > tau.
 
-    parts: pytree like the parameters, of QKPart or None. update() needs params and `max_logits` [layers, H]: the largest
-    scaled logit of this step's forward pass, over the whole batch. Unclipped heads come out as they went in, bit for bit.
+    parts: pytree like the parameters, of QKPart or None. update() needs params and `max_logits` [layers, H], the
+    largest of this step's scaled logits over the whole batch. Unclipped heads come out as they went in, bit for bit.
     """
 
     def update(updates, state, params=None, *, max_logits, **extra):

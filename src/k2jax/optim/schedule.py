@@ -13,7 +13,9 @@ def learning_rate(config: OptimConfig, tokens: jax.Array) -> jax.Array:
     final_learning_rate at cosine_until_tokens, and that from there on.
     """
     # As floats: 15.5T tokens do not fit an int32.
-    warmup, constant, cosine = map(float, (config.warmup_tokens, config.constant_until_tokens, config.cosine_until_tokens))
+    warmup, constant, cosine = map(
+        float, (config.warmup_tokens, config.constant_until_tokens, config.cosine_until_tokens)
+    )
     tokens = jnp.asarray(tokens, jnp.float32)
     warm = jnp.minimum(1.0, tokens / warmup) if warmup else 1.0
     progress = jnp.clip((tokens - constant) / max(cosine - constant, 1.0), 0.0, 1.0)

@@ -86,7 +86,8 @@ def exchange_experts(
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of each token's experts [T, D], and the rows that each expert here worked on [E].
 
-    experts(rows, group_sizes): the local experts on rows sorted by expert. weight_TA: float32 or wider, the sum's dtype. `axis` None: one shard.
+    experts(rows, group_sizes): the local experts on rows sorted by expert. weight_TA: float32 or wider.
+    `axis` None: one shard.
     """
     plan = plan_send(expert_TA, num_experts, num_shards)
     num_tokens, num_choices = expert_TA.shape

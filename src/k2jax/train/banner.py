@@ -30,7 +30,9 @@ def _device_bytes(tree) -> int:
     return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
-def banner(config: Config, weights, abstract: TrainState, mesh: jax.sharding.Mesh, optimizer_groups: dict[str, int]) -> str:
+def banner(
+    config: Config, weights, abstract: TrainState, mesh: jax.sharding.Mesh, optimizer_groups: dict[str, int]
+) -> str:
     """Versions, devices, mesh, parameters, bytes per device, FLOPs per token, optimizer groups."""
     leaves = weight_leaves(weights)
     counts = count_parameters(leaves, config.model)
@@ -46,9 +48,10 @@ def banner(config: Config, weights, abstract: TrainState, mesh: jax.sharding.Mes
         ("parameters", f"{_si(total)} total, {_si(active)} activated per token ({total:,} / {active:,})"),
         ("", ", ".join(f"{name} {_si(c[0])}" for name, c in counts.items())),
         ("optimizer", f"{groups} parameters; QK-Clip tau {config.optim.qk_clip_tau}"),
-        ("per device", f"{_si(_device_bytes(abstract.params))}B parameters, {_si(_device_bytes(abstract.opt_state))}B optimizer state"),
+        ("per device", f"{_si(_device_bytes(abstract.params))}B parameters, "
+                       f"{_si(_device_bytes(abstract.opt_state))}B optimizer state"),
         ("per token", f"{_si(flops)}FLOP forward and backward"),
-        ("batch", f"{config.data.batch_sequences} x {config.data.sequence_length} = {config.batch_tokens:,} tokens a step, "
+        ("batch", f"{config.data.batch_sequences} x {config.data.sequence_length} = {config.batch_tokens:,} tokens, "
                   f"{config.train.num_microbatches} microbatches; {config.train.num_steps:,} steps, "
                   f"{_si(config.train.num_steps * config.batch_tokens)}tokens"),
     ]  # fmt: skip

@@ -73,7 +73,9 @@ class Saver:
         path = self._folder / str(step)
         response = ocp.save_checkpointables_async(path, {**parts(state), "run": run}, overwrite=True)
         record = {"step": step, "data_position": data_position}
-        self._thread = threading.Thread(target=self._commit, args=(step, response, record), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._commit, args=(step, response, record), name="checkpoint", daemon=True
+        )
         self._thread.start()
 
     def _commit(self, step: int, response, record: dict) -> None:
@@ -112,7 +114,7 @@ def restore_run(folder: Path, step: int) -> dict:
 
 
 def restore_model(folder: Path, step: int, abstract: dict) -> dict:
-    """{"params", "router_bias"} of `step`, laid out as `abstract`, the same part of `parts(abstract_state(...))`, says."""
+    """{"params", "router_bias"} of `step`, laid out as `abstract`, that part of `parts(abstract_state(...))`, says."""
     return ocp.load_checkpointables((folder / str(step)).absolute(), {"model": abstract})["model"]
 
 
@@ -120,4 +122,3 @@ def restore_state(folder: Path, step: int, abstract: TrainState) -> TrainState:
     """The TrainState of `step` on the mesh of `abstract`, whatever mesh it was saved from."""
     stored = ocp.load_checkpointables((folder / str(step)).absolute(), parts(abstract))
     return TrainState(**stored["model"], **stored["optimizer"])
-

@@ -18,7 +18,9 @@ def split_rows(rows: dict[str, np.ndarray], num_microbatches: int, mesh: jax.sha
     tokens = rows["tokens"]
     arrays = (tokens[:, :-1], tokens[:, 1:], rows["positions"], rows["segment_ids"])
     sharding = jax.NamedSharding(mesh, spec("MBT"))
-    return Batch(*(jax.device_put(a.reshape(num_microbatches, -1, a.shape[1]).astype(np.int32), sharding) for a in arrays))
+    return Batch(
+        *(jax.device_put(a.reshape(num_microbatches, -1, a.shape[1]).astype(np.int32), sharding) for a in arrays)
+    )
 
 
 def bits_per_byte(nats_per_token: float, store: TokenStore) -> float:

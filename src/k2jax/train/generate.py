@@ -54,7 +54,9 @@ def sample(config: Config, model: dict, prompt: list[int], num_tokens: int, temp
             context = context[-(window // 2) :]
         tokens_BT = np.zeros((1, window), np.int32)
         tokens_BT[0, : len(context)] = context
-        token = int(next_token(model["params"], model["router_bias"], tokens_BT, len(context), jax.random.fold_in(key, index)))
+        token = int(
+            next_token(model["params"], model["router_bias"], tokens_BT, len(context), jax.random.fold_in(key, index))
+        )
         if token == stop:
             return
         context.append(token)

@@ -17,14 +17,15 @@ from k2jax.train.banner import banner, versions
 from k2jax.train.checkpoint import Saver, newest_step, remove_leftovers, restore_run, restore_state
 from k2jax.train.display import Display
 from k2jax.train.evaluate import bits_per_byte, make_evaluator, split_rows
-from k2jax.train.run_dir import MetricsFile, lock_run
 from k2jax.train.metrics import TensorBoard, check_finite, make_record
+from k2jax.train.run_dir import MetricsFile, lock_run
 from k2jax.train.state import TrainState, abstract_state, init_state, weight_leaves
 from k2jax.train.step import make_optimizer, make_train_step
 
 # Fields that a resumed run may change, because no later state depends on them: how it is cut, shown, read and kept.
 FREE_ON_RESUME = (
-    "mesh.", "checkpoint.", "data.path", "data.read_threads", "data.prefetch_sequences", "train.run_dir", "train.num_steps",
+    "mesh.", "checkpoint.", "data.path", "data.read_threads", "data.prefetch_sequences", "train.run_dir",
+    "train.num_steps",
     "train.log_every", "train.eval_every", "train.eval_sequences", "train.remat",
 )  # fmt: skip
 
@@ -62,9 +63,15 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
     folder = Path(config.train.run_dir)
     stored = folder / "config.json"
     if not stored.exists():
-        strangers = [e.name for e in folder.glob("*") if not e.name.startswith(("config.json", "lock"))] if folder.exists() else []
+        strangers = (
+            [e.name for e in folder.glob("*") if not e.name.startswith(("config.json", "lock"))]
+            if folder.exists()
+            else []
+        )
         if strangers:
-            raise UserError(f"{folder}: is no run (it has no config.json) and not empty: {', '.join(sorted(strangers)[:5])}")
+            raise UserError(
+                f"{folder}: is no run (it has no config.json) and not empty: {', '.join(sorted(strangers)[:5])}"
+            )
         return {}
     changes = differences(Config.from_json(stored.read_text(encoding="utf-8")), config)
     fixed = {name: change for name, change in changes.items() if not name.startswith(FREE_ON_RESUME)}

@@ -1,6 +1,6 @@
 """Next-token cross-entropy.
 
-    B sequences, T positions, V vocabulary
+B sequences, T positions, V vocabulary
 """
 
 import jax

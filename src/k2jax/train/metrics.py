@@ -38,7 +38,10 @@ def check_finite(record: dict) -> None:
     bad = [name for name in ("loss", "grad_norm", "max_logit") if not math.isfinite(record[name])]
     if bad:
         values = ", ".join(f"{name} = {record[name]}" for name in bad)
-        raise RunFailed(f"step {record['step']}: {values}; the state after it is not saved. Lower optim.learning_rate or look at the data")
+        raise RunFailed(
+            f"step {record['step']}: {values}; the state after it is not saved. "
+            "Lower optim.learning_rate or look at the data"
+        )
 
 
 class TensorBoard:

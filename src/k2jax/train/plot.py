@@ -18,7 +18,7 @@ def read_run(run_dir: str) -> tuple[Config, list[dict]]:
 
 
 def plot_runs(run_dirs: list[str], out: str) -> None:
-    """Write the PNG `out`: training loss, largest max logit with its tau, and clipped heads of every run, over tokens."""
+    """Write the PNG `out`: training loss, largest max logit with its tau, and clipped heads of every run."""
     try:
         import matplotlib
     except ImportError:

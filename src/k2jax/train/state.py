@@ -31,7 +31,9 @@ def init_state(config: Config, tx: optax.GradientTransformation) -> TrainState:
     """The state at step 0, a function of `config.train.seed`; sharded as declared where a mesh is set."""
 
     def init():
-        params = init_params(declarations(config.model), jax.random.key(config.train.seed), config.model.initializer_range)
+        params = init_params(
+            declarations(config.model), jax.random.key(config.train.seed), config.model.initializer_range
+        )
         return TrainState(jnp.zeros((), jnp.int32), params, init_router_bias(config.model), tx.init(params))
 
     return jax.jit(init)()

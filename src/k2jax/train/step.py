@@ -41,7 +41,9 @@ def make_optimizer(config: Config, mesh: jax.sharding.Mesh) -> optax.GradientTra
     """MuonClip for this model, with Newton-Schulz on whole matrices spread over `mesh`."""
 
     def layout(weight: Weight):
-        shape = jax.eval_shape(lambda x: as_matrices(x, MatrixView(weight.num_stack, weight.num_inputs)), weight_shape(weight)).shape
+        shape = jax.eval_shape(
+            lambda x: as_matrices(x, MatrixView(weight.num_stack, weight.num_inputs)), weight_shape(weight)
+        ).shape
         return whole_matrix_spec(shape, weight.num_stack, mesh, weight.spec)
 
     weights = declarations(config.model)
@@ -99,9 +101,11 @@ def make_train_step(config: Config, tx: optax.GradientTransformationExtraArgs) -
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, max_logits, load, grads = accumulate(loss_fn, state.params, state.router_bias, batch)
-        # Any optax chain may run here: inside auto_axes XLA lays out its arrays, outside they keep the declared shardings.
+        # Any optax chain may run here: inside auto_axes XLA lays out arrays, outside they have the declared shardings.
         specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (state.params, state.opt_state))
-        params, opt_state = jax.sharding.auto_axes(update, out_sharding=specs)(grads, state.opt_state, state.params, max_logits)
+        params, opt_state = jax.sharding.auto_axes(update, out_sharding=specs)(
+            grads, state.opt_state, state.params, max_logits
+        )
         router_bias = jax.tree.map(lambda b: balance(b, load, config.optim.router_bias_rate), state.router_bias)
         lr = learning_rate_of_step(config.optim, state.step, config.batch_tokens)
         metrics = Metrics(loss, optax.tree.norm(grads), lr, max_logits, load)
