@@ -1,5 +1,6 @@
 """Declarations against the published counts; initial values that depend on nothing but seed and name."""
 
+import functools
 from functools import partial
 
 import jax
@@ -63,8 +64,7 @@ def values(config, seed=0, part=None):
 
 def assert_part_of(some, full, rtol=0.0):
     for path, value in jax.tree_util.tree_leaves_with_path(some):
-        for entry in path:
-            full_value = (full if entry is path[0] else full_value)[entry.key]
+        full_value = functools.reduce(lambda tree, entry: tree[entry.key], path, full)
         np.testing.assert_allclose(value, full_value, rtol=rtol, err_msg=jax.tree_util.keystr(path))
 
 

@@ -22,12 +22,15 @@ def suffix_of(node):
 
 
 def einsum_of(node):
-    """(input letters, output letters, operands) where `node` is a call of einsum with a literal equation."""
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "einsum"):
+    """(input letters, output letters, operands) where `node` calls einsum or project with a literal equation."""
+    if not isinstance(node, ast.Call):
+        return None
+    name = getattr(node.func, "attr", getattr(node.func, "id", None))
+    if name not in ("einsum", "project") or not isinstance(node.args[0], ast.Constant):
         return None
     equation, *operands = node.args
     inputs, _, output = equation.value.partition("->")
-    return inputs.split(","), output, operands
+    return inputs.split(","), output, operands[:2] if name == "project" else operands
 
 
 def slips(source):
@@ -85,6 +88,7 @@ def test_the_rules_bite():
         "q_BHT = jnp.einsum('BTD,DH->BTH', x_BTD, w_DH)": "line 1: q_BHT is written as BTH",
         "q_BTH += jnp.einsum('BTD,DH->BTD', x, y)": "line 1: q_BTH is written as BTD",
         "f(jnp.einsum('BTD,DH->BTH', x_BTD))": "line 1: 2 inputs for 1 operands",
+        "q_BHT = project('BTD,DH->BTH', x_BTD, w, out_spec('BTH'))": "line 1: q_BHT is written as BTH",
     }
     for source, message in bad.items():
         assert list(slips(source)) == [message]
