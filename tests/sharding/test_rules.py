@@ -1,16 +1,18 @@
 """The table from dims to axes: what it refuses, and what it says of every declared weight."""
 
 import math
+import re
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from k2jax.config import ModelConfig
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import Weight
-from k2jax.optim.muon import MatrixView, as_matrices
-from k2jax.sharding.rules import spec, stored_spec, whole_matrix_spec
+from k2jax.optim.muon import MatrixView, as_matrices, scale_by_muon
+from k2jax.sharding.rules import spec, stored_spec, whole_matrix_specs
 
 
 def declared(config):
@@ -73,20 +75,41 @@ def test_whole_matrices(tiny, mesh_of, axes):
         shape = matrix_shape(weight)
         if weight.group != "muon":
             continue
-        result = whole_matrix_spec(shape, weight.num_stack, mesh, weight.spec)
-        assert len(result) == len(shape) == weight.num_stack + 2, name
-        assert result[-2:] == (None, None), name
-        used = [axes_of(entry) for entry in result]
-        assert len(sum(used, ())) == len(set(sum(used, ()))), name
-        for size, cut in zip(shape, used, strict=True):
-            assert size % math.prod(mesh.shape[a] for a in cut) == 0, name
-        if weight.stack == "LE":
-            assert used[1][0] == "expert", name
+        for result in whole_matrix_specs(weight.shape[: weight.num_stack], weight.spec, mesh):
+            assert len(result) == len(shape) == weight.num_stack + 2, name
+            assert result[-2:] == (None, None), name
+            used = [axes_of(entry) for entry in result]
+            assert len(sum(used, ())) == len(set(sum(used, ()))), name
+            for size, cut in zip(shape, used, strict=True):
+                assert size % math.prod(mesh.shape[a] for a in cut) == 0, name
+            if weight.stack == "LE":
+                assert used[1][0] == "expert", name
 
 
 def test_whole_matrices_by_hand(mesh_of):
     mesh = mesh_of(fsdp=2, expert=2, tensor=2)
-    # 6 layers take fsdp (6 -> 3), not tensor (3 is odd); 8 experts, cut over expert, take tensor
-    experts = whole_matrix_spec((6, 8, 5, 7), 2, mesh, P(None, "expert", "fsdp", None))
-    assert experts == P("fsdp", ("expert", "tensor"), None, None)
-    assert whole_matrix_spec((3, 5, 7), 1, mesh, P(None, "fsdp", None)) == P(None, None, None)
+    # fsdp leaves the matrix for the 6 layers; tensor does not divide the 3 that remain and joins the experts
+    assert whole_matrix_specs((6, 8), P(None, "expert", "fsdp", None), mesh) == (
+        P("fsdp", "expert", None, None),
+        P("fsdp", ("expert", "tensor"), None, None),
+    )
+    assert whole_matrix_specs((3,), P(None, "fsdp", None), mesh) == (P(None, None, None), P(None, None, None))
+
+
+def test_newton_schulz_moves_no_whole_stack(mesh_of):
+    """From experts cut inside their matrices to whole ones: all that is gathered is the way back from tensor."""
+    mesh, at_rest = mesh_of(fsdp=2, expert=2, tensor=2), P(None, "expert", "fsdp", None)
+    view = MatrixView(2, 1, whole_matrix_specs((3, 8), at_rest, mesh))
+    tx = scale_by_muon(view)
+
+    def update(grad):
+        return tx.update(grad, tx.init(grad))[0]
+
+    with jax.set_mesh(mesh):
+        grad = jax.device_put(np.ones((3, 8, 16, 32), np.float32), jax.NamedSharding(mesh, at_rest))
+        compiled = jax.jit(jax.sharding.auto_axes(update, out_sharding=at_rest)).lower(grad).compile()
+    collectives = re.findall(
+        r"= f32\[([\d,]+)\]\S* (all-gather|all-reduce|all-to-all|collective-permute)\(", compiled.as_text()
+    )
+    gathered = [math.prod(map(int, shape.split(","))) for shape, kind in collectives if kind != "all-to-all"]
+    assert collectives and max(gathered, default=0) <= 3 * 8 * 16 * 32 // 4  # what a device holds at rest

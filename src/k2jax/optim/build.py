@@ -10,24 +10,26 @@ from k2jax.optim.qk_clip import QKPart, qk_clip
 from k2jax.optim.schedule import learning_rate_of_step
 
 
+def is_declaration(x) -> bool:
+    """Whether x is a weight's declaration, by what optimizers need of one."""
+    return hasattr(x, "group")
+
+
 def map_weights(function, weights: optax.Params) -> optax.Params:
     """Map over a pytree of weight declarations (objects with group, num_stack, num_inputs, qk)."""
-    return jax.tree.map(function, weights, is_leaf=lambda x: hasattr(x, "group"))
+    return jax.tree.map(function, weights, is_leaf=is_declaration)
 
 
 def muonclip(
     config: OptimConfig, weights: optax.Params, batch_tokens: int, layouts: optax.Params | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """The whole chain. weights: pytree of declarations; layouts: PartitionSpec of each one's whole matrices, or None.
+    """The whole chain. weights: pytree of declarations; layouts: MatrixView.layouts of each, or None.
 
     update() needs params and, where qk_clip_tau is set, max_logits.
     """
-    layouts = map_weights(lambda w: None, weights) if layouts is None else layouts
+    layouts = map_weights(lambda w: (), weights) if layouts is None else layouts
     views = jax.tree.map(
-        lambda w, layout: MatrixView(w.num_stack, w.num_inputs, layout),
-        weights,
-        layouts,
-        is_leaf=lambda x: hasattr(x, "group"),
+        lambda w, specs: MatrixView(w.num_stack, w.num_inputs, specs), weights, layouts, is_leaf=is_declaration
     )
     muon = scale_by_muon(
         views, config.momentum, config.nesterov, config.ns_steps, jnp.dtype(config.ns_dtype), config.update_rms

@@ -14,12 +14,12 @@ from k2jax.optim.newton_schulz import newton_schulz
 class MatrixView(NamedTuple):
     """Which dims of a parameter make its matrix: [stack..., inputs..., outputs...].
 
-    layout: where the whole matrices lie during Newton-Schulz, for a view [stack..., n, m]; None leaves it to XLA.
+    layouts: shardings of [stack..., n, m] to pass through, one after the other, on the way to Newton-Schulz and back.
     """
 
     num_stack: int
     num_inputs: int
-    layout: P | None = None
+    layouts: tuple[P, ...] = ()
 
 
 class MuonState(NamedTuple):
@@ -52,10 +52,12 @@ def scale_by_muon(
 
     def orthogonalise(m: jax.Array, view: MatrixView) -> jax.Array:
         matrices = as_matrices(m, view)
-        if view.layout is not None:
-            matrices = jax.lax.with_sharding_constraint(matrices, view.layout)
-        scale = rms * math.sqrt(max(matrices.shape[-2:]))
-        return (scale * newton_schulz(matrices, ns_steps, ns_dtype)).reshape(m.shape)
+        for layout in view.layouts:
+            matrices = jax.lax.with_sharding_constraint(matrices, layout)
+        orthogonal = rms * math.sqrt(max(matrices.shape[-2:])) * newton_schulz(matrices, ns_steps, ns_dtype)
+        for layout in reversed(view.layouts):
+            orthogonal = jax.lax.with_sharding_constraint(orthogonal, layout)
+        return orthogonal.reshape(m.shape)
 
     def init(params):
         return MuonState(optax.tree.zeros_like(params))

@@ -7,6 +7,8 @@
 With tokens cut over `tensor` outside attention no token is normalised, routed or dispatched twice.
 """
 
+import math
+
 import jax
 from jax.sharding import PartitionSpec as P
 
@@ -40,26 +42,29 @@ def stored_spec(dims: str, matrix_dims: str) -> P:
     return P(*("fsdp" if dim == cut else axes for dim, axes in zip(dims, spec(dims), strict=True)))
 
 
-def whole_matrix_spec(shape: tuple[int, ...], num_stack: int, mesh: jax.sharding.Mesh, first: P) -> P:
-    """Where Newton-Schulz runs: matrix dims whole, the `num_stack` leading dims cut over all axes that divide them.
-
-    An axis that `first`, the spec at rest, has on a stack dim stays where it is (experts do not move).
-    """
-    cuts = [list(_axes(first[i])) if i < len(first) else [] for i in range(num_stack)]
-    used = {axis for cut in cuts for axis in cut}
-    for axis in (a for a in AXES if a not in used and mesh.shape[a] > 1):
-        for dim, cut in enumerate(cuts):
-            rest = shape[dim]
-            for taken in cut:
-                rest //= mesh.shape[taken]
-            if rest % mesh.shape[axis] == 0:
-                cut.append(axis)
-                break
-    return P(*(tuple(cut) or None for cut in cuts), *(None,) * (len(shape) - num_stack))
-
-
 def _axes(entry) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def whole_matrix_specs(stack_shape: tuple[int, ...], at_rest: P, mesh: jax.sharding.Mesh) -> tuple[P, P]:
+    """The two layouts through which a weight, seen as [stack..., n, m], goes to Newton-Schulz with its matrices whole.
+
+    First the axes that cut it at rest move to stack dims that they divide, then the other axes join; experts do not
+    move. In a single move XLA would gather the whole stack on every device ("involuntary full rematerialization").
+    """
+    entries = [*map(_axes, at_rest), *[()] * len(stack_shape)]
+    cuts = [list(entry) for entry in entries[: len(stack_shape)]]
+    moved = [axis for entry in entries[len(stack_shape) :] for axis in entry]
+    joining = [axis for axis in AXES if mesh.shape[axis] > 1 and all(axis not in entry for entry in entries)]
+    specs = []
+    for axes in (moved, joining):
+        for axis in axes:  # each to the first stack dim that it divides further; to none, and it holds copies
+            for size, cut in zip(stack_shape, cuts, strict=True):
+                if size % math.prod(mesh.shape[a] for a in (*cut, axis)) == 0:
+                    cut.append(axis)
+                    break
+        specs.append(P(*(tuple(cut) or None for cut in cuts), None, None))
+    return tuple(specs)
 
 
 def on_mesh() -> bool:

@@ -10,10 +10,9 @@ import optax
 from k2jax.config import Config
 from k2jax.model.transformer import build_model, declarations
 from k2jax.optim.balance import balance
-from k2jax.optim.build import muonclip
-from k2jax.optim.muon import MatrixView, as_matrices
+from k2jax.optim.build import map_weights, muonclip
 from k2jax.optim.schedule import learning_rate_of_step
-from k2jax.sharding.rules import whole_matrix_spec
+from k2jax.sharding.rules import whole_matrix_specs
 from k2jax.train.loss import cross_entropy_sum
 from k2jax.train.state import TrainState, Weight
 
@@ -40,19 +39,11 @@ class Metrics(NamedTuple):
 def make_optimizer(config: Config, mesh: jax.sharding.Mesh) -> optax.GradientTransformationExtraArgs:
     """MuonClip for this model, with Newton-Schulz on whole matrices spread over `mesh`."""
 
-    def layout(weight: Weight):
-        shape = jax.eval_shape(
-            lambda x: as_matrices(x, MatrixView(weight.num_stack, weight.num_inputs)), weight_shape(weight)
-        ).shape
-        return whole_matrix_spec(shape, weight.num_stack, mesh, weight.spec)
+    def layouts(weight: Weight):
+        return whole_matrix_specs(weight.shape[: weight.num_stack], weight.spec, mesh)
 
     weights = declarations(config.model)
-    layouts = jax.tree.map(layout, weights, is_leaf=lambda x: isinstance(x, Weight))
-    return muonclip(config.optim, weights, config.batch_tokens, layouts)
-
-
-def weight_shape(weight: Weight) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(weight.shape, jnp.float32)
+    return muonclip(config.optim, weights, config.batch_tokens, map_weights(layouts, weights))
 
 
 def make_loss(config: Config) -> Callable:
