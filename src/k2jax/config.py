@@ -234,7 +234,8 @@ _MAY_BE_ZERO = {
     "optim.weight_decay", "optim.momentum", "optim.adam_b1", "optim.adam_b2", "optim.router_bias_rate",
     "data.seed", "data.read_threads", "train.seed",
 }  # fmt: skip
-_BELOW_ONE = {"optim.momentum", "optim.adam_b1", "optim.adam_b2"}
+# (jax.random.key would drop the higher bits of a seed)
+_BELOW = {"optim.momentum": 1, "optim.adam_b1": 1, "optim.adam_b2": 1, "train.seed": 2**32}
 
 
 def _own_problems(values: dict) -> dict[str, str]:
@@ -249,8 +250,8 @@ def _own_problems(values: dict) -> dict[str, str]:
             continue
         elif value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
             problems[name] = f"must be {least}"
-        elif value >= 1 and name in _BELOW_ONE:
-            problems[name] = "must be below 1"
+        elif value >= _BELOW.get(name, math.inf):
+            problems[name] = f"must be below {_BELOW[name]}"
     return {name: f"{name} = {values[name]!r}: {rule}" for name, rule in problems.items()}
 
 

@@ -225,3 +225,13 @@ def test_a_text_named_by_itself_is_cut_at_line_ends(tmp_path):
     assert "".join(part for _, part in parts) == text
     assert all(part.endswith("\n") and 2**14 <= len(part) < 2**14 + 40 for _, part in parts[:-1])
     assert all(text[int(name.removeprefix("book.txt@")) :].startswith(part) for name, part in parts)
+
+
+def test_one_bad_byte_loses_one_part(tmp_path):
+    text = bytearray("".join(f"line {i} of a long text\n" for i in range(20_000)).encode())
+    text[100_000] = 0xFF
+    (tmp_path / "book.txt").write_bytes(text)
+    summary = prepare(str(tmp_path / "book.txt"), str(tmp_path / "out"), "byte", validation_fraction=0.2)
+    assert summary["skipped"]["not UTF-8"]["count"] == 1
+    kept = sum(counts["text_bytes"] for counts in summary["splits"].values())
+    assert len(text) - 2**14 - 40 < kept < len(text) - 2**14 + 40

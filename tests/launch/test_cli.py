@@ -120,3 +120,25 @@ def test_help_is_quick():
         subprocess.run([sys.executable, "-m", "k2jax", "--help"], check=True, capture_output=True)
         times.append(time.perf_counter() - started)
     assert min(times) < 0.5
+
+
+def test_values_out_of_range_are_refused(place, capsys):
+    (place / "file").write_text("")
+    assert "--simulate 0: must be at least 1" in refusal(capsys, "train", MICRO, "--simulate", "0")
+    assert "train.seed = 4294967296: must be below 4294967296" in refusal(
+        capsys, "train", MICRO, "--train.seed", "4294967296"
+    )
+    assert refusal(capsys, "generate", "run", "--temperature", "-1", "--tokens", "-5", "--seed", "-2") == (
+        "k2jax generate: 3 problems\n"
+        "  temperature = -1.0: must be a number of at least 0; 0 is greedy\n"
+        "  tokens = -5: must be at least 0\n"
+        "  seed = -2: must be at least 0 and below 2**32\n"
+    )
+    assert "must be a file name that ends in .png" in refusal(capsys, "plot", "run", "--out", "nowhere/x.png")
+
+
+def test_a_run_directory_that_cannot_be_made(place, capsys):
+    prepare(documents(place / "texts", 200), "store", "byte", validation_fraction=0.3)
+    (place / "file").write_text("")
+    arguments = ("train", MICRO, *ON_EIGHT, "--train.run-dir")
+    assert "train.run_dir = 'file/run': cannot be made: " in refusal(capsys, *arguments, "file/run")

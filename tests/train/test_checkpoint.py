@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from k2jax.config import CheckpointConfig, Config, RunFailed, UserError
-from k2jax.train.checkpoint import Saver, committed_steps, newest_step, remove_leftovers, restore_run, restore_state
+from k2jax.train.checkpoint import (
+    Saver,
+    committed_steps,
+    newest_step,
+    remove_leftovers,
+    restore_run,
+    restore_state,
+    set_damaged_aside,
+)
 from k2jax.train.state import TrainState
 
 
@@ -96,3 +104,32 @@ def test_a_state_may_be_donated_once_save_returns(tmp_path, mesh_of):
     jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
     saver.wait()
     assert_equal(restore_state(tmp_path, 7, abstract(make_state(mesh_of()))), expected)
+
+
+def flip_a_bit(step_folder) -> None:
+    """In the middle of the largest file, which holds arrays."""
+    largest = max((p for p in step_folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
+def test_damaged_steps_are_set_aside_and_the_one_before_is_used(tmp_path, mesh_of):
+    folder = tmp_path / "checkpoints"
+    saver = Saver(folder, CheckpointConfig())
+    for step in (0, 4, 8):
+        saver.save(step, make_state(mesh_of(), step), Config(), {})
+    saver.wait()
+    flip_a_bit(folder / "8")
+    problems = set_damaged_aside(folder)
+    assert len(problems) == 1 and "is not what was written (sha256)" in problems[0]
+    assert committed_steps(folder) == [0, 4] and sorted(p.name for p in (tmp_path / "damaged").iterdir()) == [
+        "8",
+        "8.json",
+    ]
+    assert set_damaged_aside(folder) == []
+    (folder / "4" / "commit_success.txt").unlink()
+    flip_a_bit(folder / "0")
+    with pytest.raises(UserError, match="no sound checkpoint is left"):
+        set_damaged_aside(folder)
+    assert committed_steps(folder) == [0, 4]

@@ -93,18 +93,17 @@ def _texts_of_lines(name: str, path: Path, text_field: str, skipped: _Tally, bad
                 bad.add("line", f"{path}:{number}: is not JSON ({error}); mend or remove the line")
 
 
-def _parts(name: str, path: Path) -> Iterator[tuple[str, str]]:
+def _parts(name: str, path: Path, skipped: _Tally) -> Iterator[tuple[str, str]]:
     """A text named by itself, cut at line ends into parts of at least PART_BYTES: held-out text needs more than one."""
-    lines, size, start = [], 0, 0
+    start, end = 0, path.stat().st_size
     with open(path, "rb") as file:
-        for line in file:
-            lines.append(line)
-            size += len(line)
-            if size >= PART_BYTES:
-                yield f"{name}@{start}", b"".join(lines).decode("utf-8")
-                lines, start, size = [], start + size, 0
-    if lines:
-        yield f"{name}@{start}", b"".join(lines).decode("utf-8")
+        while start < end:
+            part = file.read(PART_BYTES) + file.readline()
+            try:
+                yield f"{name}@{start}", part.decode("utf-8")
+            except UnicodeDecodeError:
+                skipped.add("not UTF-8", f"{name}@{start}")
+            start += len(part)
 
 
 def _texts(files: list[_File], text_field: str, skipped: _Tally, bad: _Tally) -> Iterator[tuple[str, str]]:
@@ -117,7 +116,7 @@ def _texts(files: list[_File], text_field: str, skipped: _Tally, bad: _Tally) ->
             if path.suffix.lower() == ".jsonl":
                 yield from _texts_of_lines(name, path, text_field, skipped, bad)
             elif alone:
-                yield from _parts(name, path)
+                yield from _parts(name, path, skipped)
             else:
                 yield name, path.read_bytes().decode("utf-8")
         except UnicodeDecodeError:

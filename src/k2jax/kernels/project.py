@@ -1,7 +1,7 @@
 """Activation times weight, with gradients written so that XLA's CPU matmul takes them without a transpose.
 
 `jnp.einsum`'s own gradient for the weight is a matmul in the other operand order and a transpose after it; a SwiGLU
-layer's forward and backward took twice as long with it (benchmarks/project.py).
+layer's forward and backward took twice as long with it on a CPU (benchmarks/project.py).
 """
 
 from functools import partial
@@ -17,24 +17,37 @@ def _spec(x: jax.Array) -> P | None:
     return None if sharding.mesh.empty else sharding.spec
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
-def project(
-    equation: str, x: jax.Array, w: jax.Array, out_spec: P | None = None, dtype: jnp.dtype | None = None
-) -> jax.Array:
-    """jnp.einsum(equation, x, w). out_spec: sharding of the result where a cut dim is summed; dtype: of the result."""
-    return jnp.einsum(equation, x, w, out_sharding=out_spec, preferred_element_type=dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
+def _project(equation, x, w, out_spec, dtype, precision):
+    return jnp.einsum(equation, x, w, out_sharding=out_spec, preferred_element_type=dtype, precision=precision)
 
 
-def _forward(equation, x, w, out_spec, dtype):
-    return project(equation, x, w, out_spec, dtype), (x, w)
+def _forward(equation, x, w, out_spec, dtype, precision):
+    return _project(equation, x, w, out_spec, dtype, precision), (x, w)
 
 
-def _backward(equation, out_spec, dtype, saved, dy):
+def _backward(equation, out_spec, dtype, precision, saved, dy):
     x, w = saved
     operands, y_dims = equation.split("->")
     x_dims, w_dims = operands.split(",")
-    dx = jnp.einsum(f"{y_dims},{w_dims}->{x_dims}", dy, w, out_sharding=_spec(x)).astype(x.dtype)
-    return dx, jnp.einsum(f"{x_dims},{y_dims}->{w_dims}", x, dy, out_sharding=_spec(w)).astype(w.dtype)
+    dx = jnp.einsum(f"{y_dims},{w_dims}->{x_dims}", dy, w, out_sharding=_spec(x), precision=precision)
+    dw = jnp.einsum(f"{x_dims},{y_dims}->{w_dims}", x, dy, out_sharding=_spec(w), precision=precision)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
-project.defvjp(_forward, _backward)
+_project.defvjp(_forward, _backward)
+
+
+def project(
+    equation: str,
+    x: jax.Array,
+    w: jax.Array,
+    out_spec: P | None = None,
+    dtype: jnp.dtype | None = None,
+    precision: str | None = None,
+) -> jax.Array:
+    """jnp.einsum(equation, x, w), and its gradients in the dtypes of x and w.
+
+    out_spec: sharding of the result where a cut dim is summed; dtype: of the result; precision: of the matmuls.
+    """
+    return _project(equation, x, w, out_spec, dtype, precision)

@@ -10,14 +10,28 @@ from k2jax.launch.overrides import load_config, override, print_fields
 
 
 def use_cpu_devices(count: int) -> None:
-    """Make this process see `count` CPU devices and nothing else; must come before the first use of jax's devices."""
+    """Make this process see `count` CPU devices and nothing else; must come before the first use of jax's devices.
+
+    Raises UserError for a count below 1.
+    """
+    if count < 1:
+        raise UserError(f"--simulate {count}: must be at least 1")
     import jax
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
 
 
+TRAIN_USAGE = """usage: k2jax train CONFIG [--simulate N] [--section.field value ...]
+
+CONFIG is a Python file with config(); `k2jax train CONFIG --help` lists its fields.
+--simulate N runs on N CPU devices."""
+
+
 def _train(args, rest: list[str]) -> int:
+    if args.config is None:
+        print(TRAIN_USAGE)
+        return 0 if {"-h", "--help"} & set(rest) else 2
     config = load_config(args.config)
     if {"-h", "--help"} & set(rest):
         print_fields(config, f"k2jax train {args.config}")
@@ -80,7 +94,6 @@ def _prepare(args, rest: list[str]) -> int:
 
 
 def _generate(args, rest: list[str]) -> int:
-    use_cpu_devices(1)
     from k2jax.train.generate import generate
 
     print(args.prompt + generate(args.run, args.prompt, args.tokens, args.temperature, args.seed))
@@ -116,9 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--text-field", default="text", help="field of a .jsonl line (default: %(default)s)")
 
     sub = command("train", _train, "Train; resumes where the run directory stands.", add_help=False)
-    sub.add_argument("config", metavar="CONFIG", help="a Python file with config(); CONFIG --help lists its fields")
+    sub.add_argument("config", metavar="CONFIG", nargs="?")
     sub.add_argument("--simulate", type=int, metavar="N", help="run on N CPU devices")
-    sub.usage = "k2jax train CONFIG [--simulate N] [--section.field value ...]"
+    sub.usage = TRAIN_USAGE.removeprefix("usage: ")
 
     sub = command("generate", _generate, "Continue a text with a trained model.")
     sub.add_argument("run", help="run directory")

@@ -27,6 +27,8 @@ def _parse_value(kind: object, text: str) -> object:
     """`text` as a value of a field's type, as tyro reads it; raises ValueError."""
     import tyro  # 0.1 s, and only needed where something is overridden
 
+    if kind is str:
+        return text
     if text.lower() == "none":
         text = "None"
     try:

@@ -6,6 +6,8 @@ B sequences, H heads, S queries, Z keys, K query and key dim, U value dim
 import jax
 import jax.numpy as jnp
 
+from k2jax.model.weights import wide
+
 
 def attention(
     q_BHSK: jax.Array, k_BHZK: jax.Array, v_BHZU: jax.Array, visible_BSZ: jax.Array, scale: float
@@ -15,11 +17,11 @@ def attention(
     Softmax in float32, normalised after the sum over values: one pass less over [B, H, S, Z], which is materialised.
     Every query must see at least one key.
     """
-    wide = jnp.promote_types(q_BHSK.dtype, jnp.float32)
-    logit_BHSZ = jnp.einsum("BHSK,BHZK->BHSZ", q_BHSK, k_BHZK, preferred_element_type=wide) * scale
+    dtype = wide(q_BHSK.dtype)
+    logit_BHSZ = jnp.einsum("BHSK,BHZK->BHSZ", q_BHSK, k_BHZK, preferred_element_type=dtype) * scale
     logit_BHSZ = jnp.where(visible_BSZ[:, None], logit_BHSZ, -jnp.inf)
     max_BHS = jax.lax.stop_gradient(logit_BHSZ).max(-1)
     weight_BHSZ = jnp.exp(logit_BHSZ - max_BHS[..., None])
     sum_BHS = weight_BHSZ.sum(-1)
-    out_BHSU = jnp.einsum("BHSZ,BHZU->BHSU", weight_BHSZ.astype(v_BHZU.dtype), v_BHZU, preferred_element_type=wide)
+    out_BHSU = jnp.einsum("BHSZ,BHZU->BHSU", weight_BHSZ.astype(v_BHZU.dtype), v_BHZU, preferred_element_type=dtype)
     return (out_BHSU / sum_BHS[..., None]).astype(v_BHZU.dtype), max_BHS.max((0, 2))

@@ -12,17 +12,20 @@ from flax import nnx
 from k2jax.kernels.project import project
 from k2jax.model.attention import attention
 from k2jax.model.rope import apply_rope
-from k2jax.model.weights import Stack
+from k2jax.model.weights import Param, Stack, wide
 from k2jax.sharding.rules import out_spec, place
 
 LATENT_NORM_EPS = 1e-6  # the published code builds the latent norms with this, whatever rms_norm_eps is
 
 
-def rms_norm(x: jax.Array, gain_D: jax.Array, eps: float) -> jax.Array:
-    """Normalise the last dim in at least float32, cast back, then apply the gain (order of the published code)."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * gain_D
+def rms_norm(x: jax.Array, gain: Param, eps: float) -> jax.Array:
+    """Normalise the last dim in float32 (or wider), cast back, then apply the gain (order of the published code).
+
+    The gain acts in float32: its gradient is a sum over all tokens, which bf16 cannot hold.
+    """
+    x_wide = x.astype(wide(x.dtype))
+    normed = x_wide * jax.lax.rsqrt(jnp.mean(x_wide * x_wide, -1, keepdims=True) + eps)
+    return (normed.astype(x.dtype) * gain.use(x_wide.dtype)).astype(x.dtype)
 
 
 class Positions(NamedTuple):
@@ -54,9 +57,9 @@ class MLA(nnx.Module):
         nope, latent = config.qk_nope_head_dim, config.kv_lora_rank
         # Latents are made where the tokens are, then moved: they are much smaller than x.
         q_BTQ = project("BTD,DQ->BTQ", x_BTD, self.q_a.use(dtype))
-        q_BSQ = place(rms_norm(q_BTQ, self.q_a_norm.use(dtype), LATENT_NORM_EPS), "BSQ")
+        q_BSQ = place(rms_norm(q_BTQ, self.q_a_norm, LATENT_NORM_EPS), "BSQ")
         kv_BTJ = project("BTD,DJ->BTJ", x_BTD, self.kv_a.use(dtype))
-        c_BTC = rms_norm(kv_BTJ[..., :latent], self.kv_a_norm.use(dtype), LATENT_NORM_EPS)
+        c_BTC = rms_norm(kv_BTJ[..., :latent], self.kv_a_norm, LATENT_NORM_EPS)
         c_BZC, k_rope_BZR = place(c_BTC, "BZC"), place(kv_BTJ[..., latent:], "BZR")
 
         q_BHSK = project("BSQ,QHK->BHSK", q_BSQ, self.q_b.use(dtype))

@@ -10,7 +10,7 @@ from flax import nnx
 
 from k2jax.kernels.grouped_matmul import grouped_matmul
 from k2jax.kernels.project import project
-from k2jax.model.weights import RouterBias, Stack
+from k2jax.model.weights import RouterBias, Stack, wide
 from k2jax.sharding.exchange import exchange_experts
 from k2jax.sharding.names import AXES
 from k2jax.sharding.rules import on_mesh, spec
@@ -59,9 +59,9 @@ class MoE(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Output [B, T, D] and the rows that each expert worked on, over the whole batch: int32 [E]."""
         dtype = x_BTD.dtype
-        # The router runs in at least float32: bf16 logits would tie and flip choices.
-        wide = jnp.promote_types(dtype, jnp.float32)
-        logit_BTX = project("BTD,DX->BTX", x_BTD.astype(wide), self.router.use(wide))
+        # At least float32, and in full: bf16 logits, which accelerators make of float32 by default, would flip choices.
+        router_DX = self.router.use(wide(dtype))
+        logit_BTX = project("BTD,DX->BTX", x_BTD.astype(router_DX.dtype), router_DX, precision="highest")
         weights = [w.use(dtype) for w in (self.gate, self.up, self.down)]
         routed, in_dims = self._routed, ("BTD", "BTX", "X", "EDF", "EDF", "EFD")
         if on_mesh():

@@ -14,7 +14,7 @@ from k2jax.kernels.project import project
 from k2jax.model.mla import MLA, Positions, rms_norm
 from k2jax.model.moe import MoE, SwiGLU
 from k2jax.model.rope import rope_angles
-from k2jax.model.weights import Param, RouterBias, Stack, Weight, declare, dim_sizes
+from k2jax.model.weights import Param, RouterBias, Stack, Weight, declare, dim_sizes, wide
 from k2jax.sharding.rules import out_spec, place, whole
 
 
@@ -37,10 +37,10 @@ class Layer(nnx.Module):
         self.ffn = MoE(stack) if is_moe else SwiGLU(stack, stack.config.intermediate_size, "dense ffn")
 
     def __call__(self, x_BTD: jax.Array, positions: Positions):
-        dtype, eps = x_BTD.dtype, self.config.rms_norm_eps
-        attended_BTD, max_logit_H = self.attention(rms_norm(x_BTD, self.attention_norm.use(dtype), eps), positions)
+        eps = self.config.rms_norm_eps
+        attended_BTD, max_logit_H = self.attention(rms_norm(x_BTD, self.attention_norm, eps), positions)
         x_BTD += attended_BTD
-        normed_BTD = rms_norm(x_BTD, self.ffn_norm.use(dtype), eps)
+        normed_BTD = rms_norm(x_BTD, self.ffn_norm, eps)
         y_BTD, load_E = self.ffn(normed_BTD) if isinstance(self.ffn, MoE) else (self.ffn(normed_BTD), None)
         return x_BTD + y_BTD, (max_logit_H, load_E)
 
@@ -85,16 +85,17 @@ class Transformer(nnx.Module):
         if segment_ids_BT is None:
             segment_ids_BT = jnp.zeros_like(tokens_BT)
         positions = make_positions(positions_BT, segment_ids_BT, self.config)
-        x_BTD = self.embedding.use(self.dtype).at[tokens_BT].get(out_sharding=out_spec("BTD"))
+        # Cast after the look-up: the gradient of a frequent token's row is a sum that bf16 cannot hold.
+        rows_BTD = self.embedding.use(wide(self.dtype)).at[tokens_BT].get(out_sharding=out_spec("BTD"))
+        x_BTD = rows_BTD.astype(self.dtype)
         max_logits, loads = [], []
         for layers in (self.dense, self.moe):
             if layers is not None:
                 x_BTD, (max_logit_LH, load_LE) = scan_layers(layers, x_BTD, positions, self.remat)
                 max_logits.append(whole(max_logit_LH))
                 loads += [whole(load_LE)] if load_LE is not None else []
-        x_BTD = rms_norm(x_BTD, self.norm.use(self.dtype), self.config.rms_norm_eps)
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        logits_BTV = project("BTD,DV->BTV", x_BTD, self.head.use(self.dtype), None, wide)
+        x_BTD = rms_norm(x_BTD, self.norm, self.config.rms_norm_eps)
+        logits_BTV = project("BTD,DV->BTV", x_BTD, self.head.use(self.dtype), None, wide(self.dtype))
         no_load = jnp.zeros((0, self.config.n_routed_experts), jnp.int32)
         return Output(logits_BTV, jnp.concatenate(max_logits), jnp.concatenate(loads) if loads else no_load)
 

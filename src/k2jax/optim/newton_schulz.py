@@ -1,5 +1,7 @@
 """Orthogonalise matrices by the quintic Newton-Schulz iteration (Muon; k2-facts 4.2, Moonlight 2.1)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -25,9 +27,11 @@ def newton_schulz(
     """
     a, b, c = coefficients
     tall = x.shape[-2] > x.shape[-1]
+    # Accelerators would otherwise multiply float32 matrices as bf16.
+    multiply = partial(jnp.matmul, precision=None if dtype == jnp.bfloat16 else "highest")
     y = _normalise(x).astype(dtype)
     y = y.mT if tall else y
     for _ in range(steps):
-        gram = y @ y.mT
-        y = a * y + (b * gram + c * gram @ gram) @ y
+        gram = multiply(y, y.mT)
+        y = a * y + multiply(b * gram + c * multiply(gram, gram), y)
     return (y.mT if tall else y).astype(x.dtype)

@@ -6,6 +6,7 @@
 Steps are found by their records alone, never by Orbax's listing: it shows steps whose save has not ended yet.
 """
 
+import hashlib
 import json
 import shutil
 import threading
@@ -22,6 +23,52 @@ from k2jax.train.state import TrainState
 def committed_steps(folder: Path) -> list[int]:
     """Steps that can be restored, oldest first."""
     return sorted(int(record.stem) for record in folder.glob("*.json") if record.stem.isdigit())
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """{relative path: sha256} of every file below `folder`."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = {}
+    for path in paths:
+        with open(path, "rb") as file:
+            digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def damage(folder: Path, step: int) -> list[str]:
+    """What is wrong with the files of a committed step, compared with its record; [] for a sound one.
+
+    Orbax itself restores flipped bits without a word.
+    """
+    record = json.loads((folder / f"{step}.json").read_text(encoding="utf-8"))
+    expected, found = record["files"], _digests(folder / str(step))
+    return [
+        f"{folder / str(step) / name}: {'is missing' if name not in found else 'is not what was written (sha256)'}"
+        for name in expected
+        if found.get(name) != expected[name]
+    ]
+
+
+def set_damaged_aside(folder: Path) -> list[str]:
+    """Move the newest steps that are damaged to ../damaged; what was wrong. Raises UserError where none is sound."""
+    problems, bad = [], []
+    for step in reversed(committed_steps(folder)):
+        if not (wrong := damage(folder, step)):
+            break
+        problems += wrong
+        bad.append(step)
+    else:
+        if problems:
+            raise UserError(
+                *problems, f"{folder}: no sound checkpoint is left; restore one, or begin a new train.run_dir"
+            )
+    for step in bad:
+        aside = folder.parent / "damaged"
+        aside.mkdir(exist_ok=True)
+        for name in (f"{step}.json", str(step)):
+            shutil.rmtree(aside / name, ignore_errors=True)
+            (folder / name).rename(aside / name)
+    return problems
 
 
 def newest_step(folder: Path) -> int | None:
@@ -82,6 +129,7 @@ class Saver:
         try:
             response.result(timeout=self._config.save_timeout_seconds)
             sync_folder(self._folder)
+            record["files"] = _digests(self._folder / str(step))
             write_atomic(self._folder / f"{step}.json", json.dumps(record, indent=2) + "\n")
             self._prune()
         except BaseException as error:
@@ -100,11 +148,15 @@ class Saver:
             error, self._error = self._error, None
             raise RunFailed(f"checkpoint in {self._folder} could not be saved: {error}") from error
 
-    def wait(self) -> None:
-        """Return when no save is under way."""
+    def join(self) -> None:
+        """Return when no save is under way, without raising: for the end of a run that failed elsewhere."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def wait(self) -> None:
+        """Return when no save is under way; raise what one failed with."""
+        self.join()
         self.poll()
 
 

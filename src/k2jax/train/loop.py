@@ -1,7 +1,9 @@
 """The training loop: build or restore; save if due, draw the batch, step, write the previous step's metrics."""
 
+import contextlib
 import signal
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,14 @@ from k2jax.files import write_atomic
 from k2jax.model.transformer import declarations
 from k2jax.sharding.mesh import make_mesh
 from k2jax.train.banner import banner, versions
-from k2jax.train.checkpoint import Saver, newest_step, remove_leftovers, restore_run, restore_state
+from k2jax.train.checkpoint import (
+    Saver,
+    newest_step,
+    remove_leftovers,
+    restore_run,
+    restore_state,
+    set_damaged_aside,
+)
 from k2jax.train.display import Display
 from k2jax.train.evaluate import bits_per_byte, make_evaluator, split_rows
 from k2jax.train.metrics import TensorBoard, check_finite, make_record
@@ -96,18 +105,36 @@ def start_state(config: Config, tx, store: TokenStore, mesh, saver: Saver, displ
             saver.wait()
         return state
     with display.phase(f"restore step {step}"):
-        check_position(restore_run(folder, step)["data_position"], store, config, step)
         return restore_state(folder, step, abstract_state(config, tx, mesh))
 
 
-def prepare_run(config: Config) -> tuple[TokenStore, jax.sharding.Mesh, dict]:
-    """Check all that can be checked before anything is written; (store, mesh, changes since the run began)."""
-    config.validate()
-    mesh = make_mesh(config.mesh)
-    changes = check_run_dir(config)
-    store = TokenStore(config.data.path)
-    check_store(store, config)
-    return store, mesh, changes
+def make_run_dir(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"train.run_dir = {str(folder)!r}: cannot be made: {error.strerror}; give another") from None
+
+
+def check_resume(config: Config, store: TokenStore) -> tuple[int, list[str]]:
+    """The step that the run goes on from, and what to tell its user. Raises UserError where it may not go on."""
+    folder = Path(config.train.run_dir)
+    notes = [
+        f"changed since the run began: {name} {old!r} -> {new!r}" for name, (old, new) in check_run_dir(config).items()
+    ]
+    if damaged := set_damaged_aside(folder / "checkpoints"):
+        notes += [*damaged, f"moved to {folder / 'damaged'}"]
+    step = newest_step(folder / "checkpoints")
+    if step is not None:
+        check_position(restore_run(folder / "checkpoints", step)["data_position"], store, config, step)
+    return step or 0, notes
+
+
+def describe_run(config: Config, tx, mesh: jax.sharding.Mesh) -> str:
+    """The start banner."""
+    weights, groups = declarations(config.model), Counter()
+    for weight in weight_leaves(weights):
+        groups[weight.group] += weight.size
+    return banner(config, weights, abstract_state(config, tx, mesh), mesh, groups)
 
 
 def run(config: Config) -> Result:
@@ -115,23 +142,21 @@ def run(config: Config) -> Result:
 
     Raises UserError for what a user can mend before the first step, RunFailed where the run itself went wrong.
     """
-    store, mesh, changes = prepare_run(config)
+    config.validate()
+    mesh = make_mesh(config.mesh)
+    check_run_dir(config)  # before anything is written, and again below when nobody else can write
+    store = TokenStore(config.data.path)
+    check_store(store, config)
     folder = Path(config.train.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_run_dir(folder)
     with lock_run(folder), jax.set_mesh(mesh):
+        first, notes = check_resume(config, store)
         write_atomic(folder / "config.json", config.to_json())
         write_atomic(folder / "env.txt", "".join(f"{name} {version}\n" for name, version in versions().items()))
         tx = make_optimizer(config, mesh)
         saver = Saver(folder / "checkpoints", config.checkpoint)
-        first = newest_step(folder / "checkpoints") or 0
         display = Display(first, config.train.num_steps, config.train.log_every)
-        for name, (old, new) in changes.items():
-            display.say(f"changed since the run began: {name} {old!r} -> {new!r}")
-        weights = declarations(config.model)
-        groups = {}
-        for weight in weight_leaves(weights):
-            groups[weight.group] = groups.get(weight.group, 0) + weight.size
-        display.say(banner(config, weights, abstract_state(config, tx, mesh), mesh, groups))
+        display.say("\n".join([describe_run(config, tx, mesh), *notes]))
         stop = StopRequest()
         try:
             state = start_state(config, tx, store, mesh, saver, display)
@@ -139,6 +164,7 @@ def run(config: Config) -> Result:
         finally:
             stop.restore()
             display.close()
+            saver.join()  # a failure elsewhere loses no save that had begun
 
 
 def train(config, tx, store, mesh, state: TrainState, saver: Saver, display: Display, stop: StopRequest) -> Result:
@@ -163,12 +189,21 @@ def train(config, tx, store, mesh, state: TrainState, saver: Saver, display: Dis
         metrics_file.write(record)
         board.write(record)
         display.step(record)
-        check_finite(record)
+        check_finite(record, config.train.run_dir)
+
+    @contextlib.contextmanager
+    def untimed():
+        """What is no part of a step's time."""
+        nonlocal last_time
+        started = time.monotonic()
+        yield
+        last_time += time.monotonic() - started
 
     def save():
         write_pending()
         metrics_file.sync()  # a committed step's past is on the disk
-        saver.save(step, state, config, data_position(store, config, step))
+        with untimed():
+            saver.save(step, state, config, data_position(store, config, step))
 
     if step < num_steps:
         rows = next(batches)
@@ -188,7 +223,9 @@ def train(config, tx, store, mesh, state: TrainState, saver: Saver, display: Dis
             step += 1
             extra = {}
             if step == num_steps or (config.train.eval_every and step % config.train.eval_every == 0):
-                validation = bits_per_byte(evaluate(state.params, state.router_bias), store)
+                jax.block_until_ready(metrics)
+                with untimed():
+                    validation = bits_per_byte(evaluate(state.params, state.router_bias), store)
                 extra = {"validation_bits_per_byte": validation}
             pending = (step - 1, metrics, extra)
             saver.poll()

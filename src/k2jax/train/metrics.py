@@ -22,6 +22,7 @@ def make_record(step: int, metrics: Metrics, config: Config, seconds: float) -> 
         "loss": float(metrics.loss),
         "loss_hex": float(metrics.loss).hex(),
         "grad_norm": float(metrics.grad_norm),
+        "param_norm": float(metrics.param_norm),
         "learning_rate": float(metrics.learning_rate),
         "max_logit": float(metrics.max_logits.max()),
         "max_logit_by_layer": [float(layer.max()) for layer in metrics.max_logits],
@@ -33,14 +34,15 @@ def make_record(step: int, metrics: Metrics, config: Config, seconds: float) -> 
     }
 
 
-def check_finite(record: dict) -> None:
-    """Raise RunFailed where the step's loss or gradient is not a number."""
-    bad = [name for name in ("loss", "grad_norm", "max_logit") if not math.isfinite(record[name])]
+def check_finite(record: dict, run_dir: str) -> None:
+    """Raise RunFailed where the step's loss, gradient or new parameters are not numbers."""
+    bad = [name for name in ("loss", "grad_norm", "max_logit", "param_norm") if not math.isfinite(record[name])]
     if bad:
         values = ", ".join(f"{name} = {record[name]}" for name in bad)
         raise RunFailed(
-            f"step {record['step']}: {values}; the state after it is not saved. "
-            "Lower optim.learning_rate or look at the data"
+            f"step {record['step']}: {values}; the state after it is not saved, the newest good one is in "
+            f"{run_dir}/checkpoints. The same command would come to the same step: begin a new train.run_dir with "
+            "another optim.learning_rate, or look at the data"
         )
 
 

@@ -19,6 +19,8 @@ def read_run(run_dir: str) -> tuple[Config, list[dict]]:
 
 def plot_runs(run_dirs: list[str], out: str) -> None:
     """Write the PNG `out`: training loss, largest max logit with its tau, and clipped heads of every run."""
+    if Path(out).suffix != ".png" or not Path(out).parent.is_dir() or Path(out).is_dir():
+        raise UserError(f"out = {out!r}: must be a file name that ends in .png, in a folder that is there")
     try:
         import matplotlib
     except ImportError:

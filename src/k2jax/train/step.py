@@ -27,10 +27,11 @@ class Batch(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What one step reports; all of the whole batch, before the update."""
+    """What one step reports; all of the whole batch."""
 
     loss: jax.Array  # nats per token
     grad_norm: jax.Array  # before clipping
+    param_norm: jax.Array  # after the update: not finite where the new state is broken
     learning_rate: jax.Array
     max_logits: jax.Array  # [layers, H]
     expert_load: jax.Array  # [MoE layers, E] rows
@@ -99,7 +100,7 @@ def make_train_step(config: Config, tx: optax.GradientTransformationExtraArgs) -
         )
         router_bias = jax.tree.map(lambda b: balance(b, load, config.optim.router_bias_rate), state.router_bias)
         lr = learning_rate_of_step(config.optim, state.step, config.batch_tokens)
-        metrics = Metrics(loss, optax.tree.norm(grads), lr, max_logits, load)
+        metrics = Metrics(loss, optax.tree.norm(grads), optax.tree.norm(params), lr, max_logits, load)
         return TrainState(state.step + 1, params, router_bias, opt_state), metrics
 
     return train_step
