@@ -1,0 +1,53 @@
+"""Forward and backward of a SwiGLU layer with `project`, against the same with `jnp.einsum`: python benchmarks/project.py
+
+Interleaved pairs in one process; prints the median ratio of the times and the share of this machine's matmul rate.
+"""
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from k2jax.kernels.project import project
+from k2jax.launch.cli import use_cpu_devices
+
+BATCH, LENGTH, HIDDEN, WIDTH, PAIRS = 16, 256, 128, 512, 15
+
+
+def seconds(function, *arguments) -> float:
+    started = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - started
+
+
+def layer_gradient(multiply):
+    """Gradients of x and the three weights, with `multiply(equation, x, w)` for every projection."""
+
+    def loss(x, gate, up, down):
+        hidden = jax.nn.silu(multiply("BTD,DF->BTF", x, gate)) * multiply("BTD,DF->BTF", x, up)
+        return jnp.sum(multiply("BTF,FD->BTD", hidden, down) ** 2)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+
+
+def main() -> None:
+    use_cpu_devices(1)
+    keys = jax.random.split(jax.random.key(0), 5)
+    square = jax.random.normal(keys[4], (2048, 2048))
+    dot = jax.jit(jnp.dot)
+    dot(square, square)
+    rate = 2 * 2048**3 / min(seconds(dot, square, square) for _ in range(10))
+    shapes = ((BATCH, LENGTH, HIDDEN), (HIDDEN, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN))
+    arguments = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=False)]
+    ours, plain = layer_gradient(project), layer_gradient(jnp.einsum)
+    seconds(ours, *arguments), seconds(plain, *arguments)
+    pairs = [(seconds(ours, *arguments), seconds(plain, *arguments)) for _ in range(PAIRS)]
+    flops = 3 * 3 * 2 * BATCH * LENGTH * HIDDEN * WIDTH
+    print(f"einsum / project: {statistics.median(b / a for a, b in pairs):.2f} (median of {PAIRS} pairs)")
+    print(f"share of the matmul rate ({rate / 1e9:.0f} GFLOP/s): project {flops / min(a for a, _ in pairs) / rate:.0%}, "
+          f"einsum {flops / min(b for _, b in pairs) / rate:.0%}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
