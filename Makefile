@@ -20,6 +20,8 @@ $(VENV)/ready: setup.cfg pyproject.toml constraints-$(VERSION).txt
 constraints-%.txt:
 	@echo "k2jax is tested on Python 3.11 and 3.12, this is $*; give PYTHON=python3.11 or python3.12"; exit 1
 
+data: data/stdlib
+
 data/stdlib: | $(VENV)/ready
 	$(BIN)/k2jax prepare $(STDLIB) --pattern '**/*.py' --exclude 'site-packages/**' --exclude 'dist-packages/**' \
 		--tokenizer byte --out data/stdlib

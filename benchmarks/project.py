@@ -1,6 +1,7 @@
-"""Forward and backward of a SwiGLU layer with `project`, against the same with `jnp.einsum`: python benchmarks/project.py
+"""Forward and backward of a SwiGLU layer with `project`, against the same with `jnp.einsum`.
 
-Interleaved pairs in one process; prints the median ratio of the times and the share of this machine's matmul rate.
+python benchmarks/project.py; interleaved pairs in one process. Prints the median ratio of the times, and the shares of
+this machine's matmul rate.
 """
 
 import statistics
@@ -45,8 +46,8 @@ def main() -> None:
     pairs = [(seconds(ours, *arguments), seconds(plain, *arguments)) for _ in range(PAIRS)]
     flops = 3 * 3 * 2 * BATCH * LENGTH * HIDDEN * WIDTH
     print(f"einsum / project: {statistics.median(b / a for a, b in pairs):.2f} (median of {PAIRS} pairs)")
-    print(f"share of the matmul rate ({rate / 1e9:.0f} GFLOP/s): project {flops / min(a for a, _ in pairs) / rate:.0%}, "
-          f"einsum {flops / min(b for _, b in pairs) / rate:.0%}")  # fmt: skip
+    shares = [f"{name} {flops / min(times) / rate:.0%}" for name, times in zip(("project", "einsum"), zip(*pairs))]
+    print(f"share of the matmul rate ({rate / 1e9:.0f} GFLOP/s): {', '.join(shares)}")
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ def config() -> Config:
         ),
         optim=OptimConfig(
             learning_rate=2e-2,
-            final_learning_rate=2e-3,
+            final_learning_rate=1.2e-3,
             warmup_tokens=20 * 4096,
             constant_until_tokens=60 * 4096,
-            cosine_until_tokens=180 * 4096,
+            cosine_until_tokens=170 * 4096,
             qk_clip_tau=12.0,
         ),
         data=DataConfig(path="data/stdlib", sequence_length=256, batch_sequences=16, prefetch_sequences=64),

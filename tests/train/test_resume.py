@@ -123,8 +123,9 @@ def test_a_changed_config_is_refused_with_all_differences(place, reference):
         (place / "run").rename(place / "reference")
     assert refused.returncode == 2
     assert refused.stderr == (
-        "k2jax train: 3 problems\n"
-        "  optim.learning_rate: the run in run has 0.02, now given 0.01\n"
-        "  data.seed: the run in run has 0, now given 3\n"
-        "  these may not change within a run; restore them, or give another train.run_dir\n"
+        "k2jax train: 2 problems\n"
+        "  optim.learning_rate: the run in run has 0.02, now given 0.01; "
+        "this may not change within a run; restore it, or give another train.run_dir\n"
+        "  data.seed: the run in run has 0, now given 3; "
+        "this may not change within a run; restore it, or give another train.run_dir\n"
     )

@@ -24,8 +24,9 @@ def use_cpu_devices(count: int) -> None:
 
 TRAIN_USAGE = """usage: k2jax train CONFIG [--simulate N] [--section.field value ...]
 
-CONFIG is a Python file with config(); `k2jax train CONFIG --help` lists its fields.
---simulate N runs on N CPU devices."""
+Trains, or goes on with the run in train.run_dir. Ctrl-C finishes the step, saves and says how to resume.
+CONFIG is a Python file with config(), such as configs/tiny.py; `k2jax train CONFIG --help` lists its fields.
+--simulate N runs on N CPU devices, even where there is an accelerator."""
 
 
 def _train(args, rest: list[str]) -> int:
@@ -66,7 +67,7 @@ def _show_result(folder: Path, result) -> None:
     text = generate(str(folder), prompt="", num_tokens=400, temperature=0.7, seed=0)
     (folder / "sample.txt").write_text(text, encoding="utf-8")
     print(f"metrics: {folder / 'metrics.jsonl'}\ncheckpoints: {folder / 'checkpoints'}\nTensorBoard: {folder / 'tb'}")
-    print(f'sample ({folder / "sample.txt"}; more with: k2jax generate {folder} "def "):\n{text}')
+    print(f"sample ({folder / 'sample.txt'}; more with: k2jax generate {folder} PROMPT):\n{text}")
 
 
 def _prepare(args, rest: list[str]) -> int:

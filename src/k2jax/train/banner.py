@@ -11,6 +11,7 @@ from k2jax.model.flops import count_parameters, flops_per_token
 from k2jax.train.state import TrainState, weight_leaves
 
 LIBRARIES = ("k2jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+SHOWN = ("k2jax", "jax", "flax", "optax", "python")
 
 
 def versions() -> dict[str, str]:
@@ -42,7 +43,7 @@ def banner(
     groups = ", ".join(f"{name} {_si(size)}" for name, size in optimizer_groups.items())
     flops = flops_per_token(leaves, config.model, config.data.sequence_length)
     lines = [
-        ("k2jax", "  ".join(f"{name} {version}" for name, version in library.items())),
+        ("versions", "  ".join(f"{name} {library[name]}" for name in SHOWN)),
         ("devices", f"{mesh.size} x {device.device_kind} ({device.platform})"),
         ("mesh", "  ".join(f"{axis} {size}" for axis, size in mesh.shape.items())),
         ("parameters", f"{_si(total)} total, {_si(active)} activated per token ({total:,} / {active:,})"),

@@ -6,16 +6,24 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 
-def describe(record: dict) -> str:
-    """One step in one line."""
+def describe(record: dict, width: int) -> str:
+    """One step in one line; fields of fixed width, the last ones left out where `width` columns do not hold them."""
     heads = ", ".join(record["clipped_heads"][:4]) + (", ..." if record["heads_clipped"] > 4 else "")
-    clipped = f"{record['heads_clipped']} ({heads})" if record["heads_clipped"] else "0"
-    return (
-        f"loss {record['loss']:.4f}  grad {record['grad_norm']:.3g}  lr {record['learning_rate']:.2e}  "
-        f"{record['tokens_per_second']:,.0f} tok/s  max logit {record['max_logit']:.2f}  heads clipped {clipped}"
-    )
+    fields = [
+        f"loss {record['loss']:6.4f}",
+        f"max logit {record['max_logit']:6.2f}",
+        f"clipped {record['heads_clipped']}" + (f" ({heads})" if heads else ""),
+        f"grad {record['grad_norm']:6.3f}",
+        f"lr {record['learning_rate']:.2e}",
+        f"{record['tokens_per_second']:7,.0f} tok/s",
+    ]
+    fields = [fields[i] for i in (0, 3, 4, 5, 1, 2)] if width >= 110 else fields
+    while len(fields) > 1 and len("  ".join(fields)) > width:
+        fields.pop()
+    return "  ".join(fields)
 
 
 def _duration(seconds: float) -> str:
@@ -33,10 +41,11 @@ class Display:
         self._started = None
         self._live = None
         if self._console.is_terminal:
-            self._live = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(20), TextColumn("eta"), TimeRemainingColumn(),
-                TextColumn("{task.description}"), console=self._console,
-            )  # fmt: skip
+            width = self._console.width
+            bar = [BarColumn(12)] if width >= 120 else []
+            columns = [MofNCompleteColumn(table_column=Column(no_wrap=True)), *bar, TimeRemainingColumn()]
+            self._live = Progress(TextColumn("step"), *columns, TextColumn("{task.description}"), console=self._console)
+            self._width = width - (50 if bar else 28)  # what the other columns leave
             self._task = self._live.add_task("", total=num_steps, completed=first_step)
 
     def say(self, text: str) -> None:
@@ -56,10 +65,14 @@ class Display:
         done = record["step"] + 1
         if self._live:
             self._live.start()
-            self._live.update(self._task, completed=done, description=describe(record))
-        elif done % self._log_every == 0 or done == self._num_steps:
+            self._live.update(self._task, completed=done, description=describe(record, self._width))
+        if "validation_bits_per_byte" in record:
+            self.say(
+                f"step {done}/{self._num_steps}  validation {record['validation_bits_per_byte']:.4f} bits per byte"
+            )
+        if not self._live and (done % self._log_every == 0 or done == self._num_steps):
             left = (time.monotonic() - self._started) / (done - self._first_step) * (self._num_steps - done)
-            self.say(f"step {done}/{self._num_steps}  {describe(record)}  eta {_duration(left)}")
+            self.say(f"step {done}/{self._num_steps}  {describe(record, 1000)}  eta {_duration(left)}")
 
     def close(self) -> None:
         if self._live:

@@ -49,6 +49,7 @@ class StopRequest:
     def _set(self, number, frame):
         self.signal = number
         self.restore()
+        print("stopping after this step; the same signal again stops at once", flush=True)
 
     def restore(self) -> None:
         for number, handler in self._old.items():
@@ -85,9 +86,12 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
     changes = differences(Config.from_json(stored.read_text(encoding="utf-8")), config)
     fixed = {name: change for name, change in changes.items() if not name.startswith(FREE_ON_RESUME)}
     if fixed:
+        rule = "this may not change within a run; restore it, or give another train.run_dir"
         raise UserError(
-            *(f"{name}: the run in {folder} has {old!r}, now given {new!r}" for name, (old, new) in fixed.items()),
-            "these may not change within a run; restore them, or give another train.run_dir",
+            *(
+                f"{name}: the run in {folder} has {old!r}, now given {new!r}; {rule}"
+                for name, (old, new) in fixed.items()
+            )
         )
     return changes
 
@@ -205,7 +209,7 @@ def train(config, tx, store, mesh, state: TrainState, saver: Saver, display: Dis
         with untimed():
             saver.save(step, state, config, data_position(store, config, step))
 
-    if step < num_steps:
+    if step < num_steps and stop.signal is None:
         rows = next(batches)
         with display.phase("compile"):
             batch = split_rows(rows, config.train.num_microbatches, mesh)

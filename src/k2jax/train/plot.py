@@ -45,6 +45,7 @@ def plot_runs(run_dirs: list[str], out: str) -> None:
     logit_axes.set_ylabel("largest attention logit of the step")
     head_axes.set_ylabel("heads clipped")
     head_axes.set_xlabel("tokens")
+    head_axes.set_ylim(bottom=0)
     for axes in (loss_axes, logit_axes, head_axes):
         axes.grid(alpha=0.3)
     loss_axes.legend()
