@@ -114,7 +114,7 @@ def main() -> int:
     bigram = bits_per_byte(bigram_bits(store, rows(config.train.eval_sequences)) * math.log(2), store)
     model = next(r["validation_bits_per_byte"] for r in reversed(records) if "validation_bits_per_byte" in r)
     intact, shuffled = last_token_bits(args.run, rows(args.windows))
-    sample = generate(args.run, "", 1200, temperature=0.6, seed=1)
+    sample = generate(args.run, "", 2000, temperature=0.7, seed=1)
     Path(args.run, "sample.txt").write_text(sample, encoding="utf-8")
     copies, lines = copied_lines(sample, store), readable_lines(sample)
     clip, lost = clip_figures(records, tau), max(r["max_logit"] for r in unclipped) / tau
