@@ -121,7 +121,7 @@ def test_bit_flip_is_named(folder, place):
     store.read("train", 0, 2 * SHARD)  # the shards before are whole
     with pytest.raises(CorruptStore) as error:
         store.read("train", 2 * SHARD - 1, 2 * SHARD + 1)
-    assert str(error.value) == f"{path}: sha256 is {module._sha256(path)}, the manifest says {expected}; {MEND}"
+    assert str(error.value) == f"{path}: sha256 is {module.sha256_of(path)}, the manifest says {expected}; {MEND}"
 
 
 def test_swapped_shards_are_named(folder):
@@ -220,9 +220,9 @@ def test_damaged_manifests(folder):
 
 
 def test_each_shard_is_hashed_once_whatever_the_threads(folder, monkeypatch):
-    names, real = [], module._sha256
+    names, real = [], module.sha256_of
     store, expected = TokenStore(folder), plain("train", load_tokenizer("byte"))
-    monkeypatch.setattr(module, "_sha256", lambda path: (names.append(path.name), real(path))[1])
+    monkeypatch.setattr(module, "sha256_of", lambda path: (names.append(path.name), real(path))[1])
     results = [None] * 8
 
     def read(i):

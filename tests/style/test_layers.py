@@ -82,4 +82,6 @@ def test_no_import_has_a_side_effect_on_jax():
     modules = [".".join(p.relative_to(ROOT.parent).with_suffix("").parts) for p in FILES]
     code = f"import importlib\nfor m in {modules!r}: importlib.import_module(m)\n"
     code += "from jax._src import xla_bridge\nassert not xla_bridge.backends_are_initialized()"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT.parent), "PATH": ""})
+    environment = {"PYTHONPATH": str(ROOT.parent), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ import tensorstore
 
 from k2jax.config import UserError
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer
-from k2jax.files import sync_folder, write_atomic
+from k2jax.files import sha256_of, sync_folder, write_atomic
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -34,13 +34,8 @@ class CorruptStore(UserError):
     """The store's files are not those that were written."""
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _describe(path: Path) -> dict:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _create_array(path: Path, shard_tokens: int, chunk_tokens: int) -> tensorstore.TensorStore:
@@ -229,7 +224,7 @@ class TokenStore:
             if entry is None:
                 raise CorruptStore(f"{path}: is not in the manifest; {_MEND}")
             try:
-                found = _sha256(path)
+                found = sha256_of(path)
             except OSError as error:
                 raise CorruptStore(f"{path}: cannot be read: {error.strerror}; {_MEND}") from None
             if found != entry["sha256"]:

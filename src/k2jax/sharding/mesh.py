@@ -3,7 +3,6 @@
 import math
 
 import jax
-import numpy as np
 from jax.sharding import AxisType
 
 from k2jax.config import MeshConfig, UserError
@@ -28,6 +27,4 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.M
 
 def single_device_mesh() -> jax.sharding.Mesh:
     """All axes 1: for generation, and for a reference to compare with."""
-    return jax.sharding.Mesh(
-        np.array(jax.devices()[:1]).reshape((1,) * len(AXES)), AXES, (AxisType.Explicit,) * len(AXES)
-    )
+    return make_mesh(MeshConfig(), jax.devices()[:1])

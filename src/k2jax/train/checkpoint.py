@@ -6,7 +6,6 @@
 Steps are found by their records alone, never by Orbax's listing: it shows steps whose save has not ended yet.
 """
 
-import hashlib
 import json
 import shutil
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 from orbax.checkpoint import v1 as ocp
 
 from k2jax.config import CheckpointConfig, Config, RunFailed, UserError
-from k2jax.files import sync_folder, write_atomic
+from k2jax.files import sha256_of, sync_folder, write_atomic
 from k2jax.train.state import TrainState
 
 
@@ -28,11 +27,7 @@ def committed_steps(folder: Path) -> list[int]:
 def _digests(folder: Path) -> dict[str, str]:
     """{relative path: sha256} of every file below `folder`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    digests = {}
-    for path in paths:
-        with open(path, "rb") as file:
-            digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
 
 
 def damage(folder: Path, step: int) -> list[str]:

@@ -12,6 +12,7 @@ from k2jax.data.tokens import TokenStore
 from k2jax.model.transformer import build_model
 from k2jax.sharding.mesh import single_device_mesh
 from k2jax.train.checkpoint import committed_steps, damage, parts, restore_model, restore_run
+from k2jax.train.run_dir import read_config
 from k2jax.train.state import abstract_state
 from k2jax.train.step import make_optimizer
 
@@ -22,9 +23,7 @@ def load_run(run_dir: str) -> tuple[Config, int, dict]:
     Raises UserError where `run_dir` is no run or has no checkpoint.
     """
     folder = Path(run_dir)
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder}: is no run directory (it has no config.json)")
-    config = Config.from_json((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     steps = committed_steps(folder / "checkpoints")
     if not steps:
         raise UserError(f"{folder}: has no committed checkpoint yet")

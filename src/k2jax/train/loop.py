@@ -27,7 +27,7 @@ from k2jax.train.checkpoint import (
 from k2jax.train.display import Display
 from k2jax.train.evaluate import bits_per_byte, make_evaluator, split_rows
 from k2jax.train.metrics import TensorBoard, check_finite, make_record
-from k2jax.train.run_dir import MetricsFile, lock_run
+from k2jax.train.run_dir import MetricsFile, lock_run, read_config
 from k2jax.train.state import TrainState, abstract_state, init_state, weight_leaves
 from k2jax.train.step import make_optimizer, make_train_step
 
@@ -71,8 +71,7 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
     Raises UserError where the directory is not ours, or where a field that shapes the future differs.
     """
     folder = Path(config.train.run_dir)
-    stored = folder / "config.json"
-    if not stored.exists():
+    if not (folder / "config.json").exists():
         strangers = (
             [e.name for e in folder.glob("*") if not e.name.startswith(("config.json", "lock"))]
             if folder.exists()
@@ -83,7 +82,7 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
                 f"{folder}: is no run (it has no config.json) and not empty: {', '.join(sorted(strangers)[:5])}"
             )
         return {}
-    changes = differences(Config.from_json(stored.read_text(encoding="utf-8")), config)
+    changes = differences(read_config(folder), config)
     fixed = {name: change for name, change in changes.items() if not name.startswith(FREE_ON_RESUME)}
     if fixed:
         rule = "this may not change within a run; restore it, or give another train.run_dir"
@@ -96,10 +95,9 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
     return changes
 
 
-def start_state(config: Config, tx, store: TokenStore, mesh, saver: Saver, display: Display) -> TrainState:
-    """The newest committed state, or a new one, committed as step 0 before the first step."""
+def start_state(config: Config, tx, step: int | None, store, mesh, saver: Saver, display: Display) -> TrainState:
+    """The state committed at `step`, or for None a new one, committed as step 0 before the first step."""
     folder = Path(config.train.run_dir) / "checkpoints"
-    step = newest_step(folder)
     if removed := remove_leftovers(folder):
         display.say(f"removed unfinished saves: {', '.join(removed)}")
     if step is None:
@@ -119,8 +117,11 @@ def make_run_dir(folder: Path) -> None:
         raise UserError(f"train.run_dir = {str(folder)!r}: cannot be made: {error.strerror}; give another") from None
 
 
-def check_resume(config: Config, store: TokenStore) -> tuple[int, list[str]]:
-    """The step that the run goes on from, and what to tell its user. Raises UserError where it may not go on."""
+def check_resume(config: Config, store: TokenStore) -> tuple[int | None, list[str]]:
+    """The step that the run goes on from (None: a new run), and what to tell its user.
+
+    Raises UserError where it may not go on.
+    """
     folder = Path(config.train.run_dir)
     notes = [
         f"changed since the run began: {name} {old!r} -> {new!r}" for name, (old, new) in check_run_dir(config).items()
@@ -130,7 +131,7 @@ def check_resume(config: Config, store: TokenStore) -> tuple[int, list[str]]:
     step = newest_step(folder / "checkpoints")
     if step is not None:
         check_position(restore_run(folder / "checkpoints", step)["data_position"], store, config, step)
-    return step or 0, notes
+    return step, notes
 
 
 def describe_run(config: Config, tx, mesh: jax.sharding.Mesh) -> str:
@@ -154,16 +155,16 @@ def run(config: Config) -> Result:
     folder = Path(config.train.run_dir)
     make_run_dir(folder)
     with lock_run(folder), jax.set_mesh(mesh):
-        first, notes = check_resume(config, store)
+        step, notes = check_resume(config, store)
         write_atomic(folder / "config.json", config.to_json())
         write_atomic(folder / "env.txt", "".join(f"{name} {version}\n" for name, version in versions().items()))
         tx = make_optimizer(config, mesh)
         saver = Saver(folder / "checkpoints", config.checkpoint)
-        display = Display(first, config.train.num_steps, config.train.log_every)
+        display = Display(step or 0, config.train.num_steps, config.train.log_every)
         display.say("\n".join([describe_run(config, tx, mesh), *notes]))
         stop = StopRequest()
         try:
-            state = start_state(config, tx, store, mesh, saver, display)
+            state = start_state(config, tx, step, store, mesh, saver, display)
             return train(config, tx, store, mesh, state, saver, display, stop)
         finally:
             stop.restore()

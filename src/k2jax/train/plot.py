@@ -3,18 +3,17 @@
 from pathlib import Path
 
 from k2jax.config import Config, UserError
-from k2jax.train.run_dir import read_records
+from k2jax.train.run_dir import read_config, read_records
 
 
 def read_run(run_dir: str) -> tuple[Config, list[dict]]:
     """Config and records of a run; raises UserError where there are none."""
     folder = Path(run_dir)
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder}: is no run directory (it has no config.json)")
+    config = read_config(folder)
     records = [record for record, _ in read_records(folder / "metrics.jsonl")]
     if not records:
         raise UserError(f"{folder}: has no finished step yet")
-    return Config.from_json((folder / "config.json").read_text(encoding="utf-8")), records
+    return config, records
 
 
 def plot_runs(run_dirs: list[str], out: str) -> None:

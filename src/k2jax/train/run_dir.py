@@ -5,8 +5,16 @@ import json
 import os
 from pathlib import Path
 
-from k2jax.config import UserError
+from k2jax.config import Config, UserError
 from k2jax.files import write_atomic
+
+
+def read_config(folder: Path) -> Config:
+    """The config that a run was made with. Raises UserError where `folder` is no run directory."""
+    stored = folder / "config.json"
+    if not stored.exists():
+        raise UserError(f"{folder}: is no run directory (it has no config.json)")
+    return Config.from_json(stored.read_text(encoding="utf-8"))
 
 
 def lock_run(run_dir: Path):
