@@ -5,7 +5,16 @@
 Text: the Python standard library, byte by byte (data/stdlib, made by `make data`).
 """
 
-from k2jax.config import CheckpointConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from k2jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    StagesConfig,
+    TrainConfig,
+)
 
 
 def config() -> Config:
@@ -37,6 +46,7 @@ def config() -> Config:
             cosine_until_tokens=170 * 4096,
             qk_clip_tau=12.0,
         ),
+        stages=StagesConfig(start_tokens=(0,), rope=("plain",), router_bias_rate=(1e-3,), balance_alpha=(1e-4,)),
         data=DataConfig(path="data/stdlib", sequence_length=256, batch_sequences=16, prefetch_sequences=64),
         mesh=MeshConfig(),
         train=TrainConfig(

@@ -73,12 +73,12 @@ def test_off_is_none_only_where_it_may_be():
 
 
 def test_json_round_trip():
-    changes = {"model.rope_theta": 10_000, "optim.qk_clip_tau": None, "mesh.expert": 4, "train.run_dir": "a/b"}
+    changes = {"model.rope.rope_theta": 10_000, "optim.qk_clip_tau": None, "mesh.expert": 4, "train.run_dir": "a/b"}
     config = Config().replace(changes)
     assert Config.from_json(config.to_json()) == config
     assert json.loads(config.to_json())["mesh"]["expert"] == 4
     assert differences(Config(), config) == {
-        "model.rope_theta": (50_000.0, 10_000),
+        "model.rope.rope_theta": (50_000.0, 10_000),
         "optim.qk_clip_tau": (100.0, None),
         "mesh.expert": (1, 4),
         "train.run_dir": ("runs/k2", "a/b"),
@@ -91,7 +91,7 @@ def test_json_with_unknown_and_missing_fields():
     values["zebra"] = {"stripes": 2}
     assert error_of(lambda: Config.from_json(json.dumps(values))) == (
         "optim.learning_rat: no such field; did you mean optim.learning_rate or optim.final_learning_rate?\n"
-        "zebra.stripes: no such field; sections are model, optim, data, mesh, train, checkpoint\n"
+        "zebra.stripes: no such field; sections are model, optim, stages, data, mesh, train, checkpoint\n"
         "optim.learning_rate: is missing"
     )
 
@@ -112,6 +112,55 @@ def test_ill_typed_json_names_the_fields():
 
 def test_sections_stay_small():
     """Rule 8 of the style: under 25 fields a section."""
-    sections = [name.split(".")[0] for name in field_types()]
+    sections = [name.rsplit(".", 1)[0] for name in field_types()]
     assert all(sections.count(section) < 25 for section in sections)
     assert len(sections) == len(field_types()) > 50
+
+
+def test_stages_are_columns_of_one_length():
+    config = Config().replace(
+        {
+            "stages.start_tokens": (5, 100, 100),
+            "stages.rope": ("plain", "yarn", "plain"),
+            "stages.router_bias_rate": (0.1,),
+            "stages.balance_alpha": (0.1, -0.1, 0.0),
+            "model.rope.factor": None,
+        }
+    )
+    assert error_of(config.validate) == "\n".join(
+        [
+            "stages.balance_alpha = (0.1, -0.1, 0.0): must be at least 0",
+            "stages.router_bias_rate = (0.1,): has 1 values, must have 3, one per stage, as stages.start_tokens has",
+            "stages.start_tokens = (5, 100, 100): must begin with 0 and rise; nearest: (0, 5, 100)",
+            "stages.rope: 'yarn' needs model.rope.factor, which is None; give the factor or use 'plain'",
+        ]
+    )
+    assert error_of(Config().replace({"stages.rope": ("plain", "ntk")}).validate).startswith(
+        "stages.rope = ('plain', 'ntk'): must be a list, each one of 'plain', 'yarn'"
+    )
+    assert error_of(Config().replace({"stages.rope": ()}).validate).startswith("stages.rope = (): must be a list")
+
+
+@pytest.mark.parametrize(
+    ("experts", "groups", "used", "chosen", "problem"),
+    [
+        (12, 5, 2, 2, "model.n_routed_experts = 12: must be a multiple of model.n_group = 5; nearest: 10 or 15"),
+        (12, 12, 2, 2, "model.n_group = 12: a group's score is the sum of its best two experts; at most 6"),
+        (12, 3, 4, 2, "model.topk_group = 4: must be at most model.n_group = 3"),
+        (
+            12, 3, 1, 5,
+            "model.num_experts_per_tok = 5: model.topk_group = 1 groups of 4 experts hold 4; at most that, or a "
+            "model.topk_group of at least 2",
+        ),
+    ],
+)  # fmt: skip
+def test_groups_hold_the_experts_of_a_token(experts, groups, used, chosen, problem):
+    config = Config().replace(
+        {
+            "model.n_routed_experts": experts,
+            "model.n_group": groups,
+            "model.topk_group": used,
+            "model.num_experts_per_tok": chosen,
+        }
+    )
+    assert error_of(config.validate) == problem

@@ -7,12 +7,13 @@ tokens. "Off" is None.
 
 import dataclasses
 import difflib
+import functools
 import json
-import math
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Literal
+
+from k2jax import checks
 
 
 class UserError(Exception):
@@ -28,6 +29,19 @@ class RunFailed(Exception):
 
 
 @dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions, and how YaRN stretches them (k2-facts 3.3; arXiv 2309.00071). `factor` None: it never does."""
+
+    rope_theta: float = 50_000.0
+    factor: float | None = 32.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 1.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape of the network (K2's `config.json`)."""
 
@@ -36,7 +50,7 @@ class ModelConfig:
     num_hidden_layers: int = 61
     first_k_dense_replace: int = 1  # the first layers have a dense FFN
     num_attention_heads: int = 64
-    q_lora_rank: int = 1536
+    q_lora_rank: int | None = 1536  # None: queries are made from the hidden state
     kv_lora_rank: int = 512
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
@@ -46,9 +60,11 @@ class ModelConfig:
     n_routed_experts: int = 384
     num_experts_per_tok: int = 8
     n_shared_experts: int = 1
+    n_group: int = 1  # groups of experts, of which a token uses at most topk_group
+    topk_group: int = 1
     routed_scaling_factor: float = 2.827
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 50_000.0
+    rope: RopeConfig = field(default_factory=RopeConfig)
     initializer_range: float = 0.006  # DeepSeek-V3 report 4.2; K2's is not published
 
 
@@ -72,7 +88,16 @@ class OptimConfig:
     adam_b2: float = 0.95
     adam_eps: float = 1e-8
     qk_clip_tau: float | None = 100.0
-    router_bias_rate: float = 1e-3  # Moonlight's; K2's is not published
+
+
+@dataclass(frozen=True)
+class StagesConfig:
+    """What changes along the run: entry i of every field holds from `start_tokens[i]` tokens on."""
+
+    start_tokens: tuple[int, ...] = (0, 15_500_000_000_000)  # pretraining, then annealing
+    rope: tuple[Literal["plain", "yarn"], ...] = ("plain", "plain")
+    router_bias_rate: tuple[float, ...] = (1e-3, 0.0)  # Moonlight's; K2's is not published
+    balance_alpha: tuple[float, ...] = (1e-4, 1e-4)  # weight of the sequence-wise loss: DeepSeek-V3 report 4.2
 
 
 @dataclass(frozen=True)
@@ -128,6 +153,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    stages: StagesConfig = field(default_factory=StagesConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -140,10 +166,7 @@ class Config:
 
     def validate(self) -> "Config":
         """Return self, or raise UserError with every violated rule."""
-        values = flatten(dataclasses.asdict(self))
-        own = _own_problems(values)
-        problems = [*own.values(), *_fit_problems({name: value for name, value in values.items() if name not in own})]
-        if problems:
+        if problems := list(checks.problems(flatten(dataclasses.asdict(self)), field_types())):
             raise UserError(*problems)
         return self
 
@@ -154,46 +177,58 @@ class Config:
     def from_json(text: str) -> "Config":
         """Inverse of `to_json`; raises UserError for unknown, missing or ill-typed fields, all at once."""
         try:
-            values = flatten(json.loads(text))
-        except (json.JSONDecodeError, AttributeError) as error:
+            sections = json.loads(text)
+        except json.JSONDecodeError as error:
             raise UserError(f"config JSON: cannot be read: {error}") from None
+        if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
+            raise UserError("config JSON: cannot be read: must be an object whose values, the sections, are objects")
+        values = flatten(sections)
         known = field_types()
         problems = [unknown_field(name) for name in values if name not in known]
         problems += [f"{name}: is missing" for name in known if name not in values]
         if problems:
             raise UserError(*problems)
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return Config().replace(values).validate()
 
     def replace(self, values: dict[str, object]) -> "Config":
         """A copy with `{"section.field": value}` set; the names must exist."""
-        sections = {}
-        for name, value in values.items():
-            section, _, key = name.partition(".")
-            sections.setdefault(section, {})[key] = value
-        return dataclasses.replace(
-            self, **{section: dataclasses.replace(getattr(self, section), **keys) for section, keys in sections.items()}
-        )
+        return _replace(self, values)
 
 
-def flatten(values: dict) -> dict[str, object]:
-    """{"a": {"b": 1}} -> {"a.b": 1}, two levels deep as Config is."""
-    return {f"{section}.{key}": value for section, keys in values.items() for key, value in keys.items()}
+def _replace(part, values: dict[str, object]):
+    own, inner = {}, {}
+    for name, value in values.items():
+        key, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(key, {})[rest] = value
+        else:
+            own[key] = value
+    own |= {key: _replace(getattr(part, key), keys) for key, keys in inner.items()}
+    return dataclasses.replace(part, **own)
 
 
-def field_types() -> dict[str, object]:
+def flatten(values: dict, prefix: str = "") -> dict[str, object]:
+    """{"a": {"b": 1, "c": {"d": 2}}} -> {"a.b": 1, "a.c.d": 2}."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+@functools.cache
+def field_types(cls: type = Config, prefix: str = "") -> dict[str, object]:
     """{"section.field": type} of every field of Config."""
-    sections = typing.get_type_hints(Config)
-    return {
-        f"{section}.{key}": kind
-        for section, cls in sections.items()
-        for key, kind in typing.get_type_hints(cls).items()
-    }
+    types = {}
+    for key, kind in typing.get_type_hints(cls).items():
+        types |= field_types(kind, f"{prefix}{key}.") if dataclasses.is_dataclass(kind) else {prefix + key: kind}
+    return types
 
 
 def unknown_field(name: str) -> str:
     """The message for a field that does not exist, with the nearest that do."""
     names = list(field_types())
-    near = [known for known in names if known.split(".")[1] == name.split(".")[-1]]
+    near = [known for known in names if known.split(".")[-1] == name.split(".")[-1]]
     near = near or difflib.get_close_matches(name, names, n=2, cutoff=0.75)
     hint = f"did you mean {' or '.join(near)}?" if near else f"sections are {', '.join(typing.get_type_hints(Config))}"
     return f"{name}: no such field; {hint}"
@@ -203,90 +238,3 @@ def differences(old: Config, new: Config) -> dict[str, tuple[object, object]]:
     """{"section.field": (old, new)} where two configs differ."""
     a, b = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
     return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
-
-
-def _fits(value: object, kind: object) -> bool:
-    origin = typing.get_origin(kind)
-    if origin is types.UnionType:
-        return any(_fits(value, k) for k in typing.get_args(kind))
-    if origin is Literal:
-        return isinstance(value, str) and value in typing.get_args(kind)
-    if kind is float:  # an int is a fine float; a bool is neither
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return type(value) is kind
-
-
-def describe_type(kind: object) -> str:
-    """How a field's type is called in messages."""
-    origin = typing.get_origin(kind)
-    if origin is types.UnionType:
-        return " or ".join(describe_type(k) for k in typing.get_args(kind))
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
-    return {float: "a finite number", int: "an integer", str: "text", bool: "True or False", types.NoneType: "None"}[
-        kind
-    ]
-
-
-# Fields that may be zero; every other number must be positive.
-_MAY_BE_ZERO = {
-    "model.first_k_dense_replace", "model.n_shared_experts", "optim.final_learning_rate", "optim.warmup_tokens",
-    "optim.weight_decay", "optim.momentum", "optim.adam_b1", "optim.adam_b2", "optim.router_bias_rate",
-    "data.seed", "data.read_threads", "train.seed",
-}  # fmt: skip
-# (jax.random.key would drop the higher bits of a seed)
-_BELOW = {"optim.momentum": 1, "optim.adam_b1": 1, "optim.adam_b2": 1, "train.seed": 2**32}
-
-
-def _own_problems(values: dict) -> dict[str, str]:
-    """{field: problem} of the fields that are wrong whatever the others are."""
-    problems = {}
-    for name, kind in field_types().items():
-        value = values[name]
-        least = "at least 0" if name in _MAY_BE_ZERO else "greater than 0"
-        if not _fits(value, kind):
-            problems[name] = f"must be {describe_type(kind)}"
-        elif isinstance(value, (bool, str)) or value is None:
-            continue
-        elif value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
-            problems[name] = f"must be {least}"
-        elif value >= _BELOW.get(name, math.inf):
-            problems[name] = f"must be below {_BELOW[name]}"
-    return {name: f"{name} = {values[name]!r}: {rule}" for name, rule in problems.items()}
-
-
-# (a field, the fields whose product must divide it). Explicit shardings need every cut dim to divide evenly.
-_MULTIPLES = [
-    ("model.n_routed_experts", ["mesh.expert"]),
-    ("model.num_attention_heads", ["mesh.tensor"]),
-    ("model.hidden_size", ["mesh.fsdp"]),
-    ("model.q_lora_rank", ["mesh.fsdp"]),
-    ("model.kv_lora_rank", ["mesh.fsdp"]),
-    ("model.qk_rope_head_dim", [2]),  # RoPE turns pairs
-    ("data.sequence_length", ["mesh.context", "mesh.tensor"]),
-    ("data.batch_sequences", ["train.num_microbatches", "mesh.replica", "mesh.fsdp", "mesh.expert"]),
-    ("train.eval_sequences", ["mesh.replica", "mesh.fsdp", "mesh.expert"]),
-]
-# (a field, the field it must not exceed)
-_AT_MOST = [
-    ("model.first_k_dense_replace", "model.num_hidden_layers"),
-    ("model.num_experts_per_tok", "model.n_routed_experts"),
-    ("optim.warmup_tokens", "optim.constant_until_tokens"),
-    ("optim.constant_until_tokens", "optim.cosine_until_tokens"),
-    ("optim.final_learning_rate", "optim.learning_rate"),
-]
-
-
-def _fit_problems(values: dict):
-    """Rules between fields; a rule is passed over where one of its fields is wrong in itself and so absent here."""
-    for name, divisors in _MULTIPLES:
-        sizes = [values.get(d) if isinstance(d, str) else d for d in divisors]
-        if name not in values or None in sizes or values[name] % (divisor := math.prod(sizes)) == 0:
-            continue
-        value = values[name]
-        near = [n for n in (value // divisor * divisor, (value // divisor + 1) * divisor) if n > 0]
-        rule = f"must be a multiple of {' * '.join(map(str, divisors))} = {divisor}"
-        yield f"{name} = {value}: {rule}; nearest: {' or '.join(map(str, near))}"
-    for name, limit in _AT_MOST:
-        if name in values and limit in values and values[name] > values[limit]:
-            yield f"{name} = {values[name]}: must be at most {limit} = {values[limit]}"

@@ -21,38 +21,62 @@ def softmax(x):
     return e / e.sum()
 
 
-def rotate(x, position, theta):
-    """RoPE: pair i = (x[2i], x[2i + 1]) is a complex number, turned by position * theta^(-2i / dim)."""
-    dim = len(x)
-    turn = np.exp(1j * position * theta ** (-np.arange(0, dim, 2) / dim))
-    return (x[0::2] + 1j * x[1::2]) * turn
+def rope_of(config, kind):
+    """(frequencies, logit scale): RoPE, or YaRN as k2-facts 3.3 gives it, pair by pair."""
+    rope, dim = config.rope, config.qk_rope_head_dim
+    scale = (config.qk_nope_head_dim + dim) ** -0.5
+    plain = [rope.rope_theta ** (-2 * i / dim) for i in range(dim // 2)]
+    if kind == "plain":
+        return np.array(plain), scale
+    corr = [
+        dim * np.log(rope.original_max_position_embeddings / (2 * np.pi * r)) / (2 * np.log(rope.rope_theta))
+        for r in (rope.beta_fast, rope.beta_slow)
+    ]
+    low, high = max(np.floor(corr[0]), 0), min(np.ceil(corr[1]), dim - 1)
+    frequencies = []
+    for i, f in enumerate(plain):
+        ramp = min(max((i - low) / (high - low if high > low else 0.001), 0), 1)
+        frequencies.append(f * (1 - ramp) + f / rope.factor * ramp)
+    return np.array(frequencies), scale * (0.1 * rope.mscale_all_dim * np.log(rope.factor) + 1) ** 2
+
+
+def rotate(x, position, frequencies):
+    """RoPE: pair i = (x[2i], x[2i + 1]) is a complex number, turned by position * frequency i."""
+    return (x[0::2] + 1j * x[1::2]) * np.exp(1j * position * frequencies)
 
 
 def swiglu(x, w):
     return (silu(x @ w["gate"]) * (x @ w["up"])) @ w["down"]
 
 
-def mla(xs, w, config, positions, segments):
+def mla(xs, w, config, positions, segments, rope="plain"):
     """Attention outputs of the tokens `xs` of one sequence, and each head's largest logit."""
-    nope, rope, latent = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
-    queries = [np.einsum("q,qhk->hk", rms_norm(x @ w["q_a"], w["q_a_norm"], 1e-6), w["q_b"]) for x in xs]
+    nope, latent = config.qk_nope_head_dim, config.kv_lora_rank
+    frequencies, scale = rope_of(config, rope)
+    if config.q_lora_rank is None:
+        queries = [np.einsum("d,dhk->hk", x, w["q"]) for x in xs]
+    else:
+        queries = [np.einsum("q,qhk->hk", rms_norm(x @ w["q_a"], w["q_a_norm"], 1e-6), w["q_b"]) for x in xs]
     downs = [x @ w["kv_a"] for x in xs]
     keys_values = [np.einsum("c,chg->hg", rms_norm(d[:latent], w["kv_a_norm"], 1e-6), w["kv_b"]) for d in downs]
-    rope_keys = [rotate(d[latent:], p, config.rope_theta) for d, p in zip(downs, positions, strict=True)]
+    rope_keys = [rotate(d[latent:], p, frequencies) for d, p in zip(downs, positions, strict=True)]
     largest = np.full(config.num_attention_heads, -np.inf)
     outputs = []
     for t, query in enumerate(queries):
         seen = [s for s in range(t + 1) if segments[s] == segments[t]]
         heads = []
         for h in range(config.num_attention_heads):
-            turned = rotate(query[h, nope:], positions[t], config.rope_theta)
-            logits = np.array(
-                [
-                    # Re(a conj b) is the dot product of a and b as real pairs
-                    query[h, :nope] @ keys_values[s][h, :nope] + (turned * rope_keys[s].conj()).real.sum()
-                    for s in seen
-                ]
-            ) / np.sqrt(nope + rope)
+            turned = rotate(query[h, nope:], positions[t], frequencies)
+            logits = (
+                np.array(
+                    [
+                        # Re(a conj b) is the dot product of a and b as real pairs
+                        query[h, :nope] @ keys_values[s][h, :nope] + (turned * rope_keys[s].conj()).real.sum()
+                        for s in seen
+                    ]
+                )
+                * scale
+            )
             largest[h] = max(largest[h], logits.max())
             probabilities = softmax(logits)
             heads.append(sum(p * keys_values[s][h, nope:] for p, s in zip(probabilities, seen, strict=True)))
@@ -63,7 +87,10 @@ def mla(xs, w, config, positions, segments):
 def moe(x, w, bias, config, load):
     """Routed and shared experts on one token; counts its choices in `load`."""
     score = 1 / (1 + np.exp(-(x @ w["router"])))
-    chosen = sorted(range(len(score)), key=lambda e: -(score[e] + bias[e]))[: config.num_experts_per_tok]
+    biased, size = score + bias, len(score) // config.n_group
+    groups = [range(g * size, (g + 1) * size) for g in range(config.n_group)]
+    best = sorted(groups, key=lambda g: -np.sort(biased[list(g)])[-2:].sum())[: config.topk_group]
+    chosen = sorted((e for g in best for e in g), key=lambda e: -biased[e])[: config.num_experts_per_tok]
     total = sum(score[e] for e in chosen)
     y = swiglu(x, w["shared"]) if "shared" in w else np.zeros_like(x)
     for e in chosen:
@@ -81,7 +108,7 @@ def layers_of(params, router_bias):
             yield jax.tree.map(lambda w, i=i: w[i], params[stack]), bias
 
 
-def forward(params, router_bias, config, tokens, positions, segments):
+def forward(params, router_bias, config, tokens, positions, segments, rope="plain"):
     """logits [B, T, V], largest logits [layers, H], expert loads [MoE layers, E]."""
     xs = [[params["embedding"][token] for token in row] for row in tokens]
     largest, loads = [], []
@@ -89,7 +116,7 @@ def forward(params, router_bias, config, tokens, positions, segments):
         maxima, load = [], np.zeros(config.n_routed_experts, int)
         for b in range(len(xs)):
             normed = [rms_norm(x, w["attention_norm"], config.rms_norm_eps) for x in xs[b]]
-            attended, maximum = mla(normed, w["attention"], config, positions[b], segments[b])
+            attended, maximum = mla(normed, w["attention"], config, positions[b], segments[b], rope)
             maxima.append(maximum)
             for t, a in enumerate(attended):
                 x = xs[b][t] + a

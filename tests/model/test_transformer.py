@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 
+from k2jax.config import RopeConfig
 from k2jax.model.transformer import build_model, declarations
 from k2jax.train.loss import cross_entropy_sum
 
@@ -34,10 +35,10 @@ def make_batch(config, rng, batch=2, length=12):
     return tokens, targets, positions, segments
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def apply(config, dtype, params, bias, tokens, targets, positions, segments):
+@partial(jax.jit, static_argnums=(0, 1), static_argnames="rope")
+def apply(config, dtype, params, bias, tokens, targets, positions, segments, rope="plain"):
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    out = build_model(config, params, bias, jnp.dtype(dtype))(tokens, positions, segments)
+    out = build_model(config, params, bias, jnp.dtype(dtype), rope=rope)(tokens, positions, segments)
     return out, cross_entropy_sum(out.logits, targets)
 
 
@@ -46,20 +47,30 @@ def worst(a, b):
     return np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max()
 
 
+STRETCHED = RopeConfig(factor=4.0, original_max_position_embeddings=8, beta_fast=2.0, beta_slow=0.1, rope_theta=50.0)
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"n_shared_experts": 0, "first_k_dense_replace": 0}, {"n_shared_experts": 2}, {"first_k_dense_replace": 3}],
-    ids=["plain", "no_dense_no_shared", "two_shared", "all_dense"],
+    ("changes", "rope"),
+    [
+        ({}, "plain"),
+        ({"n_shared_experts": 0, "first_k_dense_replace": 0}, "plain"),
+        ({"n_shared_experts": 2, "q_lora_rank": None}, "plain"),
+        ({"first_k_dense_replace": 3}, "plain"),
+        ({"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "rope": STRETCHED}, "yarn"),
+    ],
+    ids=["plain", "no_dense_no_shared", "moonlight", "all_dense", "deepseek"],
 )
-def test_float64_agrees_with_reference(tiny, changes):
+def test_float64_agrees_with_reference(tiny, changes, rope):
     """1e-9 leaves room for the order of sums alone: rounding is 1e-16, a formula's slip is above 1e-6."""
     config = dataclasses.replace(tiny, **changes)
     rng = np.random.default_rng(0)
     params, bias = make_values(config, rng)
     tokens, targets, positions, segments = make_batch(config, rng)
-    logits, largest, loads = reference.forward(params, bias, config, tokens, positions, segments)
+    logits, largest, loads = reference.forward(params, bias, config, tokens, positions, segments, rope)
     with jax.enable_x64(True):
-        out, loss = jax.device_get(apply(config, "float64", params, bias, tokens, targets, positions, segments))
+        batch = tokens, targets, positions, segments
+        out, loss = jax.device_get(apply(config, "float64", params, bias, *batch, rope=rope))
     assert out.logits.dtype == np.float64
     assert worst(out.logits, logits) < 1e-9
     assert worst(out.max_logits, largest) < 1e-9

@@ -34,8 +34,8 @@ def test_groups_of_k2():
 
 
 WEIGHTS = {
-    "gain": Weight("", "", "D", (6,), group="adamw"),
-    "experts": Weight("E", "D", "F", (2, 6, 4), group="muon"),
+    "gain": Weight("", "", "D", (6,), "gain", group="adamw"),
+    "experts": Weight("E", "D", "F", (2, 6, 4), "experts.{E}", group="muon"),
 }
 BATCH_TOKENS = 1000
 

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from k2jax.model import mla
+from k2jax.model.rope import make_rope
 from k2jax.model.transformer import declarations, make_positions
 from k2jax.model.weights import Stack, init_params
 from k2jax.optim.build import map_weights
@@ -25,7 +26,7 @@ def layer(tiny):
     rng = np.random.default_rng(0)
     x_BTD = rng.normal(size=(2, 9, config.hidden_size)).astype(np.float32)
     index = jnp.broadcast_to(jnp.arange(9), (2, 9))
-    positions = make_positions(index, jnp.zeros_like(index), config)
+    positions = make_positions(index, jnp.zeros_like(index), make_rope(config, "plain"))
     graph = nnx.graphdef(mla.MLA(Stack(config, 0, 1)))
 
     def look(weights, monkeypatch):
@@ -49,7 +50,7 @@ def layer(tiny):
 
 
 def parts_of(declared):
-    return map_weights(lambda w: w.qk and QKPart(w.qk.first_layer, w.qk.powers), declared)
+    return map_weights(lambda w: w.qk and QKPart(w.first_layer, w.qk.powers), declared)
 
 
 def scale_head(weights, factor):

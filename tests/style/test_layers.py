@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "src" / "k2jax"
 # Lowest first; packages of one row are siblings. sharding reads config, kernels read nothing.
 LAYERS = [
+    {"checks"},
     {"config", "files"},
     {"sharding", "kernels"},
     {"model"},

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from k2jax.config import Config, TrainConfig
+from k2jax.model.rope import make_rope
 from k2jax.model.transformer import declarations, init_router_bias
 from k2jax.model.weights import init_params
 from k2jax.train.step import Batch, make_loss
@@ -13,7 +14,8 @@ from k2jax.train.step import Batch, make_loss
 
 def gradients(model, params, batch, dtype: str):
     loss_fn = make_loss(Config(model=model, train=TrainConfig(compute_dtype=dtype)))
-    mean = jax.jit(jax.grad(lambda p: loss_fn(p, init_router_bias(model), batch)[0] / batch.inputs.size))
+    rope = make_rope(model, "plain")
+    mean = jax.jit(jax.grad(lambda p: loss_fn(p, init_router_bias(model), batch, rope).loss / batch.inputs.size))
     return jax.tree_util.tree_leaves_with_path(jax.device_get(mean(params)))
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from k2jax.config import Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
+from k2jax.config import Config, DataConfig, MeshConfig, OptimConfig, StagesConfig, TrainConfig
+from k2jax.model.rope import make_rope
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import Weight
 from k2jax.sharding.mesh import make_mesh
@@ -34,6 +35,7 @@ def make_config(model, num_microbatches):
         optim=OptimConfig(
             learning_rate=1e-2, final_learning_rate=1e-2, warmup_tokens=0, ns_dtype="float32", qk_clip_tau=0.9
         ),
+        stages=StagesConfig(balance_alpha=(0.1, 0.0)),  # large enough to be seen in the router's gradient
         data=DataConfig(sequence_length=LENGTH, batch_sequences=NUM_ROWS),
         train=TrainConfig(num_microbatches=num_microbatches, compute_dtype="float32"),
     )
@@ -86,7 +88,7 @@ def test_step_is_the_same_everywhere(tiny, axes, num_microbatches):
     """Against one device and one microbatch. Float32 sums in another order; 485 times that after Newton-Schulz."""
     before, after, metrics, _ = one_step(tiny, (), 1)
     _, got_after, got_metrics, _ = one_step(tiny, tuple(axes.items()), num_microbatches)
-    for name in ("loss", "grad_norm", "learning_rate", "max_logits"):
+    for name in ("loss", "balance_loss", "grad_norm", "learning_rate", "max_logits", "router_bias"):
         assert_close(getattr(got_metrics, name), getattr(metrics, name), 2e-6, (jax.tree_util.GetAttrKey(name),))
     np.testing.assert_array_equal(got_metrics.expert_load, metrics.expert_load)
     np.testing.assert_array_equal(got_after.router_bias["moe"]["ffn"]["bias"], after.router_bias["moe"]["ffn"]["bias"])
@@ -123,5 +125,6 @@ def test_loss_is_nats_per_token(tiny):
     config = make_config(tiny, 1)
     params, bias, batch = make_values(config)
     params["head"] = np.zeros_like(params["head"])
-    loss, _ = jax.jit(make_loss(config))(params, bias, jax.tree.map(lambda x: jnp.asarray(x[0]), batch))
+    rope = make_rope(tiny, "plain")
+    loss = jax.jit(make_loss(config))(params, bias, jax.tree.map(lambda x: jnp.asarray(x[0]), batch), rope).loss
     assert loss / (NUM_ROWS * LENGTH) == pytest.approx(np.log(tiny.vocab_size), rel=1e-6)

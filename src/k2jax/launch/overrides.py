@@ -3,9 +3,11 @@
 import contextlib
 import io
 import runpy
+import typing
 from pathlib import Path
 
-from k2jax.config import Config, UserError, describe_type, field_types, unknown_field
+from k2jax.checks import describe_type
+from k2jax.config import Config, UserError, field_types, unknown_field
 
 
 def load_config(path: str) -> Config:
@@ -24,7 +26,7 @@ def load_config(path: str) -> Config:
 
 
 def _parse_value(kind: object, text: str) -> object:
-    """`text` as a value of a field's type, as tyro reads it; raises ValueError."""
+    """`text` as a value of a field's type, as tyro reads it, lists with commas; raises ValueError."""
     import tyro  # 0.1 s, and only needed where something is overridden
 
     if kind is str:
@@ -33,7 +35,8 @@ def _parse_value(kind: object, text: str) -> object:
         text = "None"
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            return tyro.cli(kind, args=[text], console_outputs=False)
+            args = text.split(",") if typing.get_origin(kind) is tuple else [text]
+            return tyro.cli(kind, args=args, console_outputs=False)
     except SystemExit:
         raise ValueError(text) from None
 

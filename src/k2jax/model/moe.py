@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from k2jax.config import ModelConfig
 from k2jax.kernels.grouped_matmul import grouped_matmul
 from k2jax.kernels.project import project
 from k2jax.model.weights import RouterBias, Stack, wide
@@ -19,10 +20,10 @@ from k2jax.sharding.rules import on_mesh, spec
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)) of width F."""
 
-    def __init__(self, stack: Stack, width: int, component: str):
-        self.gate = stack.weight("D>F", F=width, component=component)
-        self.up = stack.weight("D>F", F=width, component=component)
-        self.down = stack.weight("F>D", F=width, component=component)
+    def __init__(self, stack: Stack, width: int, component: str, hf: str):
+        self.gate = stack.weight("D>F", hf + "gate_proj.weight", F=width, component=component)
+        self.up = stack.weight("D>F", hf + "up_proj.weight", F=width, component=component)
+        self.down = stack.weight("F>D", hf + "down_proj.weight", F=width, component=component)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         dtype = x_BTD.dtype
@@ -31,14 +32,41 @@ class SwiGLU(nnx.Module):
         return project("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down.use(dtype))
 
 
-def choose_experts(score_TX: jax.Array, bias_X: jax.Array, num_choices: int, factor: float):
+def keep_best_groups(choice_TX: jax.Array, n_group: int, topk_group: int) -> jax.Array:
+    """Biased scores with -inf outside of each token's best groups; a group's score is the sum of its two best.
+
+    DeepSeek-V3 report 2.1.2 (node-limited routing), with the published inference code's mask.
+    """
+    if n_group == topk_group:
+        return choice_TX
+    grouped = choice_TX.reshape(len(choice_TX), n_group, -1)
+    _, best = jax.lax.top_k(jax.lax.top_k(grouped, 2)[0].sum(-1), topk_group)
+    kept = (best[..., None] == jnp.arange(n_group)).any(1)
+    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice_TX.shape)
+
+
+def choose_experts(score_TX: jax.Array, bias_X: jax.Array, config: ModelConfig):
     """The experts [T, A] with the highest biased scores, and their weights [T, A] from the unbiased ones.
 
-    DeepSeek-V3 report eq. 12-16: the bias only selects. Weights are renormalised to sum to `factor`.
+    DeepSeek-V3 report eq. 12-16: the bias only selects. Weights are renormalised to sum to routed_scaling_factor.
     """
-    _, expert_TA = jax.lax.top_k(score_TX + bias_X, num_choices)
+    choice_TX = keep_best_groups(score_TX + bias_X, config.n_group, config.topk_group)
+    _, expert_TA = jax.lax.top_k(choice_TX, config.num_experts_per_tok)
     weight_TA = jnp.take_along_axis(score_TX, expert_TA, -1)
-    return expert_TA, weight_TA / (weight_TA.sum(-1, keepdims=True) + 1e-20) * factor
+    return expert_TA, weight_TA / (weight_TA.sum(-1, keepdims=True) + 1e-20) * config.routed_scaling_factor
+
+
+def sequence_balance(score_BTX: jax.Array, num_choices: int) -> jax.Array:
+    """Mean over sequences of sum_i f_i P_i: 1 where all experts are used alike, more where some are favoured.
+
+    DeepSeek-V3 report eq. 17-20: f_i is the share of choices that expert i gets without the bias, times the number of
+    experts, and has no gradient; P_i is its mean share of the scores. A sequence is a row of the batch.
+    """
+    num_tokens, num_experts = score_BTX.shape[1:]
+    _, expert_BTA = jax.lax.top_k(jax.lax.stop_gradient(score_BTX), num_choices)
+    count_BX = jnp.sum(expert_BTA[..., None] == jnp.arange(num_experts), (1, 2))
+    share_BX = jnp.mean(score_BTX / score_BTX.sum(-1, keepdims=True), 1)
+    return jnp.mean(jnp.sum(count_BX * share_BX, -1)) * (num_experts / (num_choices * num_tokens))
 
 
 class MoE(nnx.Module):
@@ -47,17 +75,20 @@ class MoE(nnx.Module):
     def __init__(self, stack: Stack):
         config = stack.config
         width = config.moe_intermediate_size
+        routed = {"stack": "E", "F": width, "component": "routed experts"}
         self.config = config
-        self.router = stack.weight("D>X", component="router")
-        self.bias = RouterBias(jax.ShapeDtypeStruct((stack.num_layers, config.n_routed_experts), jnp.float32))
-        self.gate = stack.weight("D>F", stack="E", F=width, component="routed experts")
-        self.up = stack.weight("D>F", stack="E", F=width, component="routed experts")
-        self.down = stack.weight("F>D", stack="E", F=width, component="routed experts")
+        self.router = stack.weight("D>X", "mlp.gate.weight", component="router")
+        self.bias = stack.weight(
+            ">X", "mlp.gate.e_score_correction_bias", kind=RouterBias, init="zeros", group=None, component="router"
+        )
+        self.gate = stack.weight("D>F", "mlp.experts.{E}.gate_proj.weight", **routed)
+        self.up = stack.weight("D>F", "mlp.experts.{E}.up_proj.weight", **routed)
+        self.down = stack.weight("F>D", "mlp.experts.{E}.down_proj.weight", **routed)
         if config.n_shared_experts:
-            self.shared = SwiGLU(stack, config.n_shared_experts * width, "shared experts")
+            self.shared = SwiGLU(stack, config.n_shared_experts * width, "shared experts", "mlp.shared_experts.")
 
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Output [B, T, D] and the rows that each expert worked on, over the whole batch: int32 [E]."""
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Output [B, T, D], the rows of the whole batch that each expert worked on (int32 [E]), `sequence_balance`."""
         dtype = x_BTD.dtype
         # At least float32, and in full: bf16 logits, which accelerators make of float32 by default, would flip choices.
         router_DX = self.router.use(wide(dtype))
@@ -66,10 +97,11 @@ class MoE(nnx.Module):
         routed, in_dims = self._routed, ("BTD", "BTX", "X", "EDF", "EDF", "EFD")
         if on_mesh():
             routed = jax.shard_map(routed, in_specs=tuple(map(spec, in_dims)), out_specs=(spec("BTD"), spec("E")))
-        y_BTD, load_E = routed(x_BTD, jax.nn.sigmoid(logit_BTX), self.bias[...], *weights)
+        score_BTX = jax.nn.sigmoid(logit_BTX)
+        y_BTD, load_E = routed(x_BTD, score_BTX, self.bias[...], *weights)
         if self.config.n_shared_experts:
             y_BTD += self.shared(x_BTD)
-        return y_BTD, load_E
+        return y_BTD, (load_E, sequence_balance(score_BTX, self.config.num_experts_per_tok))
 
     def _routed(self, x_BTD, score_BTX, bias_X, *weights):
         """The routed experts on the tokens of one device; every array here is local."""
@@ -85,9 +117,7 @@ class MoE(nnx.Module):
             return grouped_matmul(jax.nn.silu(gate_WF) * up_WF, down_EFD, group_sizes_E)
 
         score_TX = score_BTX.reshape(-1, score_BTX.shape[-1])
-        expert_TA, weight_TA = choose_experts(
-            score_TX, bias_X, config.num_experts_per_tok, config.routed_scaling_factor
-        )
+        expert_TA, weight_TA = choose_experts(score_TX, bias_X, config)
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
         y_TD, load_E = exchange_experts(x_TD, expert_TA, weight_TA, experts, config.n_routed_experts, axis, num_shards)
         if on_mesh():

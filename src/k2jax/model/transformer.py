@@ -3,7 +3,7 @@
 B sequences, T positions, D hidden, V vocabulary, H heads, L layers of one stack
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +11,27 @@ from flax import nnx
 
 from k2jax.config import ModelConfig
 from k2jax.kernels.project import project
-from k2jax.model.mla import MLA, Positions, rms_norm
+from k2jax.model.mla import MLA, Latents, Positions, rms_norm
 from k2jax.model.moe import MoE, SwiGLU
-from k2jax.model.rope import rope_angles
+from k2jax.model.rope import Rope, make_rope, rope_angles
 from k2jax.model.weights import Param, RouterBias, Stack, Weight, declare, dim_sizes, wide
 from k2jax.sharding.rules import out_spec, place, whole
 
 
 class Output(NamedTuple):
-    """logits [B, T, V] and max_logits [layers, H] in at least float32, expert_load [MoE layers, E] int32."""
+    """What one forward pass gives; floats in at least float32."""
 
-    logits: jax.Array
-    max_logits: jax.Array
-    expert_load: jax.Array
+    logits: jax.Array  # [B, T, V]
+    max_logits: jax.Array  # [layers, H]
+    expert_load: jax.Array  # [MoE layers, E] int32
+    balance_loss: jax.Array  # [MoE layers]: moe.sequence_balance
+
+
+class Cache(NamedTuple):
+    """What decoding keeps of the past: Latents with a leading dim of layers, 0 where a stack has none."""
+
+    dense: Latents
+    moe: Latents
 
 
 class Layer(nnx.Module):
@@ -31,18 +39,27 @@ class Layer(nnx.Module):
 
     def __init__(self, stack: Stack, is_moe: bool):
         self.config = stack.config
-        self.attention_norm = stack.gain("D")
+        self.attention_norm = stack.gain("D", "input_layernorm.weight")
         self.attention = MLA(stack)
-        self.ffn_norm = stack.gain("D")
-        self.ffn = MoE(stack) if is_moe else SwiGLU(stack, stack.config.intermediate_size, "dense ffn")
+        self.ffn_norm = stack.gain("D", "post_attention_layernorm.weight")
+        self.ffn = MoE(stack) if is_moe else SwiGLU(stack, stack.config.intermediate_size, "dense ffn", "mlp.")
+
+    def _normed(self, x_BTD: jax.Array) -> jax.Array:
+        return rms_norm(x_BTD, self.attention_norm, self.config.rms_norm_eps)
+
+    def _feed_forward(self, x_BTD: jax.Array):
+        normed_BTD = rms_norm(x_BTD, self.ffn_norm, self.config.rms_norm_eps)
+        y_BTD, routing = self.ffn(normed_BTD) if isinstance(self.ffn, MoE) else (self.ffn(normed_BTD), None)
+        return x_BTD + y_BTD, routing
 
     def __call__(self, x_BTD: jax.Array, positions: Positions):
-        eps = self.config.rms_norm_eps
-        attended_BTD, max_logit_H = self.attention(rms_norm(x_BTD, self.attention_norm, eps), positions)
-        x_BTD += attended_BTD
-        normed_BTD = rms_norm(x_BTD, self.ffn_norm, eps)
-        y_BTD, load_E = self.ffn(normed_BTD) if isinstance(self.ffn, MoE) else (self.ffn(normed_BTD), None)
-        return x_BTD + y_BTD, (max_logit_H, load_E)
+        attended_BTD, max_logit_H = self.attention(self._normed(x_BTD), positions)
+        x_BTD, routing = self._feed_forward(x_BTD + attended_BTD)
+        return x_BTD, (max_logit_H, routing)
+
+    def decode(self, x_BTD: jax.Array, positions: Positions, slots_BS: jax.Array, past: Latents):
+        attended_BTD, past = self.attention.decode(self._normed(x_BTD), positions, slots_BS, past)
+        return self._feed_forward(x_BTD + attended_BTD)[0], past
 
 
 def scan_layers(layers: Layer, x_BTD: jax.Array, positions: Positions, remat: bool):
@@ -55,69 +72,137 @@ def scan_layers(layers: Layer, x_BTD: jax.Array, positions: Positions, remat: bo
     return jax.lax.scan(jax.checkpoint(run) if remat else run, x_BTD, weights)
 
 
-def make_positions(positions_BT: jax.Array, segment_ids_BT: jax.Array, config: ModelConfig) -> Positions:
+def make_positions(positions_BT: jax.Array, segment_ids_BT: jax.Array, rope: Rope) -> Positions:
     """Rotation angles, and who sees whom: same document, not in the future."""
-    angles_BT = rope_angles(positions_BT, config.qk_rope_head_dim, config.rope_theta)
+    angles_BT = rope_angles(positions_BT, rope)
     index_S = jnp.arange(positions_BT.shape[1])
     segment_BS, segment_BZ = place(segment_ids_BT, "BS"), place(segment_ids_BT, "BZ")
     visible_BSZ = (segment_BS[:, :, None] == segment_BZ[:, None, :]) & (place(index_S, "S")[:, None] >= index_S)
-    return Positions(place(angles_BT, "BSR"), place(angles_BT, "BZR"), visible_BSZ)
+    return Positions(rope, place(angles_BT, "BSR"), place(angles_BT, "BZR"), visible_BSZ)
 
 
 class Transformer(nnx.Module):
     """The whole model; parameters are declared here and have no values until `nnx.merge` brings some."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype = jnp.float32, remat: bool = False):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype = jnp.float32, remat: bool = False, rope: str = "plain"):
+        """rope: "plain" or "yarn", what calls use that bring no Rope."""
         num_dense = config.first_k_dense_replace
         num_moe = config.num_hidden_layers - num_dense
         sizes = dim_sizes(config)
-        self.config, self.dtype, self.remat = config, dtype, remat
-        self.embedding = declare("", "V", "D", sizes, group="adamw", component="embedding")
+        self.config, self.dtype, self.remat, self.rope = config, dtype, remat, rope
+        self.embedding = declare(
+            "", "V", "D", sizes, "model.embed_tokens.weight", hf_as_declared=True, group="adamw", component="embedding"
+        )
         self.dense = Layer(Stack(config, 0, num_dense), is_moe=False) if num_dense else None
         self.moe = Layer(Stack(config, num_dense, num_moe), is_moe=True) if num_moe else None
-        self.norm = declare("", "", "D", sizes, init="ones", group="adamw", component="norms")
-        self.head = declare("", "D", "V", sizes, group="adamw", component="head")
+        self.norm = declare("", "", "D", sizes, "model.norm.weight", init="ones", group="adamw", component="norms")
+        self.head = declare("", "D", "V", sizes, "lm_head.weight", group="adamw", component="head")
 
-    def __call__(self, tokens_BT: jax.Array, positions_BT=None, segment_ids_BT=None) -> Output:
-        """tokens, positions, segment_ids: int32 [B, T]. Positions count from 0 and all is one document unless given."""
-        if positions_BT is None:
-            positions_BT = place(jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape), "BT")
-        if segment_ids_BT is None:
-            segment_ids_BT = jnp.zeros_like(tokens_BT)
-        positions = make_positions(positions_BT, segment_ids_BT, self.config)
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         # Cast after the look-up: the gradient of a frequent token's row is a sum that bf16 cannot hold.
         rows_BTD = self.embedding.use(wide(self.dtype)).at[tokens_BT].get(out_sharding=out_spec("BTD"))
-        x_BTD = rows_BTD.astype(self.dtype)
-        max_logits, loads = [], []
+        return rows_BTD.astype(self.dtype)
+
+    def _logits(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD = rms_norm(x_BTD, self.norm, self.config.rms_norm_eps)
+        return project("BTD,DV->BTV", x_BTD, self.head.use(self.dtype), None, wide(self.dtype))
+
+    def __call__(self, tokens, positions=None, segment_ids=None, rope: Rope | None = None) -> Output:
+        """tokens, positions, segment_ids: int32 [B, T]. Positions count from 0 and all is one document unless given.
+
+        Positions enter the rotation alone: a token sees those before it in the row, whatever their positions are.
+        """
+        tokens_BT = place(jnp.asarray(tokens), "BT")
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        if segment_ids is None:
+            segment_ids = jnp.zeros_like(tokens_BT)
+        positions_BT, segment_ids_BT = place(jnp.asarray(positions), "BT"), jnp.asarray(segment_ids)
+        known = make_positions(positions_BT, segment_ids_BT, rope or make_rope(self.config, self.rope))
+        x_BTD = self._embed(tokens_BT)
+        max_logits, routing = [], []
         for layers in (self.dense, self.moe):
             if layers is not None:
-                x_BTD, (max_logit_LH, load_LE) = scan_layers(layers, x_BTD, positions, self.remat)
+                x_BTD, (max_logit_LH, routed) = scan_layers(layers, x_BTD, known, self.remat)
                 max_logits.append(whole(max_logit_LH))
-                loads += [whole(load_LE)] if load_LE is not None else []
-        x_BTD = rms_norm(x_BTD, self.norm, self.config.rms_norm_eps)
-        logits_BTV = project("BTD,DV->BTV", x_BTD, self.head.use(self.dtype), None, wide(self.dtype))
-        no_load = jnp.zeros((0, self.config.n_routed_experts), jnp.int32)
-        return Output(logits_BTV, jnp.concatenate(max_logits), jnp.concatenate(loads) if loads else no_load)
+                routing += [tuple(map(whole, routed))] if routed is not None else []
+        no_routing = jnp.zeros((0, self.config.n_routed_experts), jnp.int32), jnp.zeros(0, wide(self.dtype))
+        load_LE, balance_L = routing[0] if routing else no_routing
+        return Output(self._logits(x_BTD), jnp.concatenate(max_logits), load_LE, balance_L)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `batch` sequences of up to `length` tokens."""
+        config = self.config
+        num_dense = config.first_k_dense_replace
+
+        def stack(num_layers):
+            shape = num_layers, batch, length
+            return Latents(
+                jnp.zeros((*shape, config.kv_lora_rank), self.dtype),
+                jnp.zeros((*shape, config.qk_rope_head_dim), self.dtype),
+            )
+
+        return Cache(stack(num_dense), stack(config.num_hidden_layers - num_dense))
+
+    def decode(self, tokens_BT, start_B, last_B, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Logits [B, V] after token `last` of each row of new tokens, which stand at positions start, start + 1, ...
+
+        Rows may be padded beyond `last`: what the padding leaves in the cache is seen by nobody before the next tokens
+        overwrite it. One device, or a mesh that cuts sequences alone.
+        """
+        position_BS = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
+        rope = make_rope(self.config, self.rope)
+        angles_BS = rope_angles(position_BS, rope)
+        slot_Z = jnp.arange(cache.moe.latent_BZC.shape[2])
+        known = Positions(rope, angles_BS, angles_BS, position_BS[:, :, None] >= slot_Z)
+        x_BTD, stacks = self._embed(tokens_BT), []
+        for layers, past in zip((self.dense, self.moe), cache, strict=True):
+            if layers is not None:
+                graph, weights = nnx.split(layers)
+
+                def run(x_BTD, layer, graph=graph):
+                    weights, past = layer
+                    return nnx.merge(graph, weights).decode(x_BTD, known, position_BS, past)
+
+                x_BTD, past = jax.lax.scan(run, x_BTD, (weights, past))
+            stacks.append(past)
+        x_BTD = jnp.take_along_axis(x_BTD, last_B[:, None, None], 1)
+        return self._logits(x_BTD)[:, 0], Cache(*stacks)
+
+
+def _declared(config: ModelConfig, kind: type) -> dict:
+    state = nnx.state(Transformer(config), kind)
+    return nnx.to_pure_dict(jax.tree.map(lambda v: v.weight, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
 
 def declarations(config: ModelConfig) -> dict:
     """Pytree of Weight, in the shape of the parameters' pytree."""
-    state = nnx.state(Transformer(config), Param)
-    return nnx.to_pure_dict(jax.tree.map(lambda p: p.weight, state, is_leaf=lambda x: isinstance(x, Param)))
+    return _declared(config, Param)
+
+
+def bias_declarations(config: ModelConfig) -> dict:
+    """Pytree of Weight, in the shape of the router biases' pytree."""
+    return _declared(config, RouterBias)
 
 
 def build_model(
-    config: ModelConfig, params: dict, router_bias: dict, dtype: jnp.dtype, remat: bool = False
+    config: ModelConfig,
+    params: dict,
+    router_bias: dict,
+    dtype: jnp.dtype,
+    remat: bool = False,
+    rope: Literal["plain", "yarn"] = "plain",
 ) -> Transformer:
-    """The model with these values: pytrees as `declarations` and `init_router_bias` shape them."""
-    graph, _, _ = nnx.split(Transformer(config, dtype, remat), Param, RouterBias)
+    """The model with these values: pytrees as `declarations` and `bias_declarations` shape them."""
+    graph, _, _ = nnx.split(Transformer(config, dtype, remat, rope), Param, RouterBias)
     return nnx.merge(graph, params, router_bias)
 
 
 def init_router_bias(config: ModelConfig) -> dict:
     """All zeros: float32 [MoE layers, E] under the model's own path to it."""
-    bias = nnx.to_pure_dict(nnx.state(Transformer(config), RouterBias))
-    return jax.tree.map(lambda b: jnp.zeros(b.shape, b.dtype), bias)
+    return jax.tree.map(
+        lambda w: jnp.zeros(w.shape), bias_declarations(config), is_leaf=lambda x: isinstance(x, Weight)
+    )
 
 
-__all__ = ["Output", "Transformer", "Weight", "build_model", "declarations", "init_router_bias"]
+__all__ = ["Output", "Transformer", "Weight", "bias_declarations", "build_model", "declarations", "init_router_bias"]

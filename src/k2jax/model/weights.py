@@ -16,12 +16,11 @@ from k2jax.sharding.rules import place, stored_spec
 
 @dataclass(frozen=True)
 class QKSlice:
-    """How QK-Clip scales a projection of the layers [first_layer, first_layer + L): K2 report 2.1.
+    """How QK-Clip scales a projection: K2 report 2.1.
 
     `powers`: (size, power) runs along the last dim; a head's factor g acts as g**power on each run.
     """
 
-    first_layer: int
     powers: tuple[tuple[int, float], ...]
 
 
@@ -29,15 +28,20 @@ class QKSlice:
 class Weight:
     """Declaration of one parameter. Its dims are `stack + inputs + outputs`, letters of sharding/names.py.
 
-    stack: dims that count equal weights (layers, experts); inputs: contracted with the activation.
+    stack: dims that count equal weights (layers, experts); inputs: contracted with the activation. The layers are
+    [first_layer, first_layer + L). hf: name of each published tensor, with {L} for the layer and {E} for the expert;
+    published matrices are [outputs, inputs], but for a look-up table, which is `hf_as_declared`.
     """
 
     stack: str
     inputs: str
     outputs: str
     shape: tuple[int, ...]
-    init: Literal["normal", "ones"] = "normal"
-    group: Literal["muon", "adamw"] = "muon"
+    hf: str
+    hf_as_declared: bool = False
+    first_layer: int = 0
+    init: Literal["normal", "ones", "zeros"] = "normal"
+    group: Literal["muon", "adamw", None] = "muon"
     component: str = "attention"
     qk: QKSlice | None = None
 
@@ -79,14 +83,17 @@ class Param(nnx.Param):
 
 
 class RouterBias(nnx.Variable):
-    """The balancing bias [E]: part of the train state, but of no optimizer (Wang et al., arXiv 2408.15664)."""
+    """The balancing bias [E]: part of the train state, but of no optimizer (Wang et al., arXiv 2408.15664).
+
+    Knows its declaration too.
+    """
 
 
 def dim_sizes(config: ModelConfig) -> dict[str, int]:
     """Size of every dim letter that a weight may have; F is left to the FFN that declares it."""
     return {
         "D": config.hidden_size,
-        "Q": config.q_lora_rank,
+        "Q": config.q_lora_rank or 0,
         "C": config.kv_lora_rank,
         "J": config.kv_lora_rank + config.qk_rope_head_dim,
         "H": config.num_attention_heads,
@@ -107,27 +114,42 @@ class Stack:
     first_layer: int
     num_layers: int
 
-    def weight(self, equation: str, stack: str = "", qk_powers=None, F: int = 0, **declaration) -> Param:
-        """Declare a weight "inputs>outputs" of every layer, e.g. "Q>HK"; `stack` names dims after L."""
+    def weight(
+        self, equation: str, hf: str, stack: str = "", qk_powers=None, F: int = 0, kind=Param, **declaration
+    ) -> nnx.Variable:
+        """Declare a weight "inputs>outputs" of every layer, e.g. "Q>HK"; `stack` names dims after L.
+
+        hf: the published name within a layer, without ".weight".
+        """
         inputs, outputs = equation.split(">")
         sizes = dim_sizes(self.config) | {"L": self.num_layers, "F": F}
-        qk = QKSlice(self.first_layer, qk_powers) if qk_powers else None
-        return declare("L" + stack, inputs, outputs, sizes, qk=qk, **declaration)
+        return declare(
+            "L" + stack,
+            inputs,
+            outputs,
+            sizes,
+            "model.layers.{L}." + hf,
+            kind,
+            first_layer=self.first_layer,
+            qk=QKSlice(qk_powers) if qk_powers else None,
+            **declaration,
+        )
 
-    def gain(self, dim: str, **declaration) -> Param:
+    def gain(self, dim: str, hf: str) -> Param:
         """Declare an RMSNorm gain: no matrix, so AdamW's."""
-        return self.weight(f">{dim}", init="ones", group="adamw", component="norms", **declaration)
+        return self.weight(f">{dim}", hf, init="ones", group="adamw", component="norms")
 
 
-def declare(stack: str, inputs: str, outputs: str, sizes: dict[str, int], **declaration) -> Param:
-    """A parameter without a value; `init_params` makes values, `nnx.merge` brings the two together."""
+def declare(stack: str, inputs: str, outputs: str, sizes: dict[str, int], hf: str, kind=Param, **declaration):
+    """A variable of `kind` without a value; `init_params` makes values, `nnx.merge` brings the two together."""
     shape = tuple(sizes[dim] for dim in stack + inputs + outputs)
-    weight = Weight(stack, inputs, outputs, shape, **declaration)
-    return Param(jax.ShapeDtypeStruct(shape, jnp.float32), weight=weight)
+    return kind(
+        jax.ShapeDtypeStruct(shape, jnp.float32), weight=Weight(stack, inputs, outputs, shape, hf, **declaration)
+    )
 
 
 def init_params(weights, key: jax.Array, std: float):
-    """Fp32 values for a pytree of Weight: N(0, std) matrices, gains of one.
+    """Fp32 values for a pytree of Weight: N(0, std) matrices, gains of one, biases of zero.
 
     Each value depends on `key` and its own path alone, so it is the same on every mesh (to float32 rounding)
     and with other weights around it.
@@ -135,8 +157,9 @@ def init_params(weights, key: jax.Array, std: float):
 
     def init(path, weight: Weight):
         out_sharding = weight.spec if not jax.sharding.get_abstract_mesh().empty else None
-        if weight.init == "ones":
-            return jnp.ones(weight.shape, jnp.float32, out_sharding=out_sharding)
+        if weight.init != "normal":
+            value = {"ones": 1.0, "zeros": 0.0}[weight.init]
+            return jnp.full(weight.shape, value, jnp.float32, out_sharding=out_sharding)
         own_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
         return std * jax.random.normal(own_key, weight.shape, jnp.float32, out_sharding=out_sharding)
 

@@ -16,7 +16,7 @@ def is_declaration(x) -> bool:
 
 
 def map_weights(function, weights: optax.Params) -> optax.Params:
-    """Map over a pytree of weight declarations (objects with group, num_stack, num_inputs, qk)."""
+    """Map over a pytree of weight declarations (objects with group, num_stack, num_inputs, first_layer, qk)."""
     return jax.tree.map(function, weights, is_leaf=is_declaration)
 
 
@@ -35,7 +35,7 @@ def muonclip(
         views, config.momentum, config.nesterov, config.ns_steps, jnp.dtype(config.ns_dtype), config.update_rms
     )
     adam = optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps)
-    parts = map_weights(lambda w: w.qk and QKPart(w.qk.first_layer, w.qk.powers), weights)
+    parts = map_weights(lambda w: w.qk and QKPart(w.first_layer, w.qk.powers), weights)
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm is not None else optax.identity(),
         optax.partition({"muon": muon, "adamw": adam}, map_weights(lambda w: w.group, weights)),

@@ -230,7 +230,7 @@ def train(config, tx, store, mesh, state: TrainState, saver: Saver, display: Dis
             if step == num_steps or (config.train.eval_every and step % config.train.eval_every == 0):
                 jax.block_until_ready(metrics)
                 with untimed():
-                    validation = bits_per_byte(evaluate(state.params, state.router_bias), store)
+                    validation = bits_per_byte(evaluate(state), store)
                 extra = {"validation_bits_per_byte": validation}
             pending = (step - 1, metrics, extra)
             saver.poll()

@@ -15,7 +15,9 @@ def make_record(step: int, metrics: Metrics, config: Config, seconds: float) -> 
     """Record of one step. `metrics` as NumPy arrays; `seconds`: wall clock since the step before."""
     tau = config.optim.qk_clip_tau
     clipped = np.argwhere(metrics.max_logits > tau) if tau is not None else []
-    load = metrics.expert_load
+    load, num_choices = metrics.expert_load, config.model.num_experts_per_tok
+    over_mean = load.max(-1) / load.mean(-1) if load.size else np.zeros(0)
+    low, high = metrics.router_bias if load.size else (0.0, 0.0)
     return {
         "step": step,
         "tokens": (step + 1) * config.batch_tokens,
@@ -28,7 +30,12 @@ def make_record(step: int, metrics: Metrics, config: Config, seconds: float) -> 
         "max_logit_by_layer": [float(layer.max()) for layer in metrics.max_logits],
         "heads_clipped": len(clipped),
         "clipped_heads": [f"L{layer}H{head}" for layer, head in clipped],
-        "expert_load_max_over_mean": float((load.max(-1) / load.mean(-1)).max()) if load.size else None,
+        "balance_loss": float(metrics.balance_loss.mean()) if load.size else None,
+        "expert_load_max_over_mean": float(over_mean.max()) if load.size else None,
+        "expert_load_max_over_mean_by_layer": [float(layer) for layer in over_mean],
+        "router_bias_min": float(low),
+        "router_bias_max": float(high),
+        "rows_dropped": len(load) * config.batch_tokens * num_choices - int(load.sum(dtype=np.int64)),
         "seconds": seconds,
         "tokens_per_second": config.batch_tokens / seconds,
     }

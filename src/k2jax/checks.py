@@ -1,0 +1,144 @@
+"""The rules that a config must keep, over its flat form {"section.field": value}; every violation is found."""
+
+import itertools
+import math
+import types
+import typing
+from collections.abc import Iterator
+from typing import Literal
+
+
+def _fits(value: object, kind: object) -> bool:
+    origin = typing.get_origin(kind)
+    if origin is types.UnionType:
+        return any(_fits(value, k) for k in typing.get_args(kind))
+    if origin is Literal:
+        return isinstance(value, str) and value in typing.get_args(kind)
+    if origin is tuple:
+        return isinstance(value, tuple) and value != () and all(_fits(v, typing.get_args(kind)[0]) for v in value)
+    if kind is float:  # an int is a fine float; a bool is neither
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is kind
+
+
+def describe_type(kind: object) -> str:
+    """How a field's type is called in messages."""
+    origin = typing.get_origin(kind)
+    if origin is types.UnionType:
+        return " or ".join(describe_type(k) for k in typing.get_args(kind))
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
+    if origin is tuple:
+        return f"a list, each {describe_type(typing.get_args(kind)[0])}"
+    return {float: "a finite number", int: "an integer", str: "text", bool: "True or False", types.NoneType: "None"}[
+        kind
+    ]
+
+
+# Fields that may be zero; every other number must be positive.
+_MAY_BE_ZERO = {
+    "model.first_k_dense_replace", "model.n_shared_experts", "optim.final_learning_rate", "optim.warmup_tokens",
+    "optim.weight_decay", "optim.momentum", "optim.adam_b1", "optim.adam_b2", "model.rope.mscale_all_dim",
+    "stages.start_tokens", "stages.router_bias_rate", "stages.balance_alpha", "data.seed",
+    "data.read_threads", "train.seed",
+}  # fmt: skip
+# (jax.random.key would drop the higher bits of a seed)
+_BELOW = {"optim.momentum": 1, "optim.adam_b1": 1, "optim.adam_b2": 1, "train.seed": 2**32}
+
+
+def _own_problems(values: dict, kinds: dict) -> dict[str, str]:
+    """{field: problem} of the fields that are wrong whatever the others are."""
+    problems = {}
+    for name, kind in kinds.items():
+        value = values[name]
+        least = "at least 0" if name in _MAY_BE_ZERO else "greater than 0"
+        if not _fits(value, kind):
+            problems[name] = f"must be {describe_type(kind)}"
+            continue
+        numbers = [v for v in (value if isinstance(value, tuple) else [value]) if type(v) in (int, float)]
+        if any(v < 0 or (v == 0 and name not in _MAY_BE_ZERO) for v in numbers):
+            problems[name] = f"must be {least}"
+        elif any(v >= _BELOW.get(name, math.inf) for v in numbers):
+            problems[name] = f"must be below {_BELOW[name]}"
+    return {name: f"{name} = {values[name]!r}: {rule}" for name, rule in problems.items()}
+
+
+# (a field, the fields whose product must divide it). Explicit shardings need every cut dim to divide evenly.
+_MULTIPLES = [
+    ("model.n_routed_experts", ["mesh.expert"]),
+    ("model.n_routed_experts", ["model.n_group"]),
+    ("model.num_attention_heads", ["mesh.tensor"]),
+    ("model.hidden_size", ["mesh.fsdp"]),
+    ("model.q_lora_rank", ["mesh.fsdp"]),
+    ("model.kv_lora_rank", ["mesh.fsdp"]),
+    ("model.qk_rope_head_dim", [2]),  # RoPE turns pairs
+    ("data.sequence_length", ["mesh.context", "mesh.tensor"]),
+    ("data.batch_sequences", ["train.num_microbatches", "mesh.replica", "mesh.fsdp", "mesh.expert"]),
+    ("train.eval_sequences", ["mesh.replica", "mesh.fsdp", "mesh.expert"]),
+]
+# (a field, the field it must not exceed)
+_AT_MOST = [
+    ("model.first_k_dense_replace", "model.num_hidden_layers"),
+    ("model.num_experts_per_tok", "model.n_routed_experts"),
+    ("model.topk_group", "model.n_group"),
+    ("optim.warmup_tokens", "optim.constant_until_tokens"),
+    ("optim.constant_until_tokens", "optim.cosine_until_tokens"),
+    ("optim.final_learning_rate", "optim.learning_rate"),
+]
+
+
+def _fit_problems(values: dict):
+    """Rules between fields; a rule is passed over where one of its fields is wrong in itself and so absent here."""
+    for name, divisors in _MULTIPLES:
+        sizes = [values.get(d) if isinstance(d, str) else d for d in divisors]
+        if values.get(name) is None or None in sizes or values[name] % (divisor := math.prod(sizes)) == 0:
+            continue
+        value = values[name]
+        near = [n for n in (value // divisor * divisor, (value // divisor + 1) * divisor) if n > 0]
+        rule = f"must be a multiple of {' * '.join(map(str, divisors))} = {divisor}"
+        yield f"{name} = {value}: {rule}; nearest: {' or '.join(map(str, near))}"
+    for name, limit in _AT_MOST:
+        if name in values and limit in values and values[name] > values[limit]:
+            yield f"{name} = {values[name]}: must be at most {limit} = {values[limit]}"
+    yield from _group_problems(values)
+    yield from _stage_problems(values)
+
+
+def _group_problems(values: dict):
+    """Whether enough experts are left once the groups are chosen."""
+    experts, groups, used, chosen = (
+        values.get(f"model.{n}") for n in ("n_routed_experts", "n_group", "topk_group", "num_experts_per_tok")
+    )
+    if None in (experts, groups, used, chosen) or groups == 1 or experts % groups:
+        return
+    size = experts // groups
+    if size < 2:
+        yield f"model.n_group = {groups}: a group's score is the sum of its best two experts; at most {experts // 2}"
+    if size * used < chosen <= experts:
+        yield (
+            f"model.num_experts_per_tok = {chosen}: model.topk_group = {used} groups of {size} experts hold "
+            f"{size * used}; at most that, or a model.topk_group of at least {-(-chosen // size)}"
+        )
+
+
+def _stage_problems(values: dict):
+    names = [name for name in values if name.startswith("stages.")]
+    starts = values.get("stages.start_tokens")
+    if starts is None:
+        return
+    for name in names:
+        if len(values[name]) != len(starts):
+            count = f"{len(starts)}, one per stage, as stages.start_tokens has"
+            yield f"{name} = {values[name]!r}: has {len(values[name])} values, must have {count}"
+    if starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
+        yield f"stages.start_tokens = {starts!r}: must begin with 0 and rise; nearest: {tuple(sorted({0, *starts}))!r}"
+    stretched = "yarn" in values.get("stages.rope", ())
+    if stretched and values.get("model.rope.factor", 1) is None:
+        yield "stages.rope: 'yarn' needs model.rope.factor, which is None; give the factor or use 'plain'"
+
+
+def problems(values: dict[str, object], kinds: dict[str, object]) -> Iterator[str]:
+    """What is wrong with the values of all fields, whose types are `kinds`."""
+    own = _own_problems(values, kinds)
+    yield from own.values()
+    yield from _fit_problems({name: value for name, value in values.items() if name not in own})
