@@ -8,7 +8,7 @@ VENV := .venv-$(VERSION)
 BIN := $(VENV)/bin
 STDLIB = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 
-.PHONY: train test test-fast env data clean
+.PHONY: train test test-fast test-interop env data clean
 
 env: $(VENV)/ready
 
@@ -38,7 +38,12 @@ test: env
 
 # What every change must pass on the other Python: all but the tests that train in processes of their own.
 test-fast: env
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not interop'
+
+# Against the libraries that read what k2jax exports: transformers, mlx-lm, lm-eval. Installs PyTorch.
+test-interop: env
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-$(VERSION).txt -e '.[test,interop]'
+	$(BIN)/python -m pytest -m interop tests/interop
 
 clean:
 	rm -rf .venv-* data runs build

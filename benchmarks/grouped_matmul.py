@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from k2jax.kernels.grouped_matmul import grouped_matmul
-from k2jax.launch.cli import use_cpu_devices
+from k2jax.launch.commands import use_cpu_devices
 
 ROWS, GROUPS, WIDTH, BLOCKS, ROUNDS = 8192, 8, 128, (64, 128, 256, 512), 9
 

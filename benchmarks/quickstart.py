@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from k2jax.launch.cli import use_cpu_devices
+from k2jax.launch.commands import use_cpu_devices
 
 
 def bigram_bits(store, rows: np.ndarray) -> float:
@@ -37,22 +37,21 @@ def last_token_bits(run_dir: str, rows: np.ndarray, seed: int = 0) -> tuple[floa
     import jax.numpy as jnp
 
     from k2jax.model.transformer import build_model
-    from k2jax.sharding.mesh import single_device_mesh
-    from k2jax.train.generate import load_run
+    from k2jax.train.loaded import load_run
 
-    config, _, model = load_run(run_dir)
+    loaded = load_run(run_dir)
+    config, state = loaded.config, loaded.state
 
     @jax.jit
     def nats(tokens, targets):
-        logits = build_model(config.model, model["params"], model["router_bias"], jnp.float32)(tokens).logits[:, -1]
+        logits = build_model(config.model, state.params, state.router_bias, jnp.float32)(tokens).logits[:, -1]
         return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[:, None], -1)[:, 0]
 
     shuffled = np.random.default_rng(seed).permuted(rows[:, :-1], axis=1)
-    with jax.set_mesh(single_device_mesh()):
-        totals = [
-            np.concatenate([nats(c[i : i + 16], rows[i : i + 16, -1]) for i in range(0, len(rows), 16)])
-            for c in (rows[:, :-1], shuffled)
-        ]
+    totals = [
+        np.concatenate([nats(c[i : i + 16], rows[i : i + 16, -1]) for i in range(0, len(rows), 16)])
+        for c in (rows[:, :-1], shuffled)
+    ]
     return tuple(float(np.mean(t)) / math.log(2) for t in totals)
 
 
@@ -102,6 +101,7 @@ def main() -> int:
     from k2jax.data.tokens import TokenStore
     from k2jax.train.evaluate import bits_per_byte
     from k2jax.train.generate import generate
+    from k2jax.train.loaded import load_run
     from k2jax.train.plot import plot_runs, read_run
 
     config, records = read_run(args.run)
@@ -114,7 +114,7 @@ def main() -> int:
     bigram = bits_per_byte(bigram_bits(store, rows(config.train.eval_sequences)) * math.log(2), store)
     model = next(r["validation_bits_per_byte"] for r in reversed(records) if "validation_bits_per_byte" in r)
     intact, shuffled = last_token_bits(args.run, rows(args.windows))
-    sample = generate(args.run, "", 2000, temperature=0.7, seed=1)
+    sample = generate(load_run(args.run), [""], 2000, temperature=0.7, seed=1)[0]
     Path(args.run, "sample.txt").write_text(sample, encoding="utf-8")
     copies, lines = copied_lines(sample, store), readable_lines(sample)
     clip, lost = clip_figures(records, tau), max(r["max_logit"] for r in unclipped) / tau

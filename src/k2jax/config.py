@@ -130,6 +130,7 @@ class TrainConfig:
     run_dir: str = "runs/k2"
     num_steps: int = 230_968
     num_microbatches: int = 1
+    init_from: str | None = None  # another run, or an imported one, whose newest model is the start
     seed: int = 0
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["none", "layer"] = "layer"

@@ -158,6 +158,11 @@ def _parse_ranks(path: str, definition: bytes) -> dict[bytes, int]:
     return ranks
 
 
+def tiktoken_ranks(tokenizer: Tokenizer) -> dict[bytes, int]:
+    """{token: rank} of a tokenizer that was read from a tiktoken file."""
+    return _parse_ranks(tokenizer.spec, tokenizer.definition)
+
+
 def _tiktoken_tokenizer(spec: str, definition: bytes) -> Tokenizer:
     import tiktoken
 
@@ -255,15 +260,19 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return _trained_tokenizer(f"train:{vocab_size}", model.to_str(pretty=True).encode())
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer of "byte", a path of a .tiktoken file, or a path of a tokenizer.json; else UserError."""
+def load_tokenizer(spec: str, kind: str | None = None) -> Tokenizer:
+    """The tokenizer of "byte", a path of a .tiktoken file, or a path of a tokenizer.json; else UserError.
+
+    kind: the suffix to take for the path's own, such as ".tiktoken" for Kimi's tiktoken.model.
+    """
     if spec == "byte":
         return _byte_tokenizer()
     path = Path(spec)
-    if not path.is_file() or path.suffix not in (".tiktoken", ".json"):
+    kind = kind or path.suffix
+    if not path.is_file() or kind not in (".tiktoken", ".json"):
         near = difflib.get_close_matches(spec, ("byte", "train:32768"), n=1)
         hint = f"; nearest: {near[0]!r}" if near else ""
         what = "has neither suffix" if path.is_file() else "no such file"
         raise UserError(f"tokenizer = {spec!r}: {what}; must be {_FORMS}{hint}")
     definition = path.read_bytes()
-    return (_tiktoken_tokenizer if path.suffix == ".tiktoken" else _trained_tokenizer)(spec, definition)
+    return (_tiktoken_tokenizer if kind == ".tiktoken" else _trained_tokenizer)(spec, definition)

@@ -108,7 +108,7 @@ class MLA(nnx.Module):
         """Output [B, T, D] of new tokens, whose latents go to `slots` of `past`; visible is over the slots.
 
         Attention takes place between latents: W_kc joins the query and W_v the output (DeepSeek-V2 report 2.1.2), so
-        that no key or value of a past token is ever made again. One device, or a mesh that cuts sequences alone.
+        that no key or value of a past token is ever made again. Without a mesh.
         """
         nope, dtype = self.config.qk_nope_head_dim, x_BTD.dtype
         q_BHSK, new = self._queries(x_BTD, positions), self._latents(x_BTD, positions)

@@ -148,7 +148,7 @@ class Transformer(nnx.Module):
         """Logits [B, V] after token `last` of each row of new tokens, which stand at positions start, start + 1, ...
 
         Rows may be padded beyond `last`: what the padding leaves in the cache is seen by nobody before the next tokens
-        overwrite it. One device, or a mesh that cuts sequences alone.
+        overwrite it. Without a mesh.
         """
         position_BS = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
         rope = make_rope(self.config, self.rope)

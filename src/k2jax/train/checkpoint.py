@@ -12,11 +12,29 @@ import threading
 from dataclasses import asdict
 from pathlib import Path
 
+import jax
+import tensorstore
 from orbax.checkpoint import v1 as ocp
 
 from k2jax.config import CheckpointConfig, Config, RunFailed, UserError
 from k2jax.files import sha256_of, sync_folder, write_atomic
 from k2jax.train.state import TrainState
+
+CHUNK_BYTES = 2**26  # an export reads parameters matrix by matrix, and a chunk is the least that can be read
+
+
+def _layout(path, value):
+    """Chunks of an array along its stack dims first: whole layers and experts. Orbax asks about every leaf."""
+    if not isinstance(value, jax.Array):
+        return None
+    stack = tuple(range(max(value.ndim - 2, 0)))
+    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES, shard_axes=stack)
+
+
+def _context() -> ocp.Context:
+    context = ocp.Context()
+    context.array.saving.scoped_storage_options_creator = _layout
+    return context
 
 
 def committed_steps(folder: Path) -> list[int]:
@@ -91,12 +109,33 @@ def remove_leftovers(folder: Path) -> list[str]:
     return sorted(entry.name for entry in left)
 
 
+def model_part(params: dict, router_bias: dict) -> dict:
+    """What generation needs of a state."""
+    return {"params": params, "router_bias": router_bias}
+
+
 def parts(state: TrainState) -> dict:
-    """The state as it is stored: what generation needs, apart from what only training needs."""
+    """The state as it is stored: the model, apart from what only training needs."""
     return {
-        "model": {"params": state.params, "router_bias": state.router_bias},
+        "model": model_part(state.params, state.router_bias),
         "optimizer": {"step": state.step, "opt_state": state.opt_state},
     }
+
+
+def _commit(folder: Path, record: dict) -> None:
+    """Make the step of `record` exist, its files being written."""
+    sync_folder(folder)
+    record["files"] = _digests(folder / str(record["step"]))
+    write_atomic(folder / f"{record['step']}.json", json.dumps(record, indent=2) + "\n")
+
+
+def save_model(folder: Path, model: dict, config: Config) -> None:
+    """Commit {"params", "router_bias"} alone as step 0: a model that can be used and exported, but not resumed."""
+    folder.mkdir(parents=True)
+    run = {"config": asdict(config), "data_position": {}}
+    with _context():
+        ocp.save_checkpointables(folder.absolute() / "0", {"model": model, "run": run})
+    _commit(folder.absolute(), {"step": 0, "holds": ["model"], "data_position": {}})
 
 
 class Saver:
@@ -113,8 +152,9 @@ class Saver:
         self.wait()
         run = {"config": asdict(config), "data_position": data_position}
         path = self._folder / str(step)
-        response = ocp.save_checkpointables_async(path, {**parts(state), "run": run}, overwrite=True)
-        record = {"step": step, "data_position": data_position}
+        with _context():
+            response = ocp.save_checkpointables_async(path, {**parts(state), "run": run}, overwrite=True)
+        record = {"step": step, "holds": sorted(parts(state)), "data_position": data_position}
         self._thread = threading.Thread(
             target=self._commit, args=(step, response, record), name="checkpoint", daemon=True
         )
@@ -123,9 +163,7 @@ class Saver:
     def _commit(self, step: int, response, record: dict) -> None:
         try:
             response.result(timeout=self._config.save_timeout_seconds)
-            sync_folder(self._folder)
-            record["files"] = _digests(self._folder / str(step))
-            write_atomic(self._folder / f"{step}.json", json.dumps(record, indent=2) + "\n")
+            _commit(self._folder, record)
             self._prune()
         except BaseException as error:
             self._error = error
@@ -155,13 +193,25 @@ class Saver:
         self.poll()
 
 
+def held_parts(folder: Path, step: int) -> list[str]:
+    """Names of what a committed step holds: ["model", "optimizer"], or ["model"] for an imported model."""
+    return json.loads((folder / f"{step}.json").read_text(encoding="utf-8"))["holds"]
+
+
+def open_model_array(folder: Path, step: int, path: tuple[str, ...]) -> tensorstore.TensorStore:
+    """One array of a step's model, such as ("params", "moe", "ffn", "gate"), to be read in parts. No cache is kept."""
+    base = {"driver": "file", "path": f"{folder.absolute() / str(step) / 'model'}/"}
+    kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
+    return tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True).result()
+
+
 def restore_run(folder: Path, step: int) -> dict:
     """The config and data position saved with `step`: {"config": ..., "data_position": ...}."""
     return ocp.load_checkpointables((folder / str(step)).absolute(), {"run": None})["run"]
 
 
 def restore_model(folder: Path, step: int, abstract: dict) -> dict:
-    """{"params", "router_bias"} of `step`, laid out as `abstract`, that part of `parts(abstract_state(...))`, says."""
+    """{"params", "router_bias"} of `step`, laid out as `abstract`, the same of ShapeDtypeStructs, says."""
     return ocp.load_checkpointables((folder / str(step)).absolute(), {"model": abstract})["model"]
 
 

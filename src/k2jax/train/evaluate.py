@@ -1,15 +1,20 @@
 """Loss on held-out text, in bits per byte: comparable between tokenizers and with other models."""
 
+import itertools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from k2jax.config import Config
-from k2jax.data.batches import validation_batches
+from k2jax.config import Config, UserError
+from k2jax.data.batches import num_windows, validation_batches
+from k2jax.data.tokenizer import Tokenizer
 from k2jax.data.tokens import TokenStore
+from k2jax.sharding.mesh import single_device_mesh
 from k2jax.sharding.rules import spec
+from k2jax.train.loaded import Loaded
 from k2jax.train.stages import stage_of, stage_rope
 from k2jax.train.state import TrainState
 from k2jax.train.step import Batch, make_loss
@@ -50,3 +55,49 @@ def make_evaluator(config: Config, store: TokenStore, mesh: jax.sharding.Mesh) -
         return total / (config.train.eval_sequences * config.data.sequence_length)
 
     return evaluate
+
+
+class Perplexity(NamedTuple):
+    """Of a held-out split: nats and perplexity per token, bits per byte of its text, how many tokens were scored."""
+
+    nats_per_token: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+
+
+def writes_alike(tokenizer: Tokenizer, store: TokenStore, num_documents: int = 32) -> bool:
+    """Whether `tokenizer` is the store's, or gives the same ids for its first held-out documents."""
+    own = store.tokenizer()
+    if tokenizer.digest == own.digest:
+        return True
+    borders = store.borders("validation")[: num_documents + 1].astype(int)
+    for start, stop in itertools.pairwise(borders):
+        bos, *ids, eos = store.read("validation", start, stop).tolist()
+        if [bos, eos] != [tokenizer.bos, tokenizer.eos] or tokenizer.encode(own.decode(ids)).tolist() != ids:
+            return False
+    return True
+
+
+def perplexity(loaded: Loaded, store: TokenStore, num_sequences: int | None) -> Perplexity:
+    """Over the first `num_sequences` windows of the validation split's shuffle; None: over all of them.
+
+    Raises UserError where the store has fewer windows or was written by another tokenizer than the model's.
+    """
+    if loaded.tokenizer is not None and not writes_alike(loaded.tokenizer, store):
+        raise UserError(
+            f"{store.path}: was written by another tokenizer than that of {loaded.source}; give a store of its own"
+        )
+    available = num_windows(store, "validation", loaded.window)
+    count = available if num_sequences is None else num_sequences
+    if not 0 < count <= available:
+        raise UserError(
+            f"--sequences {count}: the validation split of {store.path} has {available} whole sequences of "
+            f"{loaded.window} tokens; must be 1 to that"
+        )
+    changes = {"train.eval_sequences": count, "train.num_microbatches": 1, "data.batch_sequences": math.gcd(count, 16)}
+    config, mesh = loaded.config.replace(changes), single_device_mesh()
+    with jax.set_mesh(mesh):
+        state = jax.device_put(loaded.state, jax.NamedSharding(mesh, jax.P()))
+        nats = make_evaluator(config, store, mesh)(state)
+    return Perplexity(nats, math.exp(nats), bits_per_byte(nats, store), count * loaded.window)

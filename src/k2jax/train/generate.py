@@ -1,72 +1,92 @@
-"""Continue a text with a trained model, one token at a time over a window of the training length."""
+"""Continue texts with a trained model: latents of past tokens are kept, so each new token costs one token's work."""
 
 import math
-from pathlib import Path
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from k2jax.config import Config, UserError
-from k2jax.data.tokens import TokenStore
-from k2jax.model.transformer import build_model
-from k2jax.sharding.mesh import single_device_mesh
-from k2jax.train.checkpoint import committed_steps, damage, parts, restore_model, restore_run
-from k2jax.train.run_dir import read_config
-from k2jax.train.state import abstract_state
-from k2jax.train.step import make_optimizer
+from k2jax.config import UserError
+from k2jax.model.transformer import Cache, build_model
+from k2jax.train.loaded import Loaded
+from k2jax.train.stages import rope_after
 
 
-def load_run(run_dir: str) -> tuple[Config, int, dict]:
-    """(config, step, {"params", "router_bias"}) of a run's newest checkpoint, on one device.
+class Decoder:
+    """Tokens in, tokens out, for a batch of contexts of any lengths; at most `loaded.window` tokens are seen.
 
-    Raises UserError where `run_dir` is no run or has no checkpoint.
+    temperature 0 is greedy. A context that has filled the window goes on with its newer half.
     """
-    folder = Path(run_dir)
-    config = read_config(folder)
-    steps = committed_steps(folder / "checkpoints")
-    if not steps:
-        raise UserError(f"{folder}: has no committed checkpoint yet")
-    if wrong := damage(folder / "checkpoints", steps[-1]):
-        raise UserError(*wrong, "resume the training, which goes back to the newest sound step")
-    mesh = single_device_mesh()
-    abstract = abstract_state(config, make_optimizer(config, mesh), mesh)
-    return config, steps[-1], restore_model(folder / "checkpoints", steps[-1], parts(abstract)["model"])
+
+    def __init__(self, loaded: Loaded, batch: int, temperature: float, seed: int):
+        config, self._values = loaded.config, (loaded.state.params, loaded.state.router_bias)
+        self._batch, self._window, self._key = batch, loaded.window, jax.random.key(seed)
+        rope = rope_after(config, int(loaded.state.step))
+        dtype = jnp.dtype(config.train.compute_dtype)
+
+        def model(values):
+            return build_model(config.model, *values, dtype, rope=rope)
+
+        def choose(logits_BV, key):
+            if temperature == 0:
+                return jnp.argmax(logits_BV, -1)
+            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
+            return jax.vmap(jax.random.categorical)(keys, logits_BV / temperature)
+
+        def advance(values, tokens_BT, start_B, last_B, key, cache: Cache):
+            logits_BV, cache = model(values).decode(tokens_BT, start_B, last_B, cache)
+            return choose(logits_BV, key), cache
+
+        self._advance = jax.jit(advance, donate_argnums=5)
+        self._new_cache = jax.jit(lambda values: model(values).init_cache(batch, self._window))
+
+    def _prefill(self, contexts: list[list[int]], key):
+        """All contexts at once, padded to one length; lengths are rounded up, so that few programs are compiled."""
+        lengths = np.array([len(c) for c in contexts])
+        padded = np.zeros((self._batch, min(self._window, 1 << int(lengths.max() - 1).bit_length())), np.int32)
+        for row, context in zip(padded, contexts, strict=True):
+            row[: len(context)] = context
+        start = np.zeros(self._batch, np.int32)
+        return self._advance(self._values, padded, start, lengths - 1, key, self._new_cache(self._values))
+
+    def run(self, contexts: list[list[int]], num_tokens: int) -> Iterator[np.ndarray]:
+        """Yield the next token of every context [B], `num_tokens` times. Contexts must not be empty."""
+        contexts, cache = [list(context) for context in contexts], None
+        for index in range(num_tokens):
+            key = jax.random.fold_in(self._key, index)
+            lengths = np.array([len(c) for c in contexts])
+            if cache is None or lengths.max() > self._window:
+                keep = self._window if cache is None else max(self._window // 2, 1)
+                contexts = [context[-keep:] for context in contexts]
+                tokens, cache = self._prefill(contexts, key)
+            else:
+                newest = np.array([context[-1:] for context in contexts], np.int32)
+                zeros = np.zeros(self._batch, np.int32)
+                tokens, cache = self._advance(self._values, newest, lengths - 1, zeros, key, cache)
+            tokens = np.asarray(tokens)
+            for context, token in zip(contexts, tokens, strict=True):
+                context.append(int(token))
+            yield tokens
 
 
-def sample(config: Config, model: dict, prompt: list[int], num_tokens: int, temperature: float, seed: int, stop: int):
-    """Yield up to `num_tokens` token ids after `prompt`, ending early before the token `stop`.
-
-    temperature 0 is greedy. Once the window of data.sequence_length is full, its oldest half is forgotten.
-    """
-    window = config.data.sequence_length
-    dtype = jnp.dtype(config.train.compute_dtype)
-
-    @jax.jit
-    def next_token(params, router_bias, tokens_BT, length, key):
-        out = build_model(config.model, params, router_bias, dtype)(tokens_BT)
-        logits_V = out.logits[0, length - 1]
-        if temperature == 0:
-            return jnp.argmax(logits_V)
-        return jax.random.categorical(key, logits_V / temperature)
-
-    context, key = list(prompt), jax.random.key(seed)
-    for index in range(num_tokens):
-        if len(context) > window:
-            context = context[-max(window // 2, 1) :]
-        tokens_BT = np.zeros((1, window), np.int32)
-        tokens_BT[0, : len(context)] = context
-        token = int(
-            next_token(model["params"], model["router_bias"], tokens_BT, len(context), jax.random.fold_in(key, index))
-        )
-        if token == stop:
-            return
-        context.append(token)
-        yield token
+def continue_tokens(
+    loaded: Loaded, contexts: list[list[int]], num_tokens: int, temperature: float, seed: int, stop: int | None
+) -> list[list[int]]:
+    """Up to `num_tokens` token ids after each context, ending before the token `stop`."""
+    continued: list[list[int]] = [[] for _ in contexts]
+    open_rows = set(range(len(contexts)))
+    for tokens in Decoder(loaded, len(contexts), temperature, seed).run(contexts, num_tokens):
+        open_rows = {row for row in open_rows if tokens[row] != stop}
+        for row in open_rows:
+            continued[row].append(int(tokens[row]))
+        if not open_rows:
+            break
+    return continued
 
 
-def generate(run_dir: str, prompt: str, num_tokens: int, temperature: float, seed: int) -> str:
-    """`prompt` continued by `num_tokens` tokens or to the end of the document; the text of the continuation alone."""
+def check_sampling(num_tokens: int, temperature: float, seed: int) -> None:
+    """Raise UserError with every value that is out of its range."""
     problems = []
     if not (math.isfinite(temperature) and temperature >= 0):
         problems.append(f"temperature = {temperature}: must be a number of at least 0; 0 is greedy")
@@ -76,14 +96,15 @@ def generate(run_dir: str, prompt: str, num_tokens: int, temperature: float, see
         problems.append(f"seed = {seed}: must be at least 0 and below 2**32")
     if problems:
         raise UserError(*problems)
-    config, step, model = load_run(run_dir)
-    store = TokenStore(config.data.path)
-    trained_on = restore_run(Path(run_dir) / "checkpoints", step)["data_position"]["manifest"]
-    if store.digest != trained_on:
-        raise UserError(
-            f"{store.path}: is not the token store that {run_dir} was trained on (manifest {trained_on[:12]}...)"
-        )
-    tokenizer = store.tokenizer()
-    with jax.set_mesh(single_device_mesh()):
-        start = [tokenizer.bos, *map(int, tokenizer.encode(prompt))]
-        return tokenizer.decode(list(sample(config, model, start, num_tokens, temperature, seed, tokenizer.eos)))
+
+
+def generate(loaded: Loaded, prompts: list[str], num_tokens: int, temperature: float, seed: int) -> list[str]:
+    """Each prompt continued by `num_tokens` tokens or to the end of the document; the texts of the continuations alone.
+
+    Raises UserError as `check_sampling` does, and where the model brings no tokenizer.
+    """
+    check_sampling(num_tokens, temperature, seed)
+    tokenizer = loaded.need_tokenizer()
+    contexts = [[tokenizer.bos, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
+    continued = continue_tokens(loaded, contexts, num_tokens, temperature, seed, tokenizer.eos)
+    return [tokenizer.decode(ids) for ids in continued]

@@ -9,34 +9,22 @@ from pathlib import Path
 
 import jax
 
-from k2jax.config import Config, UserError, differences
-from k2jax.data.batches import check_position, check_store, data_position, train_batches
+from k2jax.config import Config
+from k2jax.data.batches import check_store, data_position, train_batches
+from k2jax.data.tokenizer_folder import save_tokenizer
 from k2jax.data.tokens import TokenStore
 from k2jax.files import write_atomic
 from k2jax.model.transformer import declarations
 from k2jax.sharding.mesh import make_mesh
 from k2jax.train.banner import banner, versions
-from k2jax.train.checkpoint import (
-    Saver,
-    newest_step,
-    remove_leftovers,
-    restore_run,
-    restore_state,
-    set_damaged_aside,
-)
+from k2jax.train.checkpoint import Saver
 from k2jax.train.display import Display
 from k2jax.train.evaluate import bits_per_byte, make_evaluator, split_rows
 from k2jax.train.metrics import TensorBoard, check_finite, make_record
-from k2jax.train.run_dir import MetricsFile, lock_run, read_config
-from k2jax.train.state import TrainState, abstract_state, init_state, weight_leaves
+from k2jax.train.run_dir import MetricsFile, lock_run
+from k2jax.train.start import check_resume, check_run_dir, check_source, make_run_dir, start_state
+from k2jax.train.state import TrainState, abstract_state, weight_leaves
 from k2jax.train.step import make_optimizer, make_train_step
-
-# Fields that a resumed run may change, because no later state depends on them: how it is cut, shown, read and kept.
-FREE_ON_RESUME = (
-    "mesh.", "checkpoint.", "data.path", "data.read_threads", "data.prefetch_sequences", "train.run_dir",
-    "train.num_steps",
-    "train.log_every", "train.eval_every", "train.eval_sequences", "train.remat",
-)  # fmt: skip
 
 
 class StopRequest:
@@ -65,75 +53,6 @@ class Result:
     validation_bits_per_byte: float | None
 
 
-def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
-    """The differences to the config that the run directory was made with; {} for a new one.
-
-    Raises UserError where the directory is not ours, or where a field that shapes the future differs.
-    """
-    folder = Path(config.train.run_dir)
-    if not (folder / "config.json").exists():
-        strangers = (
-            [e.name for e in folder.glob("*") if not e.name.startswith(("config.json", "lock"))]
-            if folder.exists()
-            else []
-        )
-        if strangers:
-            raise UserError(
-                f"{folder}: is no run (it has no config.json) and not empty: {', '.join(sorted(strangers)[:5])}"
-            )
-        return {}
-    changes = differences(read_config(folder), config)
-    fixed = {name: change for name, change in changes.items() if not name.startswith(FREE_ON_RESUME)}
-    if fixed:
-        rule = "this may not change within a run; restore it, or give another train.run_dir"
-        raise UserError(
-            *(
-                f"{name}: the run in {folder} has {old!r}, now given {new!r}; {rule}"
-                for name, (old, new) in fixed.items()
-            )
-        )
-    return changes
-
-
-def start_state(config: Config, tx, step: int | None, store, mesh, saver: Saver, display: Display) -> TrainState:
-    """The state committed at `step`, or for None a new one, committed as step 0 before the first step."""
-    folder = Path(config.train.run_dir) / "checkpoints"
-    if removed := remove_leftovers(folder):
-        display.say(f"removed unfinished saves: {', '.join(removed)}")
-    if step is None:
-        with display.phase("initialise"):
-            state = init_state(config, tx)
-            saver.save(0, state, config, data_position(store, config, 0))
-            saver.wait()
-        return state
-    with display.phase(f"restore step {step}"):
-        return restore_state(folder, step, abstract_state(config, tx, mesh))
-
-
-def make_run_dir(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"train.run_dir = {str(folder)!r}: cannot be made: {error.strerror}; give another") from None
-
-
-def check_resume(config: Config, store: TokenStore) -> tuple[int | None, list[str]]:
-    """The step that the run goes on from (None: a new run), and what to tell its user.
-
-    Raises UserError where it may not go on.
-    """
-    folder = Path(config.train.run_dir)
-    notes = [
-        f"changed since the run began: {name} {old!r} -> {new!r}" for name, (old, new) in check_run_dir(config).items()
-    ]
-    if damaged := set_damaged_aside(folder / "checkpoints"):
-        notes += [*damaged, f"moved to {folder / 'damaged'}"]
-    step = newest_step(folder / "checkpoints")
-    if step is not None:
-        check_position(restore_run(folder / "checkpoints", step)["data_position"], store, config, step)
-    return step, notes
-
-
 def describe_run(config: Config, tx, mesh: jax.sharding.Mesh) -> str:
     """The start banner."""
     weights, groups = declarations(config.model), Counter()
@@ -150,6 +69,7 @@ def run(config: Config) -> Result:
     config.validate()
     mesh = make_mesh(config.mesh)
     check_run_dir(config)  # before anything is written, and again below when nobody else can write
+    check_source(config)
     store = TokenStore(config.data.path)
     check_store(store, config)
     folder = Path(config.train.run_dir)
@@ -157,6 +77,7 @@ def run(config: Config) -> Result:
     with lock_run(folder), jax.set_mesh(mesh):
         step, notes = check_resume(config, store)
         write_atomic(folder / "config.json", config.to_json())
+        save_tokenizer(store.tokenizer(), folder / "tokenizer")
         write_atomic(folder / "env.txt", "".join(f"{name} {version}\n" for name, version in versions().items()))
         tx = make_optimizer(config, mesh)
         saver = Saver(folder / "checkpoints", config.checkpoint)

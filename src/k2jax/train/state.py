@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from k2jax.config import Config
-from k2jax.model.transformer import declarations, init_router_bias
+from k2jax.model.transformer import bias_declarations, declarations, init_router_bias
 from k2jax.model.weights import Weight, init_params
 
 
@@ -37,6 +37,17 @@ def init_state(config: Config, tx: optax.GradientTransformation) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, init_router_bias(config.model), tx.init(params))
 
     return jax.jit(init)()
+
+
+def abstract_model(config: Config) -> tuple[dict, dict]:
+    """Shapes and dtypes of (params, router_bias), on the first device and no mesh."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def shape(weight: Weight):
+        return jax.ShapeDtypeStruct(weight.shape, jnp.float32, sharding=here)
+
+    declared = declarations(config.model), bias_declarations(config.model)
+    return jax.tree.map(shape, declared, is_leaf=lambda x: isinstance(x, Weight))
 
 
 def abstract_state(config: Config, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:

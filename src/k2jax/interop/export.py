@@ -1,0 +1,97 @@
+"""A run's checkpoint as a published one: per-expert safetensors, config.json, tokenizer; streamed, bounded memory."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from k2jax.config import UserError
+from k2jax.data.tokenizer_folder import open_tokenizer
+from k2jax.files import sync_folder, write_atomic
+from k2jax.interop.hf_config import hf_config
+from k2jax.interop.published import all_weights, published_names, published_shape, to_published
+from k2jax.interop.safetensor_files import NewTensor, write_tensors
+from k2jax.interop.tokenizer_files import tokenizer_files
+from k2jax.model.weights import Weight
+from k2jax.train.checkpoint import committed_steps, damage, open_model_array
+from k2jax.train.run_dir import read_config
+from k2jax.train.stages import rope_after
+
+DTYPES = {"bf16": ("BF16", "bfloat16"), "f32": ("F32", "float32")}  # ours: (safetensors', torch's)
+FILE_BYTES = 5 * 10**9
+
+
+def _new_tensors(folder: Path, step: int, model, dtype: str) -> dict[str, NewTensor]:
+    """Every published tensor, to be read from the checkpoint when it is written."""
+    tensors = {}
+    leaves = jax.tree_util.tree_leaves_with_path(all_weights(model), is_leaf=lambda x: isinstance(x, Weight))
+    for path, weight in leaves:
+        array = open_model_array(folder, step, tuple(entry.key for entry in path))
+        stored = "F32" if weight.group is None else dtype  # the router bias decides near ties: it keeps its bits
+
+        def make(index, weight=weight, array=array, stored=stored) -> np.ndarray:
+            value = np.asarray(array[index].read().result())
+            if stored == "BF16":
+                value = value.astype(ml_dtypes.bfloat16)
+            return to_published(weight, value)
+
+        for index, name in published_names(weight):
+            tensors[name] = NewTensor(published_shape(weight), stored, lambda i=index, m=make: m(i))
+    return tensors
+
+
+def _step_to_export(folder: Path, step: int | None) -> int:
+    steps = committed_steps(folder)
+    if not steps:
+        raise UserError(f"{folder.parent}: has no committed checkpoint yet")
+    if step is not None and step not in steps:
+        raise UserError(f"--step {step}: is not a committed step; there are {', '.join(map(str, steps))}")
+    step = steps[-1] if step is None else step
+    if wrong := damage(folder, step):
+        raise UserError(*wrong, "give another --step, or resume the training, which goes back to a sound one")
+    return step
+
+
+def export_run(
+    run_dir: str | Path,
+    to: str | Path,
+    dtype: Literal["bf16", "f32"] = "bf16",
+    step: int | None = None,
+    rope: Literal["plain", "yarn"] | None = None,
+    file_bytes: int = FILE_BYTES,
+) -> int:
+    """Write step `step` (by default the newest) of a run to the new folder `to`; gives the step.
+
+    rope: what config.json says of positions, by default what the step was trained with. The folder appears whole
+    or not at all. Memory: one tensor and the checkpoint chunks that it touches. Raises UserError where `to` exists,
+    the run has no sound checkpoint, or its network no published form.
+    """
+    run_dir, to = Path(run_dir), Path(to)
+    config = read_config(run_dir)
+    if to.exists() or to.is_symlink():
+        raise UserError(f"{to}: exists; give another --to, or move it away")
+    step = _step_to_export(run_dir / "checkpoints", step)
+    rope = rope or rope_after(config, step)
+    if rope == "yarn" and config.model.rope.factor is None:
+        raise UserError("--rope yarn: needs model.rope.factor, which is None in this run; must be plain")
+    tokenizer = open_tokenizer(run_dir / "tokenizer") if (run_dir / "tokenizer").is_dir() else None
+    ids = (tokenizer.bos, tokenizer.eos) if tokenizer else (None, None)
+    stored, torch_name = DTYPES[dtype]
+    values = hf_config(config.model, rope, config.data.sequence_length, torch_name, *ids)
+    aside = to.with_name(to.name + ".exporting")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        write_tensors(aside, _new_tensors(run_dir / "checkpoints", step, config.model, stored), file_bytes)
+        for name, content in (tokenizer_files(tokenizer) if tokenizer else {}).items():
+            write_atomic(aside / name, content)
+        write_atomic(aside / "config.json", json.dumps(values, indent=2) + "\n")
+        aside.rename(to)
+        sync_folder(to.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return step

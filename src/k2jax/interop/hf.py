@@ -1,0 +1,218 @@
+"""Published checkpoints of the DeepSeek-V3 family as models of k2jax: `load_hf`, and `import_hf` to a run directory."""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from k2jax import checks
+from k2jax.config import Config, MeshConfig, ModelConfig, StagesConfig, UserError, field_types, flatten
+from k2jax.data.tokenizer import Tokenizer
+from k2jax.data.tokenizer_folder import published_tokenizer, save_tokenizer
+from k2jax.files import sync_folder, write_atomic
+from k2jax.interop.hf_config import model_config
+from k2jax.interop.published import SCALE, all_weights, published_names, published_shape, read_part
+from k2jax.interop.safetensor_files import StoredTensor, find_tensors
+from k2jax.model.transformer import Transformer, build_model
+from k2jax.model.weights import Weight
+from k2jax.train.checkpoint import save_model
+from k2jax.train.loaded import Loaded
+from k2jax.train.state import TrainState, weight_leaves
+
+FLOATS = ("F32", "BF16", "F16")
+STALE = ".rotary_emb.inv_freq"  # buffers that K2's checkpoint still holds; RoPE is computed from config.json
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint folder, looked at and found sound; nothing of its weights is read yet."""
+
+    folder: Path
+    config: dict  # config.json
+    model: ModelConfig
+    rope: Literal["plain", "yarn"]
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def block(self) -> tuple[int, int]:
+        return tuple((self.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128))
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: {'has no config.json' if folder.is_dir() else 'no such folder'}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold an object")
+    method = (values.get("quantization_config") or {}).get("quant_method", "fp8")
+    if method != "fp8":
+        raise UserError(f"config.json: quant_method = {method!r}: must be 'fp8' with block scales, or no quantization")
+    return values
+
+
+def _tensor_problems(weight: Weight, name: str, tensors: dict[str, StoredTensor], block: tuple[int, int]):
+    tensor, scale, shape = tensors.get(name), tensors.get(name + SCALE), published_shape(weight)
+    if tensor is None:
+        yield f"{name}: is missing, {list(shape)}"
+        return
+    if tensor.shape != shape:
+        turned = "; it is transposed" if tensor.shape == shape[::-1] else ""
+        yield f"{name}: has shape {list(tensor.shape)}, must have {list(shape)}{turned}"
+    allowed = ("F8_E4M3",) if scale else FLOATS
+    if tensor.dtype not in allowed:
+        reason = f"beside {name + SCALE}" if scale else "(F8_E4M3 needs its scales)"
+        yield f"{name}: is {tensor.dtype}, must be {' or '.join(allowed)} {reason}"
+    if scale:
+        blocks = tuple(-(-n // b) for n, b in zip(shape, block, strict=False))
+        if scale.shape != blocks or scale.dtype != "F32":
+            yield f"{name + SCALE}: is {scale.dtype} {list(scale.shape)}, must be F32 {list(blocks)}"
+
+
+def _check_tensors(model: ModelConfig, tensors: dict[str, StoredTensor], block: tuple[int, int]) -> None:
+    """Raise UserError with every tensor that is missing, unknown, misshaped or of a wrong dtype."""
+    problems, known = [], set()
+    for weight in weight_leaves(all_weights(model)):
+        for _, name in published_names(weight):
+            problems += _tensor_problems(weight, name, tensors, block)
+            known |= {name, name + SCALE}
+    unused = [name for name in tensors if name not in known and not name.endswith(STALE)]
+    problems += [f"{name}: no weight of this network has that name" for name in unused]
+    if problems:
+        raise UserError(*problems)
+
+
+def open_published(directory: str | Path, drop_mtp: bool = False) -> Published:
+    """Look at a checkpoint folder. Raises UserError with all that is wrong with its config, or else with its tensors.
+
+    drop_mtp: leave out the layers for multi-token prediction that DeepSeek-V3's checkpoint holds after the others.
+    """
+    folder = Path(directory)
+    values = _read_config(folder)
+    model, rope = model_config(values)
+    folder = folder.resolve()
+    found = Published(folder, values, model, rope, find_tensors(folder))
+    extra = range(model.num_hidden_layers, model.num_hidden_layers + (values.get("num_nextn_predict_layers") or 0))
+    mtp = tuple(f"model.layers.{layer}." for layer in extra)
+    if drop_mtp:
+        found = dataclasses.replace(found, tensors={n: t for n, t in found.tensors.items() if not n.startswith(mtp)})
+    elif num := sum(name.startswith(mtp) for name in found.tensors):
+        raise UserError(
+            f"{folder}: {num} tensors of layers {', '.join(map(str, extra))} are for multi-token prediction, which "
+            "k2jax does not have; leave them out with --drop-mtp (drop_mtp=True)"
+        )
+    _check_tensors(model, found.tensors, found.block)
+    return found
+
+
+def _check_mesh(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+    config = Config(model=model, mesh=MeshConfig(**mesh.shape))
+    problems = [
+        p for p in checks.problems(flatten(dataclasses.asdict(config)), field_types()) if p.startswith("model.")
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+def load_values(found: Published, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None) -> dict:
+    """{"params", "router_bias"}: each device's part is read from the files by itself. The router bias is float32."""
+
+    def load(weight: Weight) -> jax.Array:
+        own = np.dtype(jnp.float32 if weight.group is None else dtype)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            return read_part(weight, index, found.tensors, found.block, own)
+
+        if mesh is None:
+            return jnp.asarray(part((slice(None),) * len(weight.shape)))
+        spec = weight.spec if weight.group else jax.P()
+        return jax.make_array_from_callback(weight.shape, jax.NamedSharding(mesh, spec), part)
+
+    return jax.tree.map(load, all_weights(found.model), is_leaf=lambda x: isinstance(x, Weight))
+
+
+def load_hf(
+    directory: str | Path,
+    dtype: jnp.dtype = jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+    drop_mtp: bool = False,
+) -> Transformer:
+    """The model of a published checkpoint (`deepseek_v3` or `kimi_k2`), computing and stored in `dtype`.
+
+    `out = model(tokens)` with int32 [B, T]: out.logits [B, T, V], out.max_logits [layers, heads], out.expert_load [MoE
+    layers, experts]. mesh: where the weights go, by default where `jax.set_mesh` says; call the model under that mesh.
+    Positions are turned as config.json says, with YaRN at every length where it has a scaling, as transformers does.
+    Block-FP8 weights are multiplied by their scales. Raises UserError with every tensor that does not fit.
+    """
+    found = open_published(directory, drop_mtp)
+    current = jax.sharding.get_mesh()
+    mesh = mesh if mesh is not None or current.empty else current
+    if mesh is not None:
+        _check_mesh(found.model, mesh)
+    values = load_values(found, jnp.dtype(dtype), mesh)
+    return build_model(found.model, values["params"], values["router_bias"], jnp.dtype(dtype), rope=found.rope)
+
+
+def _config_for(found: Published, run_dir: str) -> Config:
+    """A config around a published network: what using it takes is right, what training takes is to be chosen."""
+    stages = StagesConfig(start_tokens=(0,), rope=(found.rope,), router_bias_rate=(1e-3,), balance_alpha=(1e-4,))
+    half = found.config.get("torch_dtype", found.config.get("dtype")) in ("bfloat16", "float16")
+    return Config(model=found.model, stages=stages).replace(
+        {
+            "data.sequence_length": found.config.get("max_position_embeddings", 4096),
+            "train.run_dir": run_dir,
+            "train.compute_dtype": "bfloat16" if half else "float32",
+        }
+    )
+
+
+def _tokenizer(found: Published) -> Tokenizer | None:
+    return published_tokenizer(found.folder, *(found.config.get(f"{name}_token_id") for name in ("bos", "eos")))
+
+
+def load_published(directory: str | Path, drop_mtp: bool = False) -> Loaded:
+    """A checkpoint folder ready for generation and evaluation, on one device, in the dtype that its config.json names.
+
+    Raises UserError as `load_hf` does.
+    """
+    found = open_published(directory, drop_mtp)
+    config = _config_for(found, "none")
+    values = load_values(found, jnp.dtype(config.train.compute_dtype), None)
+    state = TrainState(jnp.int32(0), values["params"], values["router_bias"], None)
+    return Loaded(str(directory), config, state, _tokenizer(found))
+
+
+def import_hf(directory: str | Path, run_dir: str | Path, mesh: jax.sharding.Mesh, drop_mtp: bool = False) -> Config:
+    """Make a run directory of a published checkpoint, with float32 parameters as its step 0; the config written to it.
+
+    It can be generated from, evaluated and exported, and `train.init_from` begins a training with it. It appears whole
+    or not at all. Raises UserError as `load_hf` does, and where `run_dir` exists.
+    """
+    run_dir = Path(run_dir)
+    if run_dir.exists():
+        raise UserError(f"{run_dir}: exists; give another --to, or move it away")
+    found = open_published(directory, drop_mtp)
+    _check_mesh(found.model, mesh)
+    tokenizer, config = _tokenizer(found), _config_for(found, str(run_dir)).validate()
+    aside = run_dir.with_name(run_dir.name + ".importing")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        save_model(aside / "checkpoints", load_values(found, jnp.dtype(jnp.float32), mesh), config)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, aside / "tokenizer")
+        write_atomic(aside / "config.json", config.to_json())
+        aside.rename(run_dir)
+        sync_folder(run_dir.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return config

@@ -1,0 +1,144 @@
+"""config.json of the DeepSeek-V3 family (K2, DeepSeek-V3, Moonlight) to a ModelConfig and back.
+
+Fields of ModelConfig keep their published names, so most of the mapping is the identity. What the network of k2jax
+has no form for is refused, never dropped.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+from k2jax import checks
+from k2jax.config import Config, ModelConfig, RopeConfig, UserError, field_types, flatten
+
+MODEL_TYPES = ("deepseek_v3", "kimi_k2")
+# What the published files hold besides, and the only value that this network stands for (None: the field is free).
+_FIXED = {
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "moe_layer_freq": 1,
+    "rope_interleave": True,
+}
+_COPIED = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("rope", "initializer_range")]
+_OPTIONAL = {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 0}
+_YARN = {
+    "factor": None,
+    "original_max_position_embeddings": None,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
+}
+
+
+def _rope_of(values: dict) -> tuple[RopeConfig, Literal["plain", "yarn"], list[str]]:
+    """(rope, kind, problems) from rope_theta and rope_scaling, or from transformers' newer rope_parameters."""
+    newer = values.get("rope_parameters") or {}
+    older = {"rope_theta": values.get("rope_theta"), **(values.get("rope_scaling") or {})}
+    given = {k: v for k, v in newer.items() if v is not None} or {k: v for k, v in older.items() if v is not None}
+    problems = [
+        f"config.json: rope_parameters has {name} = {newer[name]!r}, beside it stands {older[name]!r}; must be the same"
+        for name in (*_YARN, "rope_theta")
+        if newer.get(name) is not None and older.get(name) is not None and newer[name] != older[name]
+    ]
+    kind = given.get("rope_type", given.get("type", "default"))
+    theta = given.get("rope_theta")
+    if theta is None:
+        problems.append("config.json: rope_theta: is missing")
+    if kind == "default":
+        return RopeConfig(rope_theta=theta or 1.0, factor=None), "plain", problems
+    if kind != "yarn":
+        problems.append(f"config.json: rope type {kind!r}: must be 'yarn' or 'default'")
+    yarn = {name: given.get(name, default) for name, default in _YARN.items()}
+    problems += [f"config.json: {name} of the rope scaling: is missing" for name, v in yarn.items() if v is None]
+    problems += [
+        f"config.json: {name} = {given[name]!r} of the rope scaling: k2jax has no form for it; must be absent"
+        for name in ("attention_factor", "partial_rotary_factor")
+        if name in given
+    ]
+    if given.get("truncate", True) is not True:
+        problems.append("config.json: truncate = False of the rope scaling: k2jax rounds the ramp; must be true")
+    if problems:
+        return RopeConfig(), "plain", problems
+    return RopeConfig(rope_theta=theta, **yarn), "yarn", problems
+
+
+def model_config(values: dict) -> tuple[ModelConfig, Literal["plain", "yarn"]]:
+    """The network that a config.json describes, and its RoPE. Raises UserError with everything that does not fit."""
+    rope, kind, problems = _rope_of(values)
+    found = values.get("model_type")
+    if found not in MODEL_TYPES:
+        problems.append(f"config.json: model_type = {found!r}: must be one of {', '.join(map(repr, MODEL_TYPES))}")
+    problems += [
+        f"config.json: {name} = {values[name]!r}: must be {fixed!r}, the network of k2jax has no other form"
+        for name, fixed in _FIXED.items()
+        if values.get(name, fixed) != fixed
+    ]
+    heads = values.get("num_attention_heads")
+    if values.get("num_key_value_heads") not in (None, heads):
+        problems.append(
+            f"config.json: num_key_value_heads = {values['num_key_value_heads']}: must be {heads}, as MLA has"
+        )
+    fields = {}
+    for name in _COPIED:
+        value = values.get(name)
+        if value is None and name not in _OPTIONAL:
+            problems.append(f"config.json: {name}: is missing")
+        else:
+            fields[name] = _OPTIONAL.get(name) if value is None else value
+    model = dataclasses.replace(ModelConfig(rope=rope), **fields)
+    own = checks.problems(flatten(dataclasses.asdict(Config(model=model))), field_types())
+    problems += [f"config.json: {p.removeprefix('model.')}" for p in own if p.startswith("model.")]
+    if problems:
+        raise UserError(*problems)
+    return model, kind
+
+
+def _rope_fields(model: ModelConfig, rope: str) -> dict:
+    """The scaling under both names: mlx-lm reads `rope_scaling` alone, transformers 5 `rope_parameters`."""
+    theta = model.rope.rope_theta
+    if rope == "plain":
+        return {
+            "rope_theta": theta,
+            "rope_scaling": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        }
+    scaling = {name: getattr(model.rope, name) for name in _YARN}
+    return {
+        "rope_theta": theta,
+        "rope_scaling": {"type": "yarn", **scaling},
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": theta, **scaling},
+    }
+
+
+def hf_config(
+    model: ModelConfig, rope: Literal["plain", "yarn"], max_length: int, dtype: str, bos: int | None, eos: int | None
+) -> dict:
+    """config.json for a model of ours: what transformers 5 and mlx-lm need to run the very same network.
+
+    model_type is "deepseek_v3" for K2 too: transformers does not register "kimi_k2" and would leave all experts random.
+    max_length: tokens that plain RoPE was trained with. Raises UserError for a network without a published form.
+    """
+    if not model.n_shared_experts:
+        raise UserError("model.n_shared_experts = 0: the published form always has shared experts; must be at least 1")
+    stretched = math.floor(model.rope.factor * model.rope.original_max_position_embeddings) if rope == "yarn" else 0
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        **{name: getattr(model, name) for name in _COPIED},
+        **{name: value for name, value in _FIXED.items()},
+        "num_key_value_heads": model.num_attention_heads,
+        "initializer_range": model.initializer_range,
+        **_rope_fields(model, rope),
+        "max_position_embeddings": stretched or max_length,
+        "num_nextn_predict_layers": 0,
+        "attention_dropout": 0.0,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }

@@ -1,0 +1,71 @@
+"""A tokenizer of ours as the files that other libraries read."""
+
+import json
+
+from k2jax.data.tokenizer import PRE_SPLIT, Tokenizer, tiktoken_ranks
+
+
+def _byte_letters() -> list[str]:
+    """The letter that byte-level BPE writes for each byte: itself where it can be seen, else one from U+0100 on."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return [chr(byte) if byte in seen else chr(256 + hidden.index(byte)) for byte in range(256)]
+
+
+def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merges of a tiktoken vocabulary, best first: the last pair that its own bytes come down to makes a token."""
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda entry: entry[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pair_ranks = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
+            best = min(range(len(pair_ranks)), key=pair_ranks.__getitem__)
+            if pair_ranks[best] >= rank:
+                break
+            parts[best : best + 2] = [parts[best] + parts[best + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _tokenizer_json(tokenizer: Tokenizer, ranks: dict[bytes, int], split: str | None) -> bytes:
+    """tokenizer.json of a byte-level BPE with these ranks; text is cut by the regex `split` first."""
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Model
+
+    letters = _byte_letters()
+
+    def written(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    vocab = {written(token): rank for token, rank in ranks.items()} | {n: i for i, n in tokenizer.specials.items()}
+    merges = [(written(a), written(b)) for a, b in _merges(ranks)]
+    model = Model(models.BPE(vocab, merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    cut = [pre_tokenizers.Split(Regex(split), behavior="isolated")] if split else []
+    model.pre_tokenizer = pre_tokenizers.Sequence([*cut, byte_level])
+    model.decoder = decoders.ByteLevel()
+    model.add_special_tokens([AddedToken(name, special=True) for _, name in sorted(tokenizer.specials.items())])
+    return model.to_str(pretty=True).encode()
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """{file name: content}: tokenizer.json with its config for transformers and mlx-lm; tiktoken.model where it is one.
+
+    Nothing is put before a text by itself: the caller begins with bos, as k2jax does.
+    """
+    files = {}
+    if tokenizer.file_name == "tokenizer.tiktoken":
+        files["tiktoken.model"] = tokenizer.definition
+        files["tokenizer.json"] = _tokenizer_json(tokenizer, tiktoken_ranks(tokenizer), PRE_SPLIT)
+    elif tokenizer.definition is None:
+        files["tokenizer.json"] = _tokenizer_json(tokenizer, {bytes([b]): b for b in range(256)}, None)
+    else:
+        files["tokenizer.json"] = tokenizer.definition
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.specials.get(tokenizer.bos),
+        "eos_token": tokenizer.specials.get(tokenizer.eos),
+        "clean_up_tokenization_spaces": False,
+    }
+    return files | {"tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}

@@ -1,0 +1,192 @@
+"""What each command of `k2jax` does. jax and all that needs it is imported by the command that runs."""
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from k2jax.config import Config, UserError
+from k2jax.launch.overrides import load_config, override, print_fields
+
+
+def use_cpu_devices(count: int) -> None:
+    """Make this process see `count` CPU devices and nothing else; must come before the first use of jax's devices.
+
+    Raises UserError for a count below 1.
+    """
+    if count < 1:
+        raise UserError(f"--simulate {count}: must be at least 1")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+TRAIN_USAGE = """usage: k2jax train CONFIG [--simulate N] [--section.field value ...]
+
+Trains, or goes on with the run in train.run_dir. Ctrl-C finishes the step, saves and says how to resume.
+CONFIG is a Python file with config(), such as configs/tiny.py; `k2jax train CONFIG --help` lists its fields.
+--simulate N runs on N CPU devices, even where there is an accelerator."""
+
+
+def train(args, rest: list[str]) -> int:
+    if args.config is None:
+        print(TRAIN_USAGE)
+        return 0 if {"-h", "--help"} & set(rest) else 2
+    config = load_config(args.config)
+    if {"-h", "--help"} & set(rest):
+        print_fields(config, f"k2jax train {args.config}")
+        return 0
+    config = override(config, rest)
+    if args.simulate is not None:
+        use_cpu_devices(args.simulate)
+    from k2jax.train.loop import run
+
+    result = run(config)
+    folder = Path(config.train.run_dir)
+    if result.signal is not None:
+        print(f"stopped after step {result.step}, saved. Resume with:\n  k2jax {shlex.join(sys.argv[1:])}")
+        return 128 + result.signal
+    _show_result(folder, result)
+    return 0
+
+
+def _show_result(folder: Path, result) -> None:
+    """What was learned: validation loss, picture, sample, and where everything lies."""
+    from k2jax.train.generate import generate
+    from k2jax.train.loaded import load_run
+    from k2jax.train.plot import plot_runs
+
+    print(f"done: step {result.step}")
+    if result.validation_bits_per_byte is not None:
+        print(f"validation: {result.validation_bits_per_byte:.4f} bits per byte")
+    try:
+        plot_runs([str(folder)], str(folder / "curves.png"))
+        print(f"curves: {folder / 'curves.png'}")
+    except UserError as missing:  # the picture is an extra, the run is not
+        print(f"no picture: {missing}")
+    text = generate(load_run(folder), [""], num_tokens=400, temperature=0.7, seed=0)[0]
+    (folder / "sample.txt").write_text(text, encoding="utf-8")
+    print(f"metrics: {folder / 'metrics.jsonl'}\ncheckpoints: {folder / 'checkpoints'}\nTensorBoard: {folder / 'tb'}")
+    print(f"sample ({folder / 'sample.txt'}; more with: k2jax generate {folder} PROMPT):\n{text}")
+
+
+def prepare(args, rest: list[str]) -> int:
+    from rich.console import Console
+
+    from k2jax.data import prepare as preparation
+
+    console = Console(soft_wrap=True, highlight=False)
+    with console.status("reading ...") as status:
+        summary = preparation.prepare(
+            args.source, args.out, args.tokenizer, pattern=args.pattern, exclude=args.exclude,
+            validation_fraction=args.validation_fraction, text_field=args.text_field,
+            progress=lambda documents, size: status.update(f"{documents:,} documents, {size / 1e6:,.1f} MB"),
+        )  # fmt: skip
+    for reason, entry in summary["skipped"].items():
+        console.print(
+            f"left out, {reason}: {entry['count']:,} (such as {', '.join(entry['examples'][:2])})", markup=False
+        )
+    for split, counts in summary["splits"].items():
+        text = f"{counts['documents']:,} documents, {counts['text_bytes']:,} bytes, {counts['tokens']:,} tokens"
+        console.print(f"{split}: {text}", markup=False)
+    vocabulary = summary["tokenizer"]["vocab_size"]
+    console.print(f"token store: {args.out} (model.vocab_size must be at least {vocabulary:,})", markup=False)
+    return 0
+
+
+def inspect(args, rest: list[str]) -> int:
+    """Print what a config means, from abstract shapes."""
+    config = override(load_config(args.config), rest)
+    from k2jax.train import inspect as inspection
+
+    found = inspection.describe(config)
+    if args.png:
+        inspection.plot_mesh(config, args.png)
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    print(inspection.tables(found))
+    print(inspection.draw_mesh(config, shutil.get_terminal_size((120, 24)).columns))
+    return 0
+
+
+def _load(source: str, step: int | None):
+    """A run, or the folder of a published checkpoint: the one has checkpoints, the other a model_type."""
+    from k2jax.train.loaded import load_run
+
+    config = Path(source) / "config.json"
+    if config.is_file() and '"model_type"' in config.read_text(encoding="utf-8"):
+        if step is not None:
+            raise UserError(f"--step {step}: {source} is a published checkpoint, which has no steps")
+        from k2jax.interop.hf import load_published
+
+        return load_published(source)
+    return load_run(source, step)
+
+
+def generate(args, rest: list[str]) -> int:
+    """Print each prompt with its continuation."""
+    from k2jax.train import generate as generation
+
+    generation.check_sampling(args.tokens, args.temperature, args.seed)
+    texts = generation.generate(_load(args.run, args.step), args.prompt, args.tokens, args.temperature, args.seed)
+    print("\n---\n".join(prompt + text for prompt, text in zip(args.prompt, texts, strict=True)))
+    return 0
+
+
+def evaluate(args, rest: list[str]) -> int:
+    """Perplexity on a held-out split, or tasks of the evaluation harness."""
+    if args.tasks:
+        from k2jax.train.harness import run_tasks
+
+        results, shortened = run_tasks(_load(args.run, args.step), args.tasks.split(","), args.task_folder, args.limit)
+        print(json.dumps({"results": results, "requests_shortened": shortened}, indent=2, default=str))
+        return 0
+    from k2jax.data.tokens import TokenStore
+    from k2jax.train.evaluate import perplexity
+
+    loaded = _load(args.run, args.step)
+    store = TokenStore(args.data or loaded.config.data.path)
+    found = perplexity(loaded, store, args.sequences)
+    if args.json:
+        print(json.dumps(found._asdict(), indent=2))
+    else:
+        nats = f"{found.nats_per_token:.4f} nats per token"
+        print(f"perplexity {found.perplexity:.4f} ({nats}) over {found.tokens:,} tokens")
+        print(f"{found.bits_per_byte:.4f} bits per byte")
+    return 0
+
+
+def import_(args, rest: list[str]) -> int:
+    """Make a run directory of a published checkpoint."""
+    mesh = override(Config(), rest).mesh
+    if wrong := [argument for argument in rest if argument.startswith("--") and not argument.startswith("--mesh.")]:
+        raise UserError(*(f"{argument}: import takes fields of the mesh alone" for argument in wrong))
+    if args.simulate is not None:
+        use_cpu_devices(args.simulate)
+    from k2jax.interop.hf import import_hf
+    from k2jax.sharding.mesh import make_mesh, single_device_mesh
+
+    to = args.to or str(Path("runs") / Path(args.folder).resolve().name)
+    import_hf(args.folder, to, make_mesh(mesh) if rest or args.simulate else single_device_mesh(), args.drop_mtp)
+    print(f"{to}: imported; continue a text with: k2jax generate {to} PROMPT")
+    return 0
+
+
+def export(args, rest: list[str]) -> int:
+    """Write a checkpoint for other libraries."""
+    from k2jax.interop.export import export_run
+
+    step = export_run(args.run, args.to, args.dtype, args.step, args.rope)
+    print(f"{args.to}: step {step} of {args.run}, {args.dtype}")
+    return 0
+
+
+def plot(args, rest: list[str]) -> int:
+    from k2jax.train.plot import plot_runs
+
+    plot_runs(args.run, args.out)
+    print(args.out)
+    return 0

@@ -1,0 +1,134 @@
+"""Where a run begins: may it, from which step, with which state. Everything is checked before anything is written."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from k2jax.config import Config, UserError, differences
+from k2jax.data.batches import check_position, data_position
+from k2jax.data.tokens import TokenStore
+from k2jax.train.checkpoint import (
+    Saver,
+    damage,
+    held_parts,
+    newest_step,
+    parts,
+    remove_leftovers,
+    restore_model,
+    restore_run,
+    restore_state,
+    set_damaged_aside,
+)
+from k2jax.train.display import Display
+from k2jax.train.run_dir import read_config
+from k2jax.train.state import TrainState, abstract_state, init_state
+
+# Fields that a resumed run may change, because no later state depends on them: how it is cut, shown, read and kept.
+FREE_ON_RESUME = (
+    "mesh.", "checkpoint.", "data.path", "data.read_threads", "data.prefetch_sequences", "train.run_dir",
+    "train.num_steps",
+    "train.log_every", "train.eval_every", "train.eval_sequences", "train.remat",
+)  # fmt: skip
+
+
+def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
+    """The differences to the config that the run directory was made with; {} for a new one.
+
+    Raises UserError where the directory is not ours, or where a field that shapes the future differs.
+    """
+    folder = Path(config.train.run_dir)
+    if not (folder / "config.json").exists():
+        strangers = (
+            [e.name for e in folder.glob("*") if not e.name.startswith(("config.json", "lock"))]
+            if folder.exists()
+            else []
+        )
+        if strangers:
+            raise UserError(
+                f"{folder}: is no run (it has no config.json) and not empty: {', '.join(sorted(strangers)[:5])}"
+            )
+        return {}
+    changes = differences(read_config(folder), config)
+    fixed = {name: change for name, change in changes.items() if not name.startswith(FREE_ON_RESUME)}
+    if fixed:
+        rule = "this may not change within a run; restore it, or give another train.run_dir"
+        raise UserError(
+            *(
+                f"{name}: the run in {folder} has {old!r}, now given {new!r}; {rule}"
+                for name, (old, new) in fixed.items()
+            )
+        )
+    return changes
+
+
+def check_source(config: Config) -> None:
+    """Raise UserError where train.init_from is no run with a sound model of the same shape."""
+    source = config.train.init_from
+    if source is None:
+        return
+    folder = Path(source)
+    other, step = read_config(folder), newest_step(folder / "checkpoints")
+    if step is None:
+        raise UserError(f"train.init_from = {source!r}: has no committed checkpoint")
+    changes = differences(other.replace({"model.initializer_range": config.model.initializer_range}), config)
+    problems = [
+        f"{name} = {new!r}: must be {old!r}, as train.init_from = {source!r} has"
+        for name, (old, new) in changes.items()
+        if name.startswith("model.")
+    ]
+    if problems := problems + damage(folder / "checkpoints", step):
+        raise UserError(*problems)
+
+
+def make_run_dir(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"train.run_dir = {str(folder)!r}: cannot be made: {error.strerror}; give another") from None
+
+
+def check_resume(config: Config, store: TokenStore) -> tuple[int | None, list[str]]:
+    """The step that the run goes on from (None: a new run), and what to tell its user.
+
+    Raises UserError where it may not go on.
+    """
+    folder = Path(config.train.run_dir)
+    notes = [
+        f"changed since the run began: {name} {old!r} -> {new!r}" for name, (old, new) in check_run_dir(config).items()
+    ]
+    if damaged := set_damaged_aside(folder / "checkpoints"):
+        notes += [*damaged, f"moved to {folder / 'damaged'}"]
+    step = newest_step(folder / "checkpoints")
+    if step is not None and "optimizer" not in held_parts(folder / "checkpoints", step):
+        raise UserError(
+            f"{folder}: holds an imported model without an optimizer's state; begin a training with it by "
+            f"--train.init-from {folder} and another train.run_dir"
+        )
+    if step is not None:
+        check_position(restore_run(folder / "checkpoints", step)["data_position"], store, config, step)
+    return step, notes
+
+
+def with_model_of(source: str, state: TrainState) -> TrainState:
+    """`state` with the newest model of another run, on whatever mesh that was."""
+    folder = Path(source) / "checkpoints"
+    layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts(state)["model"])
+    return dataclasses.replace(state, **restore_model(folder, newest_step(folder), layout))
+
+
+def start_state(config: Config, tx, step: int | None, store, mesh, saver: Saver, display: Display) -> TrainState:
+    """The state committed at `step`, or for None a new one, committed as step 0 before the first step."""
+    folder = Path(config.train.run_dir) / "checkpoints"
+    if removed := remove_leftovers(folder):
+        display.say(f"removed unfinished saves: {', '.join(removed)}")
+    if step is None:
+        with display.phase("initialise"):
+            state = init_state(config, tx)
+            if config.train.init_from is not None:
+                state = with_model_of(config.train.init_from, state)
+            saver.save(0, state, config, data_position(store, config, 0))
+            saver.wait()
+        return state
+    with display.phase(f"restore step {step}"):
+        return restore_state(folder, step, abstract_state(config, tx, mesh))
