@@ -1,4 +1,4 @@
-"""Against golden outputs of transformers' DeepseekV3 code (make_golden.py), for K2, DeepSeek-V3 and Moonlight in small."""
+"""Against golden outputs of transformers' DeepseekV3 code (make_golden.py): K2, DeepSeek-V3 and Moonlight in small."""
 
 from pathlib import Path
 

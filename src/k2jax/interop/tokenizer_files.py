@@ -13,19 +13,9 @@ def _byte_letters() -> list[str]:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges of a tiktoken vocabulary, best first: the last pair that its own bytes come down to makes a token."""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda entry: entry[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pair_ranks = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
-            best = min(range(len(pair_ranks)), key=pair_ranks.__getitem__)
-            if pair_ranks[best] >= rank:
-                break
-            parts[best : best + 2] = [parts[best] + parts[best + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
+    """Every pair of tokens that makes a token, by the rank of what it makes: tiktoken merges any of them."""
+    ranked = sorted(ranks, key=ranks.__getitem__)
+    return [(t[:i], t[i:]) for t in ranked for i in range(1, len(t)) if t[:i] in ranks and t[i:] in ranks]
 
 
 def _tokenizer_json(tokenizer: Tokenizer, ranks: dict[bytes, int], split: str | None) -> bytes:
@@ -40,7 +30,7 @@ def _tokenizer_json(tokenizer: Tokenizer, ranks: dict[bytes, int], split: str | 
 
     vocab = {written(token): rank for token, rank in ranks.items()} | {n: i for i, n in tokenizer.specials.items()}
     merges = [(written(a), written(b)) for a, b in _merges(ranks)]
-    model = Model(models.BPE(vocab, merges))
+    model = Model(models.BPE(vocab, merges, ignore_merges=True))  # as tiktoken: a piece that is a token stays whole
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     cut = [pre_tokenizers.Split(Regex(split), behavior="isolated")] if split else []
     model.pre_tokenizer = pre_tokenizers.Sequence([*cut, byte_level])

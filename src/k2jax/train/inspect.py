@@ -14,23 +14,27 @@ from k2jax.train.state import weight_leaves
 _STATE_BUFFERS = {"muon": 1, "adamw": 2, None: 0}  # momentum; both moments
 
 
+def _axes(weight: Weight) -> list[list[str] | None]:
+    """The mesh axes over which each dim is cut at rest; the router bias is whole on every device."""
+    if weight.group is None:
+        return [None] * len(weight.shape)
+    return [None if entry is None else [entry] if isinstance(entry, str) else list(entry) for entry in weight.spec]
+
+
 def _bytes_per_device(weight: Weight, sizes: dict[str, int]) -> int:
     """Float32 bytes of a weight's part on one device. Cut dims divide evenly, Config.validate saw to that."""
-    axes = [axis for entry in weight.spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
-    cut = math.prod(sizes[axis] for axis in axes) if weight.group else 1
-    return 4 * weight.size // cut
+    return 4 * weight.size // math.prod(sizes[axis] for entry in _axes(weight) for axis in entry or ())
 
 
 def _entry(name: str, weight: Weight, sizes: dict[str, int]) -> dict:
     own = _bytes_per_device(weight, sizes)
-    spec = [list(e) if isinstance(e, tuple) else e for e in weight.spec] if weight.group else [None] * len(weight.shape)
     return {
         "name": name,
         "published_name": weight.hf,
         "component": weight.component,
         "dims": weight.dims,
         "shape": list(weight.shape),
-        "spec": spec,
+        "spec": _axes(weight),
         "bytes_per_device": own,
         "optimizer": weight.group,
         "optimizer_bytes_per_device": own * _STATE_BUFFERS[weight.group],
@@ -94,7 +98,7 @@ def tables(found: dict) -> str:
     header = ("parameter", "dims", "shape", "spec", "optimizer", "bytes per device")
     table = [header]
     for entry in found["weights"]:
-        spec = ", ".join("+".join(e) if isinstance(e, list) else e or "-" for e in entry["spec"])
+        spec = ", ".join("+".join(axes) if axes else "-" for axes in entry["spec"])
         shape = " x ".join(map(str, entry["shape"]))
         table.append(
             (entry["name"], entry["dims"], shape, spec, entry["optimizer"] or "-", _count(entry["bytes_per_device"]))
@@ -145,6 +149,7 @@ def draw_mesh(config: Config, width: int) -> str:
         devices = [f"dev {_device(config, row, column)}" for column in range(columns)]
         lines.append(f"{down[row]:<{head}}" + "".join(f"{device:<{cell}}" for device in devices))
     left = len(down) * len(across) - rows * columns
+    lines = [line.rstrip() for line in lines]
     return "\n".join([*lines, *([f"... and {left} devices more (all of them: --png FILE)"] if left else [])])
 
 
