@@ -17,7 +17,7 @@ from k2jax.interop.published import all_weights, published_names, published_shap
 from k2jax.interop.safetensor_files import NewTensor, write_tensors
 from k2jax.interop.tokenizer_files import tokenizer_files
 from k2jax.model.weights import Weight
-from k2jax.train.checkpoint import committed_steps, damage, open_model_array
+from k2jax.train.checkpoint import open_model_array, sound_step
 from k2jax.train.run_dir import read_config
 from k2jax.train.stages import rope_after
 
@@ -44,18 +44,6 @@ def _new_tensors(folder: Path, step: int, model, dtype: str) -> dict[str, NewTen
     return tensors
 
 
-def _step_to_export(folder: Path, step: int | None) -> int:
-    steps = committed_steps(folder)
-    if not steps:
-        raise UserError(f"{folder.parent}: has no committed checkpoint yet")
-    if step is not None and step not in steps:
-        raise UserError(f"--step {step}: is not a committed step; there are {', '.join(map(str, steps))}")
-    step = steps[-1] if step is None else step
-    if wrong := damage(folder, step):
-        raise UserError(*wrong, "give another --step, or resume the training, which goes back to a sound one")
-    return step
-
-
 def export_run(
     run_dir: str | Path,
     to: str | Path,
@@ -74,7 +62,7 @@ def export_run(
     config = read_config(run_dir)
     if to.exists() or to.is_symlink():
         raise UserError(f"{to}: exists; give another --to, or move it away")
-    step = _step_to_export(run_dir / "checkpoints", step)
+    step = sound_step(run_dir / "checkpoints", step)
     rope = rope or rope_after(config, step)
     if rope == "yarn" and config.model.rope.factor is None:
         raise UserError("--rope yarn: needs model.rope.factor, which is None in this run; must be plain")

@@ -8,15 +8,7 @@ from k2jax.config import RunFailed, UserError
 from k2jax.launch import commands
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="k2jax", description="Pretrain models of the Kimi K2 family on JAX meshes.")
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, function, help: str, **options) -> argparse.ArgumentParser:
-        sub = subparsers.add_parser(name, help=help, description=help, **options)
-        sub.set_defaults(function=function, command=name)
-        return sub
-
+def _training_commands(command) -> None:
     sub = command("prepare", commands.prepare, "Turn text into a token store.")
     sub.add_argument("source", nargs="+", help="folders, text files or .jsonl files")
     sub.add_argument("--out", required=True, help="folder of the new store; must not exist")
@@ -38,6 +30,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print it all as JSON")
     sub.add_argument("--png", metavar="FILE", help="draw the mesh")
 
+    sub = command("plot", commands.plot, "Draw loss and max logit of runs into one PNG.")
+    sub.add_argument("run", nargs="+", help="run directories")
+    sub.add_argument("--out", required=True, help="the PNG")
+
+
+def _model_commands(command) -> None:
     sub = command("generate", commands.generate, "Continue texts with a trained model.")
     sub.add_argument("run", help="run directory, or folder of a published checkpoint")
     sub.add_argument("prompt", nargs="*", default=[""], help="one or more; several are continued together")
@@ -69,9 +67,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     sub.add_argument("--rope", choices=("plain", "yarn"), help="positions (default: as the step was trained)")
 
-    sub = command("plot", commands.plot, "Draw loss and max logit of runs into one PNG.")
-    sub.add_argument("run", nargs="+", help="run directories")
-    sub.add_argument("--out", required=True, help="the PNG")
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="k2jax", description="Pretrain models of the Kimi K2 family on JAX meshes.")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function, help: str, **options) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(name, help=help, description=help, **options)
+        sub.set_defaults(function=function, command=name)
+        return sub
+
+    _training_commands(command)
+    _model_commands(command)
     return parser
 
 

@@ -62,6 +62,19 @@ def damage(folder: Path, step: int) -> list[str]:
     ]
 
 
+def sound_step(folder: Path, step: int | None) -> int:
+    """`step`, or for None the newest committed one. Raises UserError where it is not there, or damaged."""
+    steps = committed_steps(folder)
+    if not steps:
+        raise UserError(f"{folder.parent}: has no committed checkpoint yet")
+    if step is not None and step not in steps:
+        raise UserError(f"--step {step}: is not a committed step; there are {', '.join(map(str, steps))}")
+    step = steps[-1] if step is None else step
+    if wrong := damage(folder, step):
+        raise UserError(*wrong, "give another --step, or resume the training, which goes back to the newest sound step")
+    return step
+
+
 def set_damaged_aside(folder: Path) -> list[str]:
     """Move the newest steps that are damaged to ../damaged; what was wrong. Raises UserError where none is sound."""
     problems, bad = [], []

@@ -8,7 +8,7 @@ import jax
 from k2jax.config import Config, UserError
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.data.tokenizer_folder import open_tokenizer
-from k2jax.train.checkpoint import committed_steps, damage, model_part, restore_model
+from k2jax.train.checkpoint import model_part, restore_model, sound_step
 from k2jax.train.run_dir import read_config
 from k2jax.train.state import TrainState, abstract_model
 
@@ -43,14 +43,7 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Loaded:
     """
     folder = Path(run_dir)
     config = read_config(folder)
-    steps = committed_steps(folder / "checkpoints")
-    if not steps:
-        raise UserError(f"{folder}: has no committed checkpoint yet")
-    if step is not None and step not in steps:
-        raise UserError(f"--step {step}: is not a committed step; there are {', '.join(map(str, steps))}")
-    step = steps[-1] if step is None else step
-    if wrong := damage(folder / "checkpoints", step):
-        raise UserError(*wrong, "resume the training, which goes back to the newest sound step")
+    step = sound_step(folder / "checkpoints", step)
     model = restore_model(folder / "checkpoints", step, model_part(*abstract_model(config)))
     state = TrainState(jax.numpy.int32(step), model["params"], model["router_bias"], None)
     tokenizer = open_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
