@@ -1,6 +1,7 @@
 """Import, export, import: the same bits; the folder's other files; memory; crashes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -230,3 +231,46 @@ def test_foreign_tokenizer_is_passed_on(tmp_path):
     save_tokenizer(foreign, tmp_path / "kept")
     assert tokenizer_files(foreign)["tokenizer.json"] == definition
     assert json.loads(tokenizer_files(foreign)["tokenizer_config.json"])["eos_token"] == "</s>"
+
+
+KILLED = """
+import os, signal, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from k2jax.interop.export import export_run
+left = int(sys.argv[3])
+
+def count(event, arguments):
+    global left
+    if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove") and sys.argv[2] in str(arguments[0]):
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(count)
+export_run(sys.argv[1], sys.argv[2], dtype="f32", file_bytes=40_000)
+print(int(sys.argv[3]) - left)
+"""
+
+
+@pytest.mark.slow
+def test_killed_export_is_not_there_or_whole(run, tmp_path):
+    """SIGKILL at file operations from the first to the last; the next export finds nothing in its way."""
+    out = tmp_path / "out"
+
+    def export(moment):
+        command = [sys.executable, "-c", KILLED, str(run), str(out), str(moment)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    done = export(10**6)
+    assert done.returncode == 0, done.stderr
+    total, whole = int(done.stdout), stored_tensors(out)
+    shutil.rmtree(out)
+    for moment in (1, 2, total // 2, total - 2, total - 1, total):
+        assert export(moment).returncode == -9
+        assert not out.exists() or stored_tensors(out).keys() == whole.keys()
+        if out.exists():
+            shutil.rmtree(out)
+    assert export(10**6).returncode == 0
+    assert all(np.array_equal(value, whole[name]) for name, value in stored_tensors(out).items())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out", "run"]

@@ -292,3 +292,18 @@ def test_unsafe_names_do_not_leave_the_folder(tmp_path, capsys, tensors):
     index.write_text(json.dumps(values))
     (problem,) = problems_of(tmp_path, capsys, folder)
     assert "which is not a file of the same folder" in problem
+
+
+def test_config_with_wrong_kinds_of_values(tmp_path, capsys, tensors):
+    for number, change in enumerate(
+        (
+            {"rope_scaling": "yarn"},
+            {"rope_parameters": [1]},
+            {"quantization_config": "fp8"},
+            {"quantization_config": {"quant_method": "awq", "weight_block_size": 128}},
+            {"hidden_size": "32"},
+        )
+    ):
+        folder = write_checkpoint(tmp_path / f"hf{number}", K2 | change, tensors)
+        found = problems_of(tmp_path, capsys, folder)
+        assert all("config.json" in problem for problem in found) and len(found) == (2 if number == 3 else 1)

@@ -1,5 +1,6 @@
 """Generation and perplexity of a model, against loops over the plain forward pass."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from k2jax.model.transformer import build_model, declarations, init_router_bias
 from k2jax.model.weights import init_params
 from k2jax.train.checkpoint import save_model
 from k2jax.train.evaluate import perplexity
-from k2jax.train.generate import continue_tokens
+from k2jax.train.generate import continue_tokens, generate
 from k2jax.train.loaded import load_run
 
 WINDOW = 16
@@ -130,6 +131,21 @@ def test_perplexity_by_hand(place, loaded):
     assert found.tokens == 24 * WINDOW
     assert found.nats_per_token == pytest.approx(total / found.tokens, rel=1e-5)
     assert found.perplexity == pytest.approx(np.exp(total / found.tokens), rel=1e-5)
+
+
+def test_perplexity_of_other_lengths(place, loaded):
+    """A longer window sees more; the same tokens are counted."""
+    store = TokenStore(place / "store")
+    one, other = (perplexity(loaded, store, count, length) for count, length in ((4, 16), (8, 8)))
+    assert (one.tokens, other.tokens) == (64, 64) and one.nats_per_token != other.nats_per_token
+    with pytest.raises(UserError, match="--length 0"):
+        perplexity(loaded, store, 4, 0)
+
+
+def test_ids_beyond_the_embedding_are_refused(loaded):
+    small = dataclasses.replace(loaded.config, model=dataclasses.replace(loaded.config.model, vocab_size=200))
+    with pytest.raises(UserError, match="gives the id 256, its embedding has 200 rows"):
+        generate(dataclasses.replace(loaded, config=small), ["a"], 1, 0.0, 0)
 
 
 def test_perplexity_refuses(place, loaded, tmp_path):

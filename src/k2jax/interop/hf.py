@@ -41,7 +41,7 @@ class Published:
 
     @property
     def block(self) -> tuple[int, int]:
-        return tuple((self.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128))
+        return tuple((self.config.get("quantization_config") or {}).get("weight_block_size", (128, 128)))
 
 
 def _read_config(folder: Path) -> dict:
@@ -52,11 +52,17 @@ def _read_config(folder: Path) -> dict:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must hold an object")
-    method = (values.get("quantization_config") or {}).get("quant_method", "fp8")
+    quantization = isinstance(values, dict) and (values.get("quantization_config") or {})
+    if not isinstance(values, dict) or not isinstance(quantization, dict):
+        raise UserError(f"{path}: must hold an object, and so must its quantization_config")
+    method, block = quantization.get("quant_method", "fp8"), quantization.get("weight_block_size", [128, 128])
+    problems = []
     if method != "fp8":
-        raise UserError(f"config.json: quant_method = {method!r}: must be 'fp8' with block scales, or no quantization")
+        problems.append(f"config.json: quant_method = {method!r}: must be 'fp8' with block scales, or no quantization")
+    if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
+        problems.append(f"config.json: weight_block_size = {block!r}: must be two positive integers")
+    if problems:
+        raise UserError(*problems)
     return values
 
 
@@ -176,7 +182,8 @@ def _config_for(found: Published, run_dir: str) -> Config:
 
 
 def _tokenizer(found: Published) -> Tokenizer | None:
-    return published_tokenizer(found.folder, *(found.config.get(f"{name}_token_id") for name in ("bos", "eos")))
+    ids = [found.config.get(f"{name}_token_id") for name in ("bos", "eos")]
+    return published_tokenizer(found.folder, *(i[0] if isinstance(i, list) and i else i for i in ids))
 
 
 def load_published(directory: str | Path, drop_mtp: bool = False) -> Loaded:

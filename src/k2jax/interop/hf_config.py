@@ -37,8 +37,10 @@ _YARN = {
 
 def _rope_of(values: dict) -> tuple[RopeConfig, Literal["plain", "yarn"], list[str]]:
     """(rope, kind, problems) from rope_theta and rope_scaling, or from transformers' newer rope_parameters."""
-    newer = values.get("rope_parameters") or {}
-    older = {"rope_theta": values.get("rope_theta"), **(values.get("rope_scaling") or {})}
+    newer, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    if wrong := [n for n, v in (("rope_parameters", newer), ("rope_scaling", scaling)) if not isinstance(v, dict)]:
+        return RopeConfig(), "plain", [f"config.json: {n} = {values[n]!r}: must be an object" for n in wrong]
+    older = {"rope_theta": values.get("rope_theta"), **scaling}
     given = {k: v for k, v in newer.items() if v is not None} or {k: v for k, v in older.items() if v is not None}
     problems = [
         f"config.json: rope_parameters has {name} = {newer[name]!r}, beside it stands {older[name]!r}; must be the same"

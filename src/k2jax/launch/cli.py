@@ -49,6 +49,7 @@ def _model_commands(command) -> None:
     sub.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
     sub.add_argument("--data", metavar="STORE", help="token store (default: the run's)")
     sub.add_argument("--sequences", type=int, help="held-out sequences (default: all)")
+    sub.add_argument("--length", type=int, help="tokens of a sequence (default: what the model was trained with)")
     sub.add_argument("--tasks", metavar="A,B", help="tasks of lm-eval instead")
     sub.add_argument("--task-folder", help="where YAML files of further tasks lie")
     sub.add_argument("--limit", type=int, help="documents per task (default: all)")

@@ -149,7 +149,7 @@ def evaluate(args, rest: list[str]) -> int:
 
     loaded = _load(args.run, args.step)
     store = TokenStore(args.data or loaded.config.data.path)
-    found = perplexity(loaded, store, args.sequences)
+    found = perplexity(loaded, store, args.sequences, args.length)
     if args.json:
         print(json.dumps(found._asdict(), indent=2))
     else:

@@ -79,25 +79,34 @@ def writes_alike(tokenizer: Tokenizer, store: TokenStore, num_documents: int = 3
     return True
 
 
-def perplexity(loaded: Loaded, store: TokenStore, num_sequences: int | None) -> Perplexity:
+def perplexity(loaded: Loaded, store: TokenStore, num_sequences: int | None, length: int | None = None) -> Perplexity:
     """Over the first `num_sequences` windows of the validation split's shuffle; None: over all of them.
 
-    Raises UserError where the store has fewer windows or was written by another tokenizer than the model's.
+    length: tokens of a window, by default what the model was trained to see. Raises UserError where the store has
+    fewer windows or was written by another tokenizer than the model's.
     """
+    length = loaded.window if length is None else length
+    if length < 1:
+        raise UserError(f"--length {length}: must be at least 1")
     if loaded.tokenizer is not None and not writes_alike(loaded.tokenizer, store):
         raise UserError(
             f"{store.path}: was written by another tokenizer than that of {loaded.source}; give a store of its own"
         )
-    available = num_windows(store, "validation", loaded.window)
+    available = num_windows(store, "validation", length)
     count = available if num_sequences is None else num_sequences
     if not 0 < count <= available:
         raise UserError(
             f"--sequences {count}: the validation split of {store.path} has {available} whole sequences of "
-            f"{loaded.window} tokens; must be 1 to that"
+            f"{length} tokens; must be 1 to that"
         )
-    changes = {"train.eval_sequences": count, "train.num_microbatches": 1, "data.batch_sequences": math.gcd(count, 16)}
+    changes = {
+        "train.eval_sequences": count,
+        "train.num_microbatches": 1,
+        "data.batch_sequences": math.gcd(count, 16),
+        "data.sequence_length": length,
+    }
     config, mesh = loaded.config.replace(changes), single_device_mesh()
     with jax.set_mesh(mesh):
         state = jax.device_put(loaded.state, jax.NamedSharding(mesh, jax.P()))
         nats = make_evaluator(config, store, mesh)(state)
-    return Perplexity(nats, math.exp(nats), bits_per_byte(nats, store), count * loaded.window)
+    return Perplexity(nats, math.exp(nats), bits_per_byte(nats, store), count * length)

@@ -16,12 +16,13 @@ from k2jax.train.stages import rope_after
 class Decoder:
     """Tokens in, tokens out, for a batch of contexts of any lengths; at most `loaded.window` tokens are seen.
 
-    temperature 0 is greedy. A context that has filled the window goes on with its newer half.
+    longest: tokens that a context may grow to. temperature 0 is greedy. A context that has filled the window goes on
+    with its newer half.
     """
 
-    def __init__(self, loaded: Loaded, batch: int, temperature: float, seed: int):
+    def __init__(self, loaded: Loaded, batch: int, longest: int, temperature: float, seed: int):
         config, self._values = loaded.config, (loaded.state.params, loaded.state.router_bias)
-        self._batch, self._window, self._key = batch, loaded.window, jax.random.key(seed)
+        self._batch, self._window, self._key = batch, min(loaded.window, longest), jax.random.key(seed)
         rope = rope_after(config, int(loaded.state.step))
         dtype = jnp.dtype(config.train.compute_dtype)
 
@@ -76,7 +77,8 @@ def continue_tokens(
     """Up to `num_tokens` token ids after each context, ending before the token `stop`."""
     continued: list[list[int]] = [[] for _ in contexts]
     open_rows = set(range(len(contexts)))
-    for tokens in Decoder(loaded, len(contexts), temperature, seed).run(contexts, num_tokens):
+    longest = max(map(len, contexts)) + num_tokens
+    for tokens in Decoder(loaded, len(contexts), longest, temperature, seed).run(contexts, num_tokens):
         open_rows = {row for row in open_rows if tokens[row] != stop}
         for row in open_rows:
             continued[row].append(int(tokens[row]))
@@ -106,5 +108,7 @@ def generate(loaded: Loaded, prompts: list[str], num_tokens: int, temperature: f
     check_sampling(num_tokens, temperature, seed)
     tokenizer = loaded.need_tokenizer()
     contexts = [[tokenizer.bos, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
+    if (largest := max(map(max, contexts))) >= (rows := loaded.config.model.vocab_size):
+        raise UserError(f"{loaded.source}: its tokenizer gives the id {largest}, its embedding has {rows} rows")
     continued = continue_tokens(loaded, contexts, num_tokens, temperature, seed, tokenizer.eos)
     return [tokenizer.decode(ids) for ids in continued]

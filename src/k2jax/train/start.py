@@ -65,7 +65,7 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
 def check_source(config: Config) -> None:
     """Raise UserError where train.init_from is no run with a sound model of the same shape."""
     source = config.train.init_from
-    if source is None:
+    if source is None or (Path(config.train.run_dir) / "config.json").exists():  # a run that has begun needs it no more
         return
     folder = Path(source)
     other, step = read_config(folder), newest_step(folder / "checkpoints")
