@@ -1,12 +1,10 @@
 """Eight CPU devices before anything asks for one, the small model of most tests, and meshes."""
 
-import math
-
 import jax
 import pytest
 
-from k2jax.config import MeshConfig, ModelConfig
-from k2jax.sharding.mesh import make_mesh
+import k2jax
+from k2jax.config import ModelConfig
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -35,8 +33,4 @@ def tiny() -> ModelConfig:
 @pytest.fixture
 def mesh_of():
     """mesh_of(expert=4, tensor=2): that mesh on the first 8 devices, every other axis 1."""
-
-    def make(**axes: int) -> jax.sharding.Mesh:
-        return make_mesh(MeshConfig(**axes), jax.devices()[: math.prod(axes.values())])
-
-    return make
+    return k2jax.mesh_of

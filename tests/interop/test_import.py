@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 from tiny_published import SHAPES, draw_tensors, write_checkpoint
 
+import k2jax
 from k2jax import load_hf
 from k2jax.config import UserError
 from k2jax.interop.hf import import_hf, open_published
@@ -253,6 +254,14 @@ def test_mesh_that_does_not_fit(tmp_path, tensors, mesh_of):
     with pytest.raises(UserError) as error:
         load_hf(write(tmp_path, tensors), mesh=mesh_of(tensor=8))
     assert error.value.problems == ("model.num_attention_heads = 4: must be a multiple of mesh.tensor = 8; nearest: 8",)
+
+
+def test_mesh_of_other_axes(tmp_path, tensors):
+    mesh = jax.make_mesh((8,), ("expert",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with pytest.raises(UserError, match="must have replica, fsdp, expert, tensor, context"):
+        load_hf(write(tmp_path, tensors), mesh=mesh)
+    with pytest.raises(UserError, match="experts: is no mesh axis"):
+        k2jax.mesh_of(experts=8)
 
 
 def test_import_refuses_to_overwrite(tmp_path, tensors):

@@ -10,6 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from k2jax import checks
 from k2jax.config import Config, MeshConfig, ModelConfig, StagesConfig, UserError, field_types, flatten
@@ -21,6 +22,7 @@ from k2jax.interop.published import SCALE, all_weights, published_names, publish
 from k2jax.interop.safetensor_files import StoredTensor, find_tensors
 from k2jax.model.transformer import Transformer, build_model
 from k2jax.model.weights import Weight
+from k2jax.sharding.names import AXES
 from k2jax.train.checkpoint import save_model
 from k2jax.train.loaded import Loaded
 from k2jax.train.state import TrainState, weight_leaves
@@ -121,6 +123,11 @@ def open_published(directory: str | Path, drop_mtp: bool = False) -> Published:
 
 
 def _check_mesh(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+    if mesh.axis_names != AXES or set(mesh.axis_types) != {AxisType.Explicit}:
+        raise UserError(
+            f"mesh with axes {', '.join(mesh.axis_names)}: must have {', '.join(AXES)}, all Explicit; "
+            "k2jax.mesh_of(expert=4, tensor=2) makes one"
+        )
     config = Config(model=model, mesh=MeshConfig(**mesh.shape))
     problems = [
         p for p in checks.problems(flatten(dataclasses.asdict(config)), field_types()) if p.startswith("model.")

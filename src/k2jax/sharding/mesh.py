@@ -25,6 +25,16 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.M
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
 
 
+def mesh_of(**sizes: int) -> jax.sharding.Mesh:
+    """A mesh of the first devices, by axis: mesh_of(expert=4, tensor=2) takes eight.
+
+    Raises UserError for an unknown axis, or for more devices than there are.
+    """
+    if unknown := [axis for axis in sizes if axis not in AXES]:
+        raise UserError(*(f"{axis}: is no mesh axis; there are {', '.join(AXES)}" for axis in unknown))
+    return make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])
+
+
 def single_device_mesh() -> jax.sharding.Mesh:
     """All axes 1: for generation, and for a reference to compare with."""
     return make_mesh(MeshConfig(), jax.devices()[:1])
