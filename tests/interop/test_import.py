@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +17,12 @@ from tiny_published import SHAPES, draw_tensors, write_checkpoint
 import k2jax
 from k2jax import load_hf
 from k2jax.config import UserError
+from k2jax.data.prepare import prepare
 from k2jax.interop.hf import import_hf, open_published
+from k2jax.interop.hf_config import hf_config
 from k2jax.launch.cli import main
 from k2jax.sharding.mesh import single_device_mesh
+from k2jax.train.loaded import load_run
 
 K2 = SHAPES["k2"]
 NAMES = {
@@ -283,13 +288,35 @@ def test_import_that_fails_late_leaves_nothing(tmp_path, tensors, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
-def test_training_does_not_resume_an_import(tmp_path, tensors, monkeypatch, capsys):
-    """Its optimizer's state is not there; the message says how to begin."""
-    from k2jax.train.start import check_resume
+MICRO = str(Path(__file__).parents[1] / "train" / "micro.py")
 
-    config = import_hf(write(tmp_path, tensors), tmp_path / "run", single_device_mesh())
-    with pytest.raises(UserError, match="--train.init-from"):
-        check_resume(config, None)
+
+def test_training_begins_from_an_import_and_does_not_resume_it(tmp_path, monkeypatch, capsys):
+    """train.init_from: step 0 is the imported model, on a mesh, with a fresh optimizer; the import stays as it was."""
+    sys.path.insert(0, str(Path(MICRO).parent))
+    import micro
+
+    monkeypatch.chdir(tmp_path)
+    prepare(str(Path(json.__file__).parent), "store", "byte", pattern="*.py", validation_fraction=0.5)
+    config = json.loads(json.dumps(hf_config(micro.config().model, "plain", 32, "float32", 256, 257)))
+    tensors = draw_tensors(config)
+    import_hf(write_checkpoint(tmp_path / "hf", config, tensors), tmp_path / "imported", single_device_mesh())
+    arguments = ["train", MICRO, "--mesh.fsdp", "2", "--mesh.expert", "2", "--mesh.tensor", "2"]
+    assert main([*arguments, "--train.run-dir", "imported"]) == 2
+    error = capsys.readouterr().err
+    assert "1 problem\n" in error and "--train.init-from imported and another train.run_dir" in error
+    assert main([*arguments, "--train.init-from", "imported", "--model.q-lora-rank", "8"]) == 2
+    assert "model.q_lora_rank = 8: must be 16, as train.init_from = 'imported' has" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    begin = [*arguments, "--train.init-from", "imported", "--train.num-steps", "1", "--train.eval-every", "none"]
+    assert main([*begin, "--checkpoint.keep-last", "5"]) == 0
+    first = load_run("run", 0).state.params
+    np.testing.assert_array_equal(first["head"], tensors["lm_head.weight"].T)
+    up = tensors["model.layers.1.mlp.experts.2.up_proj.weight"].T
+    np.testing.assert_array_equal(first["moe"]["ffn"]["up"][0, 2], up)
+    assert not np.array_equal(load_run("run", 1).state.params["head"], first["head"])
+    shutil.rmtree("imported")
+    assert main([*begin, "--checkpoint.keep-last", "5", "--train.num-steps", "2"]) == 0  # needs its source no more
 
 
 def test_unsafe_names_do_not_leave_the_folder(tmp_path, capsys, tensors):

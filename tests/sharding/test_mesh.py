@@ -27,3 +27,9 @@ def test_all_axes_are_there_and_explicit():
     assert mesh.devices[0, 1, 0, 0].tolist() == jax.devices()[4:]
     assert single_device_mesh().axis_names == AXES
     assert single_device_mesh().size == 1
+
+
+def test_sizes_below_one_are_named():
+    with pytest.raises(UserError) as error:
+        make_mesh(MeshConfig(fsdp=0, tensor=-2))
+    assert error.value.problems == ("mesh.fsdp = 0: must be at least 1", "mesh.tensor = -2: must be at least 1")

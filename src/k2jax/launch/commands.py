@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from k2jax.config import Config, UserError
-from k2jax.launch.overrides import load_config, override, print_fields
+from k2jax.launch.overrides import load_config, override, print_fields, read_overrides
 
 
 def use_cpu_devices(count: int) -> None:
@@ -148,6 +148,8 @@ def evaluate(args, rest: list[str]) -> int:
     from k2jax.train.evaluate import perplexity
 
     loaded = _load(args.run, args.step)
+    if args.data is None and not Path(loaded.config.data.path).is_dir():
+        raise UserError(f"{args.run}: its token store, {loaded.config.data.path!r}, is not here; give --data STORE")
     store = TokenStore(args.data or loaded.config.data.path)
     found = perplexity(loaded, store, args.sequences, args.length)
     if args.json:
@@ -161,9 +163,11 @@ def evaluate(args, rest: list[str]) -> int:
 
 def import_(args, rest: list[str]) -> int:
     """Make a run directory of a published checkpoint."""
-    mesh = override(Config(), rest).mesh
-    if wrong := [argument for argument in rest if argument.startswith("--") and not argument.startswith("--mesh.")]:
-        raise UserError(*(f"{argument}: import takes fields of the mesh alone" for argument in wrong))
+    values, problems = read_overrides(rest)
+    problems += [f"{name}: import takes fields of the mesh alone" for name in values if not name.startswith("mesh.")]
+    if problems:
+        raise UserError(*problems)
+    mesh = Config().replace(values).mesh
     if args.simulate is not None:
         use_cpu_devices(args.simulate)
     from k2jax.interop.hf import import_hf

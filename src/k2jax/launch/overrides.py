@@ -41,11 +41,8 @@ def _parse_value(kind: object, text: str) -> object:
         raise ValueError(text) from None
 
 
-def override(config: Config, arguments: list[str]) -> Config:
-    """`config` with `--section.field value` (or `--section.field=value`) arguments applied, then validated.
-
-    Raises UserError that lists unknown fields, unreadable values and violated rules together.
-    """
+def read_overrides(arguments: list[str]) -> tuple[dict[str, object], list[str]]:
+    """({"section.field": value}, problems) of `--section.field value` (or `--section.field=value`) arguments."""
     types, values, problems = field_types(), {}, []
     rest = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--") and "=" in a else [a])]
     while rest:
@@ -64,6 +61,15 @@ def override(config: Config, arguments: list[str]) -> Config:
                 values[field] = _parse_value(types[field], value)
             except ValueError:
                 problems.append(f"{field} = {value!r}: must be {describe_type(types[field])}")
+    return values, problems
+
+
+def override(config: Config, arguments: list[str]) -> Config:
+    """`config` with the arguments of `read_overrides` applied, then validated.
+
+    Raises UserError that lists unknown fields, unreadable values and violated rules together.
+    """
+    values, problems = read_overrides(arguments)
     changed = config.replace(values)
     try:
         changed.validate()

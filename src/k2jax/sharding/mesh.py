@@ -12,10 +12,13 @@ from k2jax.sharding.names import AXES
 def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
     """The mesh of `config` over `devices` (all there are, by default).
 
-    Raises UserError where the axis sizes do not multiply to the number of devices.
+    Raises UserError where the axis sizes are below 1 or do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = tuple(getattr(config, axis) for axis in AXES)
+    if min(shape) < 1:
+        wrong = [axis for axis, size in zip(AXES, shape, strict=True) if size < 1]
+        raise UserError(*(f"mesh.{axis} = {getattr(config, axis)}: must be at least 1" for axis in wrong))
     if math.prod(shape) != len(devices):
         product = " * ".join(f"mesh.{axis} = {size}" for axis, size in zip(AXES, shape, strict=True) if size > 1)
         raise UserError(

@@ -10,6 +10,7 @@ from k2jax.data.batches import check_position, data_position
 from k2jax.data.tokens import TokenStore
 from k2jax.train.checkpoint import (
     Saver,
+    committed_steps,
     damage,
     held_parts,
     newest_step,
@@ -49,6 +50,12 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
                 f"{folder}: is no run (it has no config.json) and not empty: {', '.join(sorted(strangers)[:5])}"
             )
         return {}
+    steps = committed_steps(folder / "checkpoints")
+    if steps and "optimizer" not in held_parts(folder / "checkpoints", steps[-1]):
+        raise UserError(
+            f"{folder}: holds an imported model without an optimizer's state; begin a training with it by "
+            f"--train.init-from {folder} and another train.run_dir"
+        )
     changes = differences(read_config(folder), config)
     fixed = {name: change for name, change in changes.items() if not name.startswith(FREE_ON_RESUME)}
     if fixed:
@@ -71,11 +78,11 @@ def check_source(config: Config) -> None:
     other, step = read_config(folder), newest_step(folder / "checkpoints")
     if step is None:
         raise UserError(f"train.init_from = {source!r}: has no committed checkpoint")
-    changes = differences(other.replace({"model.initializer_range": config.model.initializer_range}), config)
+    free = ("model.initializer_range", *(f"model.rope.{f.name}" for f in dataclasses.fields(config.model.rope)))
     problems = [
         f"{name} = {new!r}: must be {old!r}, as train.init_from = {source!r} has"
-        for name, (old, new) in changes.items()
-        if name.startswith("model.")
+        for name, (old, new) in differences(other, config).items()
+        if name == "model.rope.rope_theta" or (name.startswith("model.") and name not in free)  # YaRN may come later
     ]
     if problems := problems + damage(folder / "checkpoints", step):
         raise UserError(*problems)
@@ -100,11 +107,6 @@ def check_resume(config: Config, store: TokenStore) -> tuple[int | None, list[st
     if damaged := set_damaged_aside(folder / "checkpoints"):
         notes += [*damaged, f"moved to {folder / 'damaged'}"]
     step = newest_step(folder / "checkpoints")
-    if step is not None and "optimizer" not in held_parts(folder / "checkpoints", step):
-        raise UserError(
-            f"{folder}: holds an imported model without an optimizer's state; begin a training with it by "
-            f"--train.init-from {folder} and another train.run_dir"
-        )
     if step is not None:
         check_position(restore_run(folder / "checkpoints", step)["data_position"], store, config, step)
     return step, notes
