@@ -161,3 +161,27 @@ def test_harness_rolling_and_generation(exported):
     prompt = next(p for p in ("a", "b", "class", "if x") if len(generated(p)) > 4)
     free = generated(prompt)
     assert generated(prompt, until=[free[3]]) == free[: free.index(free[3])]
+
+
+@pytest.mark.parametrize("limit", ["5GB", "40KB"])
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_what_transformers_saves_is_imported(name, limit, tmp_path):
+    """save_pretrained in one file and in several, with rope_parameters alone in its config.json."""
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    fields = {k: v for k, v in SHAPES[name].items() if k not in ("model_type", "architectures", "torch_dtype")}
+    scaling, theta = fields.pop("rope_scaling") or {"type": "default"}, fields.pop("rope_theta")
+    rope = {"rope_type" if k == "type" else k: v for k, v in scaling.items()} | {"rope_theta": theta}
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**fields, rope_parameters=rope)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6 if parameter.ndim > 1 else 1)
+        for key, buffer in model.named_buffers():
+            buffer.normal_(0, 0.2) if "correction" in key else None
+        tokens = inputs(SHAPES[name])["tokens"]
+        theirs = model(torch.tensor(tokens)).logits.numpy()
+    model.save_pretrained(tmp_path / "saved", max_shard_size=limit)
+    ours = load_hf(tmp_path / "saved")(tokens).logits
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4)
