@@ -33,7 +33,7 @@ COEFFICIENTS: dict[str, tuple[Quintic, ...]] = {
     "polar_express": tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _POLAR_EXPRESS),
     "newton": ((1.875, -1.25, 0.375),),  # the classical quintic: slow, but it converges to 1
 }
-GRAM_PARTS = (2, 3)  # steps before the Gram form looks at the matrix itself again; later parts are like the last
+GRAM_PARTS = (3, 2)  # steps before the Gram form looks at the matrix itself again; later parts are like the last
 GRAM_ASPECT = 1.5  # of a matrix from which on 8 n^2 m + 28 n^3 FLOPs are fewer than the plain 20 n^2 m + 10 n^3
 
 
