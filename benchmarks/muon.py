@@ -50,7 +50,8 @@ def main() -> None:
     u, _, vt = np.linalg.svd(gradient, full_matrices=False)
     polar = u @ vt
     # each in its own scale: what counts is how far the singular values are from equal
-    far = [np.linalg.norm(r / np.linalg.norm(r) * np.linalg.norm(polar) - polar) / np.linalg.norm(polar) for r in results]
+    size = np.linalg.norm(polar)
+    far = [np.linalg.norm(r * (size / np.linalg.norm(r)) - polar) / size for r in results]
     print(f"optax.contrib.scale_by_muon / k2jax: {ratio:.2f} (median of {PAIRS} pairs)")
     print(f"share of the matmul rate ({max(rates) / 1e9:.0f} GFLOP/s) for its own FLOPs: {share:.0%}")
     print(f"distance from the polar factor: k2jax {far[0]:.6f}, optax {far[1]:.6f}")
