@@ -82,6 +82,7 @@ class OptimConfig:
     momentum: float = 0.95
     nesterov: bool = True
     ns_steps: int = 5
+    ns_coefficients: Literal["standard", "dion", "polar_express", "newton"] = "standard"
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     update_rms: float = 0.2
     adam_b1: float = 0.9

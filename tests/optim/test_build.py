@@ -12,7 +12,8 @@ from test_newton_schulz import reference as orthogonalise
 from k2jax.config import ModelConfig, OptimConfig
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import Weight
-from k2jax.optim.build import muonclip
+from k2jax.optim import QKPart, matrix_labels, muonclip
+from k2jax.optim.build import muonclip_of
 
 
 def test_groups_of_k2():
@@ -66,7 +67,7 @@ def test_chain_agrees_with_numpy(gradient_scale):
     )
     expected = by_hand(config, params, gradients)
     with jax.enable_x64(True):
-        tx = muonclip(config, WEIGHTS, BATCH_TOKENS)
+        tx = muonclip_of(config, WEIGHTS, BATCH_TOKENS)
         new = jax.tree.map(jnp.asarray, params)
         state = tx.init(new)
         for grads in gradients:
@@ -76,3 +77,35 @@ def test_chain_agrees_with_numpy(gradient_scale):
     for name in WEIGHTS:
         moved, want = new[name] - params[name], expected[name] - params[name]
         np.testing.assert_allclose(moved, want, rtol=0, atol=3e-6 * np.abs(want).max(), err_msg=name)
+
+
+def test_unlabelled_and_wrongly_labelled_parameters_are_named():
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones(3), "c": jnp.ones((3, 3))}
+    with pytest.raises(ValueError, match=r"\['b'\]: label 'sgd'; \['c'\]: label None"):
+        muonclip(1e-3, {"a": "muon", "b": "sgd", "c": None}).init(params)
+    with pytest.raises(ValueError, match="labels are not shaped like the parameters"):
+        muonclip(1e-3, {"a": "muon", "b": "adamw"}).init(params)
+
+
+def test_a_model_of_another_kind():
+    """Plain arrays, a schedule, GQA's queries clipped: a regression that MuonClip brings down, run as optax is."""
+    rng = np.random.default_rng(0)
+    x, target = rng.normal(size=(64, 8)), rng.normal(size=(64, 4))
+    params = {"w": jnp.asarray(rng.normal(size=(8, 4)), jnp.float32), "b": jnp.zeros(4)}
+    parts = {"w": QKPart(0, ((2, 1.0),), merged=True), "b": None}
+    tx = muonclip(optax.linear_schedule(0.3, 0.01, 60), matrix_labels, parts, 5.0, weight_decay=0.0)
+    loss = lambda p: jnp.mean((x @ p["w"] + p["b"] - target) ** 2)  # noqa: E731
+    state, losses = tx.init(params), []
+    for _ in range(60):
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params, max_logits=jnp.array([[1.0, 2.0]]))
+        params = optax.apply_updates(params, updates)
+        losses.append(float(value))
+    best = np.mean((x @ np.linalg.lstsq(np.c_[x, np.ones(64)], target, rcond=None)[0][:8] - target) ** 2)
+    assert losses[-1] < 1.3 * best < 0.3 * losses[0]
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    free, clipped = (
+        params["w"] + tx.update(zeros, state, params, max_logits=jnp.array([[1.0, top]]))[0]["w"] for top in (1.0, 10.0)
+    )
+    np.testing.assert_array_equal(clipped[:, :2], free[:, :2])
+    np.testing.assert_allclose(clipped[:, 2:], free[:, 2:] / 2, rtol=1e-5)

@@ -92,9 +92,10 @@ def test_logits_of_the_head_halve_and_nothing_else_moves(layer, monkeypatch, tin
 
 def test_factors():
     """Signed: a negative S is no reason to clip, however large, and gives no NaN."""
-    factors = clip_factors(jnp.array([[-500.0, 200.0, 100.0, 0.0, 100.001, 1e9, -jnp.inf]]), 100.0)
-    np.testing.assert_allclose(factors, [[1, 0.5, 1, 1, 100 / 100.001, 1e-7, 1]], rtol=1e-7)
-    assert (np.asarray(factors)[0, [0, 2, 3, 6]] == 1).all()
+    logits = [-500.0, 200.0, 100.0, 0.0, 100.001, 1e9, -jnp.inf, jnp.inf, jnp.nan]
+    factors = clip_factors(jnp.array([logits]), 100.0)
+    np.testing.assert_allclose(factors, [[1, 0.5, 1, 1, 100 / 100.001, 1e-7, 1, 1, 1]], rtol=1e-7)
+    assert (np.asarray(factors)[0, [0, 2, 3, 6, 7, 8]] == 1).all()
 
 
 def test_negative_maximum_beside_a_clipped_head(layer):
@@ -142,3 +143,42 @@ def test_after_any_optimizer(layer):
     for name, want in expected.items():
         # p + (new - p) rounds once more than new, at the size of p
         np.testing.assert_allclose(new[name], want, rtol=0, atol=2e-7 * np.abs(want).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["mha", "mha_merged", "gqa"])
+def test_other_kinds_of_attention(kind):
+    """Queries and keys of plain attention: the logits of the head over tau come down to it, the others keep theirs."""
+    rng = np.random.default_rng(0)
+    num_heads, head_dim, width = 4, 6, 16
+    num_keys = 2 if kind == "gqa" else num_heads
+    q = jnp.asarray(rng.normal(size=(width, num_heads, head_dim)), jnp.float32)
+    k = jnp.asarray(rng.normal(size=(width, num_keys, head_dim)), jnp.float32)
+    x = rng.normal(size=(9, width))
+
+    def logits(params):
+        q_, k_ = (jnp.reshape(params[n], (width, -1, head_dim)) for n in "qk")
+        keys = jnp.repeat(k_, num_heads // k_.shape[1], 1)
+        return np.asarray(jnp.einsum("si,ihd,zj,jhd->hsz", x, q_, x, keys))
+
+    merged = kind == "mha_merged"
+    params = {n: w.reshape(width, -1) if merged else w for n, w in (("q", q), ("k", k))}
+    power = 1.0 if kind == "gqa" else 0.5
+    parts = {
+        "q": QKPart(0, ((head_dim, power),), merged),
+        "k": None if kind == "gqa" else QKPart(0, ((head_dim, power),), merged),
+    }
+    before = logits(params)
+    largest = before.max((1, 2))
+    tau = float(np.sort(largest)[-2] * 1.01)
+    tx = qk_clip(tau, parts)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, max_logits=largest[None])
+    after = logits(optax.apply_updates(params, updates))
+    np.testing.assert_allclose(after.max((1, 2)), np.minimum(largest, tau), rtol=1e-5)
+    np.testing.assert_array_equal(after[largest <= tau], before[largest <= tau])
+
+
+def test_part_that_does_not_fit_is_refused():
+    tx = qk_clip(1.0, {"q": QKPart(0, ((5, 1.0),))})
+    params = {"q": jnp.ones((8, 4, 6))}
+    with pytest.raises(ValueError, match=r"parameter \(8, 4, 6\) .* must be \[layers\?, inputs, 4, 5\]"):
+        tx.update(params, tx.init(params), params, max_logits=jnp.ones((1, 4)))

@@ -1,0 +1,26 @@
+"""MuonClip for optax: each part works alone, with any model and any other transformation. Imports no model.
+
+optax.chain(optax.adamw(3e-4), qk_clip(100.0, parts))           QK-Clip after another optimizer
+scale_by_muon(dimension_numbers=...)                            Muon, as a part of a chain of your own
+muonclip(2e-4, labels, parts)                                   all of K2's optimizer
+"""
+
+from k2jax.optim.build import matrix_labels, muonclip
+from k2jax.optim.muon import MatrixView, scale_by_muon
+from k2jax.optim.newton_schulz import COEFFICIENTS, newton_schulz
+from k2jax.optim.qk_clip import QKPart, clip_factors, qk_clip
+from k2jax.optim.spread import Plan, make_plan
+
+__all__ = [
+    "COEFFICIENTS",
+    "MatrixView",
+    "Plan",
+    "QKPart",
+    "clip_factors",
+    "make_plan",
+    "matrix_labels",
+    "muonclip",
+    "newton_schulz",
+    "qk_clip",
+    "scale_by_muon",
+]

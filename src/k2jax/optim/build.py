@@ -1,4 +1,6 @@
-"""MuonClip: the optimizer of K2 as a chain of optax transforms, read from the parameters' own declarations."""
+"""MuonClip: K2's optimizer as a chain of optax transforms, for any model; and the chain that a config describes."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,78 @@ from k2jax.config import OptimConfig
 from k2jax.optim.muon import MatrixView, scale_by_muon
 from k2jax.optim.qk_clip import QKPart, qk_clip
 from k2jax.optim.schedule import learning_rate_of_step
+from k2jax.optim.spread import Plan
+
+GROUPS = ("muon", "adamw")
+
+
+def check_labels(labels: optax.Params, params: optax.Params) -> None:
+    """Raise ValueError with every parameter that has no label, or one that is no group."""
+    wrong = []
+
+    def check(path, param, label):
+        if label not in GROUPS:
+            wrong.append(f"{jax.tree_util.keystr(path)}: label {label!r}")
+
+    try:
+        jax.tree_util.tree_map_with_path(check, params, labels)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"muonclip: labels are not shaped like the parameters: {error}") from None
+    if wrong:
+        raise ValueError(f"muonclip: every parameter must be labelled {' or '.join(GROUPS)}: {'; '.join(wrong)}")
+
+
+def muonclip(
+    learning_rate: optax.ScalarOrSchedule,
+    labels: optax.Params | Callable[[optax.Params], optax.Params],
+    qk_parts: optax.Params | None = None,
+    tau: float | None = 100.0,
+    *,
+    dimension_numbers: optax.Params | Callable | None = None,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    ns_dtype: jnp.dtype = jnp.bfloat16,
+    coefficients: str = "standard",
+    rms: float = 0.2,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    max_grad_norm: float | None = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Algorithm 1 of the K2 report: clip by norm, Muon or AdamW, decoupled decay, learning rate, QK-Clip.
+
+    labels: "muon" or "adamw" for every parameter, or a function of the parameters that says so (`matrix_labels`).
+    qk_parts: pytree like the parameters of QKPart or None; with it and tau, update() needs `max_logits` [layers, H].
+    dimension_numbers: what makes the matrices of Muon's parameters, see scale_by_muon. learning_rate: per step, or a
+    schedule of the step; one for all, since updates of both groups have AdamW's size. Raises ValueError in init() for a
+    parameter without a label.
+    """
+    muon = scale_by_muon(momentum, nesterov, ns_steps, coefficients, rms, ns_dtype, dimension_numbers)
+    parts = optax.partition({"muon": muon, "adamw": optax.scale_by_adam(b1, b2, eps)}, labels)
+
+    def init(params):
+        check_labels(labels(params) if callable(labels) else labels, params)
+        return parts.init(params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(max_grad_norm) if max_grad_norm is not None else optax.identity(),
+        optax.GradientTransformationExtraArgs(init, parts.update),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+        qk_clip(tau, qk_parts)
+        if tau is not None and qk_parts is not None
+        else optax.with_extra_args_support(optax.identity()),
+    )
+
+
+def matrix_labels(params: optax.Params) -> optax.Params:
+    """The labels for a model without declarations: "muon" for what has two dims, "adamw" for the rest.
+
+    An embedding and a head have two dims as well, and are AdamW's in K2: label them by hand.
+    """
+    return jax.tree.map(lambda p: "muon" if p.ndim == 2 else "adamw", params)
 
 
 def is_declaration(x) -> bool:
@@ -20,28 +94,32 @@ def map_weights(function, weights: optax.Params) -> optax.Params:
     return jax.tree.map(function, weights, is_leaf=is_declaration)
 
 
-def muonclip(
-    config: OptimConfig, weights: optax.Params, batch_tokens: int, layouts: optax.Params | None = None
+def muonclip_of(
+    config: OptimConfig, weights: optax.Params, batch_tokens: int, plans: optax.Params | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """The whole chain. weights: pytree of declarations; layouts: MatrixView.layouts of each, or None.
-
-    update() needs params and, where qk_clip_tau is set, max_logits.
-    """
-    layouts = map_weights(lambda w: (), weights) if layouts is None else layouts
+    """The chain of a config. weights: pytree of declarations; plans: of each one's spread.Plan, or None for none."""
+    plans = map_weights(lambda w: None, weights) if plans is None else plans
     views = jax.tree.map(
-        lambda w, specs: MatrixView(w.num_stack, w.num_inputs, specs), weights, layouts, is_leaf=is_declaration
+        lambda w, plan: MatrixView(w.num_stack, w.num_inputs, plan), weights, plans, is_leaf=is_declaration
     )
-    muon = scale_by_muon(
-        views, config.momentum, config.nesterov, config.ns_steps, jnp.dtype(config.ns_dtype), config.update_rms
+    return muonclip(
+        lambda step: learning_rate_of_step(config, step, batch_tokens),
+        map_weights(lambda w: w.group, weights),
+        map_weights(lambda w: w.qk and QKPart(w.first_layer, w.qk.powers), weights),
+        config.qk_clip_tau,
+        dimension_numbers=views,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        ns_steps=config.ns_steps,
+        ns_dtype=jnp.dtype(config.ns_dtype),
+        coefficients=config.ns_coefficients,
+        rms=config.update_rms,
+        b1=config.adam_b1,
+        b2=config.adam_b2,
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
     )
-    adam = optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps)
-    parts = map_weights(lambda w: w.qk and QKPart(w.first_layer, w.qk.powers), weights)
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm is not None else optax.identity(),
-        optax.partition({"muon": muon, "adamw": adam}, map_weights(lambda w: w.group, weights)),
-        optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_learning_rate(lambda step: learning_rate_of_step(config, step, batch_tokens)),
-        qk_clip(config.qk_clip_tau, parts)
-        if config.qk_clip_tau is not None
-        else optax.with_extra_args_support(optax.identity()),
-    )
+
+
+__all__ = ["Plan", "check_labels", "map_weights", "matrix_labels", "muonclip", "muonclip_of"]

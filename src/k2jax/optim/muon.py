@@ -1,35 +1,63 @@
 """Muon as an optax transform: momentum, orthogonalisation, and the scale that makes it AdamW-like (Moonlight 2.2)."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec as P
+from optax.contrib import MuonDimensionNumbers
 
-from k2jax.optim.newton_schulz import newton_schulz
+from k2jax.optim.newton_schulz import Quintic, newton_schulz
+from k2jax.optim.spread import Plan, spread
 
 
 class MatrixView(NamedTuple):
     """Which dims of a parameter make its matrix: [stack..., inputs..., outputs...].
 
-    layouts: shardings of [stack..., n, m] to pass through, one after the other, on the way to Newton-Schulz and back.
+    plan: how the matrices are spread over the mesh, for a leaf that is cut; None leaves it to XLA.
     """
 
     num_stack: int
     num_inputs: int
-    layouts: tuple[P, ...] = ()
+    plan: Plan | None = None
 
 
 class MuonState(NamedTuple):
     momentum: optax.Params
 
 
-def as_matrices(x: jax.Array, view: MatrixView) -> jax.Array:
-    """[stack..., inputs..., outputs...] -> [stack..., n, m]."""
-    stack, rest = x.shape[: view.num_stack], x.shape[view.num_stack :]
-    return x.reshape(*stack, math.prod(rest[: view.num_inputs]), math.prod(rest[view.num_inputs :]))
+def matrix_shape(shape: tuple[int, ...], view: MatrixView) -> tuple[int, int]:
+    """(n, m) of each matrix of a parameter."""
+    rest = shape[view.num_stack :]
+    return math.prod(rest[: view.num_inputs]), math.prod(rest[view.num_inputs :])
+
+
+def _order(numbers: MuonDimensionNumbers, ndim: int) -> tuple[list[int], MatrixView]:
+    """optax's dimension numbers as an order of dims, and the view of the parameter in that order."""
+    given = (numbers.reduction_axis, numbers.output_axis)
+    inputs, outputs = ([d % ndim for d in ((dims,) if isinstance(dims, int) else dims)] for dims in given)
+    stack = [d for d in range(ndim) if d not in (*inputs, *outputs)]
+    return [*stack, *inputs, *outputs], MatrixView(len(stack), len(inputs))
+
+
+def _views(dimension_numbers, updates):
+    """A view for every leaf. Raises ValueError that names the leaves which are no matrices and have no view."""
+    if callable(dimension_numbers):
+        dimension_numbers = dimension_numbers(updates)
+    if dimension_numbers is None:
+        leaves = jax.tree_util.tree_leaves_with_path(updates)
+        wrong = [f"{jax.tree_util.keystr(path)} {x.shape}" for path, x in leaves if x.ndim != 2]
+        if wrong:
+            raise ValueError(
+                f"scale_by_muon: no matrices: {', '.join(wrong)}; say by dimension_numbers which dims make theirs, or "
+                "give these leaves to another transform (optax.partition)"
+            )
+        return jax.tree.map(lambda x: MatrixView(0, 1), updates)
+    if isinstance(dimension_numbers, (MatrixView, MuonDimensionNumbers)):
+        return jax.tree.map(lambda x: dimension_numbers, updates)
+    return dimension_numbers
 
 
 def _is_masked(x) -> bool:
@@ -37,27 +65,37 @@ def _is_masked(x) -> bool:
 
 
 def scale_by_muon(
-    views: optax.Params,
     momentum: float = 0.95,
     nesterov: bool = True,
     ns_steps: int = 5,
-    ns_dtype: jnp.dtype = jnp.bfloat16,
+    coefficients: str | Sequence[Quintic] = "standard",
     rms: float = 0.2,
+    dtype: jnp.dtype = jnp.bfloat16,
+    dimension_numbers: optax.Params | Callable | None = None,
 ) -> optax.GradientTransformation:
-    """O = NewtonSchulz(mu M + G) * rms * sqrt(max(n, m)), with M <- mu M + G (K2 report, Algorithm 1).
+    """O = NewtonSchulz(mu M + G) * rms * sqrt(max(n, m)), with M <- mu M + G (K2 report, Algorithm 1; Moonlight 2.2).
 
-    views: pytree of MatrixView like the parameters. The momentum is the plain sum, as Moonlight's: no bias
-    correction. An update has root mean square `rms`, so learning rate and decay are AdamW's.
+    The momentum is the plain sum, as Moonlight's: no bias correction. An update has root mean square `rms`, so that
+    learning rate and decay are AdamW's. dtype: of Newton-Schulz; momentum and update keep the gradient's.
+    dimension_numbers: None (all leaves are matrices), a MatrixView or an optax.contrib.MuonDimensionNumbers for all
+    leaves, a pytree of them, or a function of the updates that gives one. A parameter with further dims is a stack of
+    matrices, each orthogonalised by itself. Raises ValueError for leaves that have no matrix view.
     """
 
-    def orthogonalise(m: jax.Array, view: MatrixView) -> jax.Array:
-        matrices = as_matrices(m, view)
-        for layout in view.layouts:
-            matrices = jax.lax.with_sharding_constraint(matrices, layout)
-        orthogonal = rms * math.sqrt(max(matrices.shape[-2:])) * newton_schulz(matrices, ns_steps, ns_dtype)
-        for layout in reversed(view.layouts):
-            orthogonal = jax.lax.with_sharding_constraint(orthogonal, layout)
-        return orthogonal.reshape(m.shape)
+    def orthogonalise(m: jax.Array, view: MatrixView | MuonDimensionNumbers) -> jax.Array:
+        if isinstance(view, MuonDimensionNumbers):
+            order, view = _order(view, m.ndim)
+            return orthogonalise(m.transpose(order), view).transpose([order.index(d) for d in range(m.ndim)])
+
+        size = matrix_shape(m.shape, view)
+
+        def whole(x: jax.Array) -> jax.Array:
+            """Of [any stack..., inputs..., outputs...], every matrix whole."""
+            matrices = x.reshape(*x.shape[: x.ndim - m.ndim + view.num_stack], *size)
+            return newton_schulz(matrices, ns_steps, dtype, coefficients).reshape(x.shape)
+
+        low = m.astype(dtype)  # before it is handed round: half the bytes
+        return rms * math.sqrt(max(size)) * (spread(whole, view.plan) if view.plan else whole)(low).astype(m.dtype)
 
     def init(params):
         return MuonState(optax.tree.zeros_like(params))
@@ -67,7 +105,10 @@ def scale_by_muon(
         buffer = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, updates)
         target = jax.tree.map(lambda m, g: momentum * m + g, buffer, updates) if nesterov else buffer
         orthogonal = jax.tree.map(
-            lambda m, view: m if _is_masked(m) else orthogonalise(m, view), target, views, is_leaf=_is_masked
+            lambda m, view: m if _is_masked(m) else orthogonalise(m, view),
+            target,
+            _views(dimension_numbers, updates),
+            is_leaf=_is_masked,
         )
         return orthogonal, MuonState(buffer)
 

@@ -7,12 +7,10 @@
 With tokens cut over `tensor` outside attention no token is normalised, routed or dispatched twice.
 """
 
-import math
-
 import jax
 from jax.sharding import PartitionSpec as P
 
-from k2jax.sharding.names import AXES, DIMS
+from k2jax.sharding.names import DIMS
 
 AXES_OF = {
     "B": ("replica", "fsdp", "expert"),
@@ -40,31 +38,6 @@ def stored_spec(dims: str, matrix_dims: str) -> P:
     """PartitionSpec at rest of a weight with `dims`, of which `matrix_dims` make its matrix ("" for a gain)."""
     cut = next((dim for dim in FSDP_DIMS if dim in matrix_dims), None)
     return P(*("fsdp" if dim == cut else axes for dim, axes in zip(dims, spec(dims), strict=True)))
-
-
-def _axes(entry) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def whole_matrix_specs(stack_shape: tuple[int, ...], at_rest: P, mesh: jax.sharding.Mesh) -> tuple[P, P]:
-    """The two layouts through which a weight, seen as [stack..., n, m], goes to Newton-Schulz with its matrices whole.
-
-    First the axes that cut it at rest move to stack dims that they divide, then the other axes join; experts do not
-    move. In a single move XLA would gather the whole stack on every device ("involuntary full rematerialization").
-    """
-    entries = [*map(_axes, at_rest), *[()] * len(stack_shape)]
-    cuts = [list(entry) for entry in entries[: len(stack_shape)]]
-    moved = [axis for entry in entries[len(stack_shape) :] for axis in entry]
-    joining = [axis for axis in AXES if mesh.shape[axis] > 1 and all(axis not in entry for entry in entries)]
-    specs = []
-    for axes in (moved, joining):
-        for axis in axes:  # each to the first stack dim that it divides further; to none, and it holds copies
-            for size, cut in zip(stack_shape, cuts, strict=True):
-                if size % math.prod(mesh.shape[a] for a in (*cut, axis)) == 0:
-                    cut.append(axis)
-                    break
-        specs.append(P(*(tuple(cut) or None for cut in cuts), None, None))
-    return tuple(specs)
 
 
 def on_mesh() -> bool:
