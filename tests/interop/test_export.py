@@ -102,7 +102,7 @@ def test_refusals(run, tmp_path):
         export_run(run, tmp_path / "taken")
     with pytest.raises(UserError, match="--step 7: is not a committed step; there are 0"):
         export_run(run, tmp_path / "out", step=7)
-    with pytest.raises(UserError, match="is no run directory"):
+    with pytest.raises(UserError, match="hf2: no such folder"):
         export_run(tmp_path / "hf2", tmp_path / "out")
     data = max((run / "checkpoints" / "0" / "model").rglob("*"), key=lambda p: p.stat().st_size)
     content = bytearray(data.read_bytes())
@@ -118,7 +118,7 @@ def test_failed_export_leaves_nothing(run, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("k2jax.interop.export.write_atomic", full)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="out: cannot be written: No space left"):
         export_run(run, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "run"]
 
@@ -126,6 +126,10 @@ def test_failed_export_leaves_nothing(run, tmp_path, monkeypatch):
 def test_leftovers_of_a_killed_export_are_replaced(run, tmp_path):
     (tmp_path / "out.exporting").mkdir()
     (tmp_path / "out.exporting" / "model-00001-of-00009.safetensors").write_text("half")
+    with pytest.raises(UserError, match="out.exporting: is in the way and not ours"):
+        export_run(run, tmp_path / "out")
+    assert (tmp_path / "out.exporting" / "model-00001-of-00009.safetensors").read_text() == "half"
+    (tmp_path / "out.exporting" / ".k2jax").touch()  # as a killed export leaves it
     export_run(run, tmp_path / "out")
     assert not (tmp_path / "out.exporting").exists()
     assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]

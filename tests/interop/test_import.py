@@ -283,7 +283,7 @@ def test_import_that_fails_late_leaves_nothing(tmp_path, tensors, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("k2jax.interop.hf.write_atomic", full)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="run: cannot be written: No space left"):
         import_hf(folder, tmp_path / "run", single_device_mesh())
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
@@ -343,3 +343,30 @@ def test_config_with_wrong_kinds_of_values(tmp_path, capsys, tensors):
         folder = write_checkpoint(tmp_path / f"hf{number}", K2 | change, tensors)
         found = problems_of(tmp_path, capsys, folder)
         assert all("config.json" in problem for problem in found) and len(found) == (2 if number == 3 else 1)
+
+
+def test_folders_that_are_something_else(tmp_path, capsys, tensors):
+    """A run where a published checkpoint is wanted, and the other way round; a file where a folder must be made."""
+    folder = write(tmp_path, tensors)
+    import_hf(folder, tmp_path / "imported", single_device_mesh())
+    assert "is a run of k2jax already" in problems_of(tmp_path, capsys, tmp_path / "imported")[0]
+    assert main(["export", str(folder), "--to", str(tmp_path / "x")]) == 2
+    assert f"is a published checkpoint, no run; `k2jax import {folder}`" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    for command in (["export", str(tmp_path / "imported")], ["import", str(folder)]):
+        assert main([*command, "--to", str(tmp_path / "file" / "sub")]) == 2
+        error = capsys.readouterr().err
+        assert "1 problem\n" in error and "cannot be written: Not a directory" in error
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", None])
+def test_dtypes_that_are_none(tmp_path, tensors, dtype):
+    with pytest.raises(UserError, match="must be a float type"):
+        load_hf(write(tmp_path, tensors), dtype=dtype)
+
+
+def test_arguments_of_a_wrong_rank(tmp_path, tensors):
+    model = load_hf(write(tmp_path, tensors))
+    with pytest.raises(ValueError, match=r"must be \[B, T\], got \(3,\)"):
+        model(np.arange(3))

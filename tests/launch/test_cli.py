@@ -108,7 +108,7 @@ def test_nothing_is_written_over(place, capsys):
 
 
 def test_no_run_to_show(place, capsys):
-    assert "is no run directory" in refusal(capsys, "plot", "absent", "--out", "x.png")
+    assert "absent: no such folder" in refusal(capsys, "plot", "absent", "--out", "x.png")
     assert list(place.iterdir()) == []
 
 

@@ -25,6 +25,7 @@ from k2jax.train.checkpoint import save_model
 from k2jax.train.evaluate import perplexity
 from k2jax.train.generate import continue_tokens, generate
 from k2jax.train.loaded import load_run
+from k2jax.train.start import check_source
 
 WINDOW = 16
 
@@ -156,8 +157,23 @@ def test_perplexity_refuses(place, loaded, tmp_path):
     for i in range(40):
         (tmp_path / "text" / f"{i}.txt").write_text(f"some text {i} " * 50)
     prepare(str(tmp_path / "text"), str(tmp_path / "other"), "train:300", validation_fraction=0.5)
+    other = TokenStore(tmp_path / "other")
     with pytest.raises(UserError, match="written by another tokenizer"):
-        perplexity(loaded, TokenStore(tmp_path / "other"), None)
+        perplexity(loaded, other, None)
+    with pytest.raises(UserError, match="has ids up to 2.., the embedding of .* has 258 rows"):
+        perplexity(dataclasses.replace(loaded, tokenizer=None), other, None)
+    with pytest.raises(UserError, match="another tokenizer than that of"):
+        model = dataclasses.replace(loaded.config.model)
+        train = dataclasses.replace(loaded.config.train, init_from=loaded.source, run_dir=str(tmp_path / "new"))
+        check_source(dataclasses.replace(loaded.config, model=model, train=train), other)
+
+
+def test_options_that_do_not_go_together(place, capsys):
+    assert main(["eval", str(place / "run"), "--limit", "0", "--task-folder", "x"]) == 2
+    error = capsys.readouterr().err
+    assert "--task-folder: goes with --tasks alone" in error and "--limit 0: must be at least 1" in error
+    assert main(["eval", str(place / "run"), "--tasks", "a", "--sequences", "3"]) == 2
+    assert "--sequences: does not go with --tasks" in capsys.readouterr().err
 
 
 def test_exported_model_is_used_like_the_run(place, capsys, tmp_path):

@@ -1,7 +1,6 @@
 """A run's checkpoint as a published one: per-expert safetensors, config.json, tokenizer; streamed, bounded memory."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -11,11 +10,12 @@ import numpy as np
 
 from k2jax.config import UserError
 from k2jax.data.tokenizer_folder import open_tokenizer
-from k2jax.files import sync_folder, write_atomic
+from k2jax.files import write_atomic
 from k2jax.interop.hf_config import hf_config
 from k2jax.interop.published import all_weights, published_names, published_shape, to_published
 from k2jax.interop.safetensor_files import NewTensor, write_tensors
 from k2jax.interop.tokenizer_files import tokenizer_files
+from k2jax.interop.whole_folder import whole_folder
 from k2jax.model.weights import Weight
 from k2jax.train.checkpoint import open_model_array, sound_step
 from k2jax.train.run_dir import read_config
@@ -60,7 +60,7 @@ def export_run(
     """
     run_dir, to = Path(run_dir), Path(to)
     config = read_config(run_dir)
-    if to.exists() or to.is_symlink():
+    if to.exists():  # before the checkpoint's files are looked through
         raise UserError(f"{to}: exists; give another --to, or move it away")
     step = sound_step(run_dir / "checkpoints", step)
     rope = rope or rope_after(config, step)
@@ -70,16 +70,9 @@ def export_run(
     ids = (tokenizer.bos, tokenizer.eos) if tokenizer else (None, None)
     stored, torch_name = DTYPES[dtype]
     values = hf_config(config.model, rope, config.data.sequence_length, torch_name, *ids)
-    aside = to.with_name(to.name + ".exporting")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
+    with whole_folder(to, "exporting") as aside:
         write_tensors(aside, _new_tensors(run_dir / "checkpoints", step, config.model, stored), file_bytes)
         for name, content in (tokenizer_files(tokenizer) if tokenizer else {}).items():
             write_atomic(aside / name, content)
         write_atomic(aside / "config.json", json.dumps(values, indent=2) + "\n")
-        aside.rename(to)
-        sync_folder(to.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return step

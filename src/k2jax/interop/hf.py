@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,10 +15,11 @@ from k2jax import checks
 from k2jax.config import Config, MeshConfig, ModelConfig, StagesConfig, UserError, field_types, flatten
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.data.tokenizer_folder import published_tokenizer, save_tokenizer
-from k2jax.files import sync_folder, write_atomic
+from k2jax.files import write_atomic
 from k2jax.interop.hf_config import model_config
 from k2jax.interop.published import SCALE, all_weights, published_names, published_shape, read_part
 from k2jax.interop.safetensor_files import StoredTensor, find_tensors
+from k2jax.interop.whole_folder import whole_folder
 from k2jax.model.transformer import Transformer, build_model
 from k2jax.model.weights import Weight
 from k2jax.sharding.names import AXES
@@ -54,6 +54,8 @@ def _read_config(folder: Path) -> dict:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
+    if isinstance(values, dict) and "checkpoint" in values and "optim" in values:
+        raise UserError(f"{folder}: is a run of k2jax already, no published checkpoint; `k2jax export` makes one of it")
     quantization = isinstance(values, dict) and (values.get("quantization_config") or {})
     if not isinstance(values, dict) or not isinstance(quantization, dict):
         raise UserError(f"{path}: must hold an object, and so must its quantization_config")
@@ -166,13 +168,19 @@ def load_hf(
     Positions are turned as config.json says, with YaRN at every length where it has a scaling, as transformers does.
     Block-FP8 weights are multiplied by their scales. Raises UserError with every tensor that does not fit.
     """
+    try:
+        kind = jnp.dtype(dtype)
+    except TypeError:
+        kind = None
+    if kind is None or not jnp.issubdtype(kind, jnp.floating) or dtype is None:
+        raise UserError(f"dtype = {dtype!r}: must be a float type, such as 'float32' or 'bfloat16'")
     found = open_published(directory, drop_mtp)
     current = jax.sharding.get_mesh()
     mesh = mesh if mesh is not None or current.empty else current
     if mesh is not None:
         _check_mesh(found.model, mesh)
-    values = load_values(found, jnp.dtype(dtype), mesh)
-    return build_model(found.model, values["params"], values["router_bias"], jnp.dtype(dtype), rope=found.rope)
+    values = load_values(found, kind, mesh)
+    return build_model(found.model, values["params"], values["router_bias"], kind, rope=found.rope)
 
 
 def _config_for(found: Published, run_dir: str) -> Config:
@@ -217,16 +225,9 @@ def import_hf(directory: str | Path, run_dir: str | Path, mesh: jax.sharding.Mes
     found = open_published(directory, drop_mtp)
     _check_mesh(found.model, mesh)
     tokenizer, config = _tokenizer(found), _config_for(found, str(run_dir)).validate()
-    aside = run_dir.with_name(run_dir.name + ".importing")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
+    with whole_folder(run_dir, "importing") as aside:
         save_model(aside / "checkpoints", load_values(found, jnp.dtype(jnp.float32), mesh), config)
         if tokenizer is not None:
             save_tokenizer(tokenizer, aside / "tokenizer")
         write_atomic(aside / "config.json", config.to_json())
-        aside.rename(run_dir)
-        sync_folder(run_dir.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return config

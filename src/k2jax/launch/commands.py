@@ -138,6 +138,13 @@ def generate(args, rest: list[str]) -> int:
 
 def evaluate(args, rest: list[str]) -> int:
     """Perplexity on a held-out split, or tasks of the evaluation harness."""
+    others = ("data", "sequences", "length") if args.tasks else ("task_folder", "limit")
+    where = "does not go with --tasks" if args.tasks else "goes with --tasks alone"
+    problems = [f"--{n.replace('_', '-')}: {where}" for n in others if getattr(args, n) is not None]
+    if args.limit is not None and args.limit < 1:
+        problems.append(f"--limit {args.limit}: must be at least 1")
+    if problems:
+        raise UserError(*problems)
     if args.tasks:
         from k2jax.train.harness import run_tasks
 
@@ -175,7 +182,9 @@ def import_(args, rest: list[str]) -> int:
 
     to = args.to or str(Path("runs") / Path(args.folder).resolve().name)
     import_hf(args.folder, to, make_mesh(mesh) if rest or args.simulate else single_device_mesh(), args.drop_mtp)
-    print(f"{to}: imported; continue a text with: k2jax generate {to} PROMPT")
+    known = (Path(to) / "tokenizer").is_dir()
+    use = f"continue a text with: k2jax generate {to} PROMPT" if known else "it brought no tokenizer, so no text"
+    print(f"{to}: imported; {use}")
     return 0
 
 
@@ -184,7 +193,8 @@ def export(args, rest: list[str]) -> int:
     from k2jax.interop.export import export_run
 
     step = export_run(args.run, args.to, args.dtype, args.step, args.rope)
-    print(f"{args.to}: step {step} of {args.run}, {args.dtype}")
+    known = (Path(args.run) / "tokenizer").is_dir()
+    print(f"{args.to}: step {step} of {args.run}, {args.dtype}{'' if known else '; without a tokenizer, as the run'}")
     return 0
 
 

@@ -112,6 +112,9 @@ class Transformer(nnx.Module):
 
         Positions enter the rotation alone: a token sees those before it in the row, whatever their positions are.
         """
+        wrong = [f"{x.shape}" for x in (tokens, positions, segment_ids) if x is not None and jnp.ndim(x) != 2]
+        if wrong:
+            raise ValueError(f"tokens, positions and segment_ids must be [B, T], got {', '.join(wrong)}")
         tokens_BT = place(jnp.asarray(tokens), "BT")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)

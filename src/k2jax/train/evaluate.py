@@ -92,6 +92,9 @@ def perplexity(loaded: Loaded, store: TokenStore, num_sequences: int | None, len
         raise UserError(
             f"{store.path}: was written by another tokenizer than that of {loaded.source}; give a store of its own"
         )
+    rows, ids = loaded.config.model.vocab_size, store.manifest["tokenizer"]["vocab_size"]
+    if ids > rows:
+        raise UserError(f"{store.path}: has ids up to {ids - 1}, the embedding of {loaded.source} has {rows} rows")
     available = num_windows(store, "validation", length)
     count = available if num_sequences is None else num_sequences
     if not 0 < count <= available:

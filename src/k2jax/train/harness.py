@@ -120,7 +120,7 @@ def run_tasks(loaded: Loaded, tasks: list[str], folder: str | None, limit: int |
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UserError("--tasks: needs the evaluation harness: pip install 'k2jax[eval]'") from None
+        raise UserError("--tasks: needs the evaluation harness: pip install lm-eval") from None
     if folder is not None and not Path(folder).is_dir():
         raise UserError(f"--task-folder {folder}: no such folder")
     manager = TaskManager(include_path=folder)

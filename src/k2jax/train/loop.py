@@ -69,9 +69,9 @@ def run(config: Config) -> Result:
     config.validate()
     mesh = make_mesh(config.mesh)
     check_run_dir(config)  # before anything is written, and again below when nobody else can write
-    check_source(config)
     store = TokenStore(config.data.path)
     check_store(store, config)
+    check_source(config, store)
     folder = Path(config.train.run_dir)
     make_run_dir(folder)
     with lock_run(folder), jax.set_mesh(mesh):

@@ -23,7 +23,7 @@ def plot_runs(run_dirs: list[str], out: str) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("drawing needs matplotlib: pip install 'k2jax[plot]'") from None
+        raise UserError("drawing needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

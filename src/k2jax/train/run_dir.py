@@ -13,8 +13,12 @@ def read_config(folder: Path) -> Config:
     """The config that a run was made with. Raises UserError where `folder` is no run directory."""
     stored = folder / "config.json"
     if not stored.exists():
-        raise UserError(f"{folder}: is no run directory (it has no config.json)")
-    return Config.from_json(stored.read_text(encoding="utf-8"))
+        what = "is no run directory (it has no config.json)" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {what}")
+    text = stored.read_text(encoding="utf-8")
+    if '"model_type"' in text:
+        raise UserError(f"{folder}: is a published checkpoint, no run; `k2jax import {folder}` makes one of it")
+    return Config.from_json(text)
 
 
 def lock_run(run_dir: Path):

@@ -7,6 +7,7 @@ import jax
 
 from k2jax.config import Config, UserError, differences
 from k2jax.data.batches import check_position, data_position
+from k2jax.data.tokenizer_folder import open_tokenizer
 from k2jax.data.tokens import TokenStore
 from k2jax.train.checkpoint import (
     Saver,
@@ -22,6 +23,7 @@ from k2jax.train.checkpoint import (
     set_damaged_aside,
 )
 from k2jax.train.display import Display
+from k2jax.train.evaluate import writes_alike
 from k2jax.train.run_dir import read_config
 from k2jax.train.state import TrainState, abstract_state, init_state
 
@@ -69,8 +71,8 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
     return changes
 
 
-def check_source(config: Config) -> None:
-    """Raise UserError where train.init_from is no run with a sound model of the same shape."""
+def check_source(config: Config, store: TokenStore) -> None:
+    """Raise UserError where train.init_from is no run with a sound model of the same shape and tokenizer."""
     source = config.train.init_from
     if source is None or (Path(config.train.run_dir) / "config.json").exists():  # a run that has begun needs it no more
         return
@@ -84,6 +86,8 @@ def check_source(config: Config) -> None:
         for name, (old, new) in differences(other, config).items()
         if name == "model.rope.rope_theta" or (name.startswith("model.") and name not in free)  # YaRN may come later
     ]
+    if (folder / "tokenizer").is_dir() and not writes_alike(open_tokenizer(folder / "tokenizer"), store):
+        problems.append(f"data.path = {str(store.path)!r}: was written by another tokenizer than that of {source!r}")
     if problems := problems + damage(folder / "checkpoints", step):
         raise UserError(*problems)
 
