@@ -91,7 +91,7 @@ def test_json_with_unknown_and_missing_fields():
     values["zebra"] = {"stripes": 2}
     assert error_of(lambda: Config.from_json(json.dumps(values))) == (
         "optim.learning_rat: no such field; did you mean optim.learning_rate or optim.final_learning_rate?\n"
-        "zebra.stripes: no such field; sections are model, optim, stages, data, mesh, train, checkpoint\n"
+        "zebra.stripes: no such field; sections are model, optim, guard, stages, data, mesh, train, checkpoint\n"
         "optim.learning_rate: is missing"
     )
 

@@ -55,6 +55,8 @@ def _own_problems(values: dict, kinds: dict) -> dict[str, str]:
         if not _fits(value, kind):
             problems[name] = f"must be {describe_type(kind)}"
             continue
+        if name == "optim.optimizer" and value != "muonclip" and not all(value.rpartition(":")):
+            problems[name] = "must be 'muonclip', 'FILE.py:function' or 'module:function'"
         numbers = [v for v in (value if isinstance(value, tuple) else [value]) if type(v) in (int, float)]
         if any(v < 0 or (v == 0 and name not in _MAY_BE_ZERO) for v in numbers):
             problems[name] = f"must be {least}"

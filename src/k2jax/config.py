@@ -72,6 +72,7 @@ class ModelConfig:
 class OptimConfig:
     """MuonClip (K2 report, Algorithm 1) and its schedule; see docs/optimizer.md for what K2 leaves open."""
 
+    optimizer: str = "muonclip"  # or a function that makes an optax chain: "FILE.py:function", "module:function"
     learning_rate: float = 2e-4
     final_learning_rate: float = 2e-5
     warmup_tokens: int = 500 * 67_108_864
@@ -89,6 +90,21 @@ class OptimConfig:
     adam_b2: float = 0.95
     adam_eps: float = 1e-8
     qk_clip_tau: float | None = 100.0
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Which steps are bad. A bad one changes nothing but the counters: it is skipped, and its batch with it.
+
+    A step whose loss, gradient norm or largest logits are not finite is always bad. The z-scores are in standard
+    deviations over the mean of the last `window` good steps, of the loss and of the gradient norm's logarithm; None:
+    that is not looked at.
+    """
+
+    window: int = 128  # steps; before as many have been good, nothing is a spike
+    loss_zscore: float | None = None
+    grad_norm_zscore: float | None = None
+    max_skips: int = 5  # bad steps in a row that end the run
 
 
 @dataclass(frozen=True)
@@ -155,6 +171,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     stages: StagesConfig = field(default_factory=StagesConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -12,8 +12,7 @@ from test_newton_schulz import reference as orthogonalise
 from k2jax.config import ModelConfig, OptimConfig
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import Weight
-from k2jax.optim import QKPart, matrix_labels, muonclip
-from k2jax.optim.build import muonclip_of
+from k2jax.optim import QKPart, Setup, matrix_labels, muonclip, muonclip_of
 
 
 def test_groups_of_k2():
@@ -67,7 +66,7 @@ def test_chain_agrees_with_numpy(gradient_scale):
     )
     expected = by_hand(config, params, gradients)
     with jax.enable_x64(True):
-        tx = muonclip_of(config, WEIGHTS, BATCH_TOKENS)
+        tx = muonclip_of(Setup(config, WEIGHTS, BATCH_TOKENS, dict.fromkeys(WEIGHTS)))
         new = jax.tree.map(jnp.asarray, params)
         state = tx.init(new)
         for grads in gradients:

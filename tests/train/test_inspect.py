@@ -13,8 +13,8 @@ from k2jax.launch.cli import main
 from k2jax.launch.overrides import load_config
 from k2jax.sharding.mesh import make_mesh
 from k2jax.train.inspect import describe, draw_mesh
+from k2jax.train.optimizer import make_optimizer
 from k2jax.train.state import abstract_state
-from k2jax.train.step import make_optimizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

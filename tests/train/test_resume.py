@@ -18,8 +18,8 @@ from k2jax.data.prepare import prepare
 from k2jax.sharding.mesh import single_device_mesh
 from k2jax.train.checkpoint import restore_state
 from k2jax.train.metrics import WALL_CLOCK
+from k2jax.train.optimizer import make_optimizer
 from k2jax.train.state import abstract_state
-from k2jax.train.step import make_optimizer
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow

@@ -12,9 +12,10 @@ from k2jax.config import StagesConfig
 from k2jax.model.rope import make_rope
 from k2jax.sharding.mesh import single_device_mesh
 from k2jax.sharding.rules import spec
+from k2jax.train.optimizer import make_optimizer
 from k2jax.train.stages import rope_after, stage_of
 from k2jax.train.state import abstract_state
-from k2jax.train.step import accumulate, make_loss, make_optimizer, make_train_step
+from k2jax.train.step import accumulate, make_loss, make_train_step
 
 TOKENS = NUM_ROWS * LENGTH  # of one step
 

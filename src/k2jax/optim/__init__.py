@@ -5,10 +5,11 @@ scale_by_muon(dimension_numbers=...)                            Muon, as a part 
 muonclip(2e-4, labels, parts)                                   all of K2's optimizer
 """
 
-from k2jax.optim.build import matrix_labels, muonclip
+from k2jax.optim.build import Setup, group_labels, matrix_labels, muonclip, muonclip_of
 from k2jax.optim.muon import MatrixView, scale_by_muon
 from k2jax.optim.newton_schulz import COEFFICIENTS, newton_schulz
 from k2jax.optim.qk_clip import QKPart, clip_factors, qk_clip
+from k2jax.optim.rounding import lost_updates
 from k2jax.optim.spread import Plan, make_plan
 
 __all__ = [
@@ -16,10 +17,14 @@ __all__ = [
     "MatrixView",
     "Plan",
     "QKPart",
+    "Setup",
     "clip_factors",
+    "group_labels",
+    "lost_updates",
     "make_plan",
     "matrix_labels",
     "muonclip",
+    "muonclip_of",
     "newton_schulz",
     "qk_clip",
     "scale_by_muon",

@@ -1,6 +1,7 @@
 """MuonClip: K2's optimizer as a chain of optax transforms, for any model; and the chain that a config describes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -84,30 +85,81 @@ def matrix_labels(params: optax.Params) -> optax.Params:
     return jax.tree.map(lambda p: "muon" if p.ndim == 2 else "adamw", params)
 
 
+def group_labels(masks: Mapping[str, optax.Params]) -> optax.Params:
+    """One pytree of labels from a pytree of bools per label, such as optax.masked takes them.
+
+    Raises ValueError with every parameter that no mask has, or more than one.
+    """
+    wrong = []
+
+    def label(path, *marks):
+        own = [name for name, mark in zip(masks, marks, strict=True) if mark]
+        if len(own) != 1:
+            wrong.append(f"{jax.tree_util.keystr(path)}: {' and '.join(map(repr, own)) if own else 'no group'}")
+        return own[0] if own else None
+
+    labels = jax.tree_util.tree_map_with_path(label, *masks.values())
+    if wrong:
+        raise ValueError(f"group_labels: every parameter must be in exactly one group: {'; '.join(wrong)}")
+    return labels
+
+
 def is_declaration(x) -> bool:
     """Whether x is a weight's declaration, by what optimizers need of one."""
     return hasattr(x, "group")
 
 
-def map_weights(function, weights: optax.Params) -> optax.Params:
+def map_weights(function, weights: optax.Params, *rest: optax.Params):
     """Map over a pytree of weight declarations (objects with group, num_stack, num_inputs, first_layer, qk)."""
-    return jax.tree.map(function, weights, is_leaf=is_declaration)
+    return jax.tree.map(function, weights, *rest, is_leaf=is_declaration)
 
 
-def muonclip_of(
-    config: OptimConfig, weights: optax.Params, batch_tokens: int, plans: optax.Params | None = None
-) -> optax.GradientTransformationExtraArgs:
-    """The chain of a config. weights: pytree of declarations; plans: of each one's spread.Plan, or None for none."""
-    plans = map_weights(lambda w: None, weights) if plans is None else plans
-    views = jax.tree.map(
-        lambda w, plan: MatrixView(w.num_stack, w.num_inputs, plan), weights, plans, is_leaf=is_declaration
-    )
+@dataclass(frozen=True)
+class Setup:
+    """What a config and a model give to the function that makes the optimizer, `optim.optimizer`.
+
+    def my_adamw(setup):
+        return optax.chain(optax.adamw(setup.learning_rate), qk_clip(setup.config.qk_clip_tau, setup.qk_parts))
+
+    weights: pytree like the parameters, of declarations (dims, shape, group, ...); plans: of each one's spread.Plan, or
+    of None where there is no mesh. update() of what the function returns is given `max_logits` [layers, H], and the
+    step's loss and gradients as `value` and `grad`.
+    """
+
+    config: OptimConfig
+    weights: optax.Params
+    batch_tokens: int
+    plans: optax.Params
+
+    def learning_rate(self, count: jax.Array) -> jax.Array:
+        """The rate (float32) of an update that `count` others came before: the config's schedule."""
+        return learning_rate_of_step(self.config, count, self.batch_tokens)
+
+    @property
+    def labels(self) -> optax.Params:
+        """ "muon" or "adamw" for each parameter."""
+        return map_weights(lambda w: w.group, self.weights)
+
+    @property
+    def qk_parts(self) -> optax.Params:
+        """For `qk_clip`."""
+        return map_weights(lambda w: w.qk and QKPart(w.first_layer, w.qk.powers), self.weights)
+
+    @property
+    def matrices(self) -> optax.Params:
+        """For `scale_by_muon`'s dimension_numbers: each parameter's matrices, and their way over the mesh."""
+        return map_weights(lambda w, plan: MatrixView(w.num_stack, w.num_inputs, plan), self.weights, self.plans)
+
+
+def muonclip_of(setup: Setup) -> optax.GradientTransformationExtraArgs:
+    """MuonClip as a config describes it."""
+    config = setup.config
     return muonclip(
-        lambda step: learning_rate_of_step(config, step, batch_tokens),
-        map_weights(lambda w: w.group, weights),
-        map_weights(lambda w: w.qk and QKPart(w.first_layer, w.qk.powers), weights),
+        setup.learning_rate,
+        setup.labels,
+        setup.qk_parts,
         config.qk_clip_tau,
-        dimension_numbers=views,
+        dimension_numbers=setup.matrices,
         momentum=config.momentum,
         nesterov=config.nesterov,
         ns_steps=config.ns_steps,
@@ -122,4 +174,4 @@ def muonclip_of(
     )
 
 
-__all__ = ["Plan", "check_labels", "map_weights", "matrix_labels", "muonclip", "muonclip_of"]
+__all__ = ["Plan", "Setup", "check_labels", "group_labels", "map_weights", "matrix_labels", "muonclip", "muonclip_of"]

@@ -28,6 +28,10 @@ class QKPart(NamedTuple):
     merged: bool = False
 
 
+class QKClipState(NamedTuple):
+    """Nothing; that it stands in an optimizer's state tells that the chain has a qk_clip."""
+
+
 def clip_factors(max_logits: jax.Array, tau: float) -> jax.Array:
     """g = tau / S where S > tau, else exactly 1: for a negative S, and for an infinite one or NaN, which is a bad step
     and no reason to set weights to zero. Same shape as max_logits."""
@@ -71,4 +75,4 @@ def qk_clip(tau: float, parts: optax.Params) -> optax.GradientTransformationExtr
 
         return jax.tree.map(clip, parts, updates, params, is_leaf=lambda x: x is None or isinstance(x, QKPart)), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(lambda params: QKClipState(), update)

@@ -48,7 +48,7 @@ def banner(
         ("mesh", "  ".join(f"{axis} {size}" for axis, size in mesh.shape.items())),
         ("parameters", f"{_si(total)} total, {_si(active)} activated per token ({total:,} / {active:,})"),
         ("", ", ".join(f"{name} {_si(c[0])}" for name, c in counts.items())),
-        ("optimizer", f"{groups} parameters; QK-Clip tau {config.optim.qk_clip_tau}"),
+        ("optimizer", f"{config.optim.optimizer}: {groups} parameters; QK-Clip tau {config.optim.qk_clip_tau}"),
         ("per device", f"{_si(_device_bytes(abstract.params))}B parameters, "
                        f"{_si(_device_bytes(abstract.opt_state))}B optimizer state"),
         ("per token", f"{_si(flops)}FLOP forward and backward"),

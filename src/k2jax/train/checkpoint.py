@@ -1,6 +1,6 @@
 """Checkpoints: Orbax writes the arrays, and a commit record of ours, written last, makes the step exist.
 
-    checkpoints/120/        Orbax: model (params, router bias), optimizer (step, state), run (config, data position)
+    checkpoints/120/        Orbax: model (params, router bias), optimizer (step, state, guard), run (config, position)
     checkpoints/120.json    the commit record; a folder without one is the rest of a save that did not end
 
 Steps are found by their records alone, never by Orbax's listing: it shows steps whose save has not ended yet.
@@ -131,7 +131,7 @@ def parts(state: TrainState) -> dict:
     """The state as it is stored: the model, apart from what only training needs."""
     return {
         "model": model_part(state.params, state.router_bias),
-        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+        "optimizer": {"step": state.step, "opt_state": state.opt_state, "guard": state.guard},
     }
 
 

@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: live on a terminal, plain lines elsewhere."""
 
 import contextlib
+import math
 import sys
 import time
 
@@ -12,11 +13,12 @@ from rich.table import Column
 def describe(record: dict, width: int) -> str:
     """One step in one line; fields of fixed width, the last ones left out where `width` columns do not hold them."""
     heads = ", ".join(record["clipped_heads"][:4]) + (", ..." if record["heads_clipped"] > 4 else "")
+    loss, logit, grad = (math.nan if record[n] is None else record[n] for n in ("loss", "max_logit", "grad_norm"))
     fields = [
-        f"loss {record['loss']:6.4f}",
-        f"max logit {record['max_logit']:6.2f}",
+        f"loss {loss:6.4f}",
+        f"max logit {logit:6.2f}",
         f"clipped {record['heads_clipped']}" + (f" ({heads})" if heads else ""),
-        f"grad {record['grad_norm']:6.3f}",
+        f"grad {grad:6.3f}",
         f"lr {record['learning_rate']:.2e}",
         f"{record['tokens_per_second']:7,.0f} tok/s",
     ]
@@ -69,6 +71,10 @@ class Display:
         if "validation_bits_per_byte" in record:
             self.say(
                 f"step {done}/{self._num_steps}  validation {record['validation_bits_per_byte']:.4f} bits per byte"
+            )
+        if record["skipped"]:
+            self.say(
+                f"step {done}/{self._num_steps}  SKIPPED, {record['skipped_so_far']} so far: {describe(record, 60)}"
             )
         if not self._live and (done % self._log_every == 0 or done == self._num_steps):
             left = (time.monotonic() - self._started) / (done - self._first_step) * (self._num_steps - done)

@@ -15,7 +15,7 @@ from k2jax.train.state import TrainState, abstract_model
 
 @dataclass(frozen=True)
 class Loaded:
-    """`state` has no optimizer state; `config` is the run's, or made for a published checkpoint; no mesh."""
+    """`state` has what the model needs alone; `config` is the run's, or made for a published checkpoint; no mesh."""
 
     source: str
     config: Config
@@ -45,6 +45,6 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Loaded:
     config = read_config(folder)
     step = sound_step(folder / "checkpoints", step)
     model = restore_model(folder / "checkpoints", step, model_part(*abstract_model(config)))
-    state = TrainState(jax.numpy.int32(step), model["params"], model["router_bias"], None)
+    state = TrainState(jax.numpy.int32(step), model["params"], model["router_bias"], None, None)
     tokenizer = open_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
     return Loaded(str(run_dir), config, state, tokenizer)

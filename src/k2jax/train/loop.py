@@ -20,11 +20,12 @@ from k2jax.train.banner import banner, versions
 from k2jax.train.checkpoint import Saver
 from k2jax.train.display import Display
 from k2jax.train.evaluate import bits_per_byte, make_evaluator, split_rows
-from k2jax.train.metrics import TensorBoard, check_finite, make_record
+from k2jax.train.metrics import TensorBoard, check_health, make_record
+from k2jax.train.optimizer import make_optimizer
 from k2jax.train.run_dir import MetricsFile, lock_run
 from k2jax.train.start import check_resume, check_run_dir, check_source, make_run_dir, start_state
 from k2jax.train.state import TrainState, abstract_state, weight_leaves
-from k2jax.train.step import make_optimizer, make_train_step
+from k2jax.train.step import make_train_step
 
 
 class StopRequest:
@@ -72,6 +73,7 @@ def run(config: Config) -> Result:
     store = TokenStore(config.data.path)
     check_store(store, config)
     check_source(config, store)
+    tx = make_optimizer(config, mesh)
     folder = Path(config.train.run_dir)
     make_run_dir(folder)
     with lock_run(folder), jax.set_mesh(mesh):
@@ -79,7 +81,6 @@ def run(config: Config) -> Result:
         write_atomic(folder / "config.json", config.to_json())
         save_tokenizer(store.tokenizer(), folder / "tokenizer")
         write_atomic(folder / "env.txt", "".join(f"{name} {version}\n" for name, version in versions().items()))
-        tx = make_optimizer(config, mesh)
         saver = Saver(folder / "checkpoints", config.checkpoint)
         display = Display(step or 0, config.train.num_steps, config.train.log_every)
         display.say("\n".join([describe_run(config, tx, mesh), *notes]))
@@ -115,7 +116,7 @@ def train(config, tx, store, mesh, state: TrainState, saver: Saver, display: Dis
         metrics_file.write(record)
         board.write(record)
         display.step(record)
-        check_finite(record, config.train.run_dir)
+        check_health(record, config)
 
     @contextlib.contextmanager
     def untimed():

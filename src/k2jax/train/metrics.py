@@ -11,45 +11,67 @@ from k2jax.train.step import Metrics
 WALL_CLOCK = ("seconds", "tokens_per_second")  # the only fields that a repeated run need not reproduce
 
 
+def _number(value: np.ndarray | float) -> float | None:
+    """For JSON, which has no NaN and no infinity: None is either; loss_hex tells which."""
+    return float(value) if math.isfinite(value) else None
+
+
 def make_record(step: int, metrics: Metrics, config: Config, seconds: float) -> dict:
-    """Record of one step. `metrics` as NumPy arrays; `seconds`: wall clock since the step before."""
-    tau = config.optim.qk_clip_tau
-    clipped = np.argwhere(metrics.max_logits > tau) if tau is not None else []
+    """Record of one step. `metrics` as NumPy arrays; `seconds`: wall clock since the step before.
+
+    None stands for numbers that are not finite, and for what a skipped step did not do.
+    """
+    tau, skipped = config.optim.qk_clip_tau, bool(metrics.skipped_in_a_row)
+    clipped = np.argwhere(metrics.max_logits > tau) if tau is not None and not skipped else []
     load, num_choices = metrics.expert_load, config.model.num_experts_per_tok
     over_mean = load.max(-1) / load.mean(-1) if load.size else np.zeros(0)
     low, high = metrics.router_bias if load.size else (0.0, 0.0)
+    lost = {
+        f"lost_updates_{group}_{dtype}": None if skipped else float(share)
+        for dtype, groups in metrics.lost_updates.items()
+        for group, share in groups.items()
+    }
     return {
         "step": step,
         "tokens": (step + 1) * config.batch_tokens,
-        "loss": float(metrics.loss),
+        "loss": _number(metrics.loss),
         "loss_hex": float(metrics.loss).hex(),
-        "grad_norm": float(metrics.grad_norm),
-        "param_norm": float(metrics.param_norm),
+        "grad_norm": _number(metrics.grad_norm),
+        "param_norm": _number(metrics.param_norm),
         "learning_rate": float(metrics.learning_rate),
-        "max_logit": float(metrics.max_logits.max()),
-        "max_logit_by_layer": [float(layer.max()) for layer in metrics.max_logits],
+        "max_logit": _number(metrics.max_logits.max()),
+        "max_logit_by_layer": [_number(layer.max()) for layer in metrics.max_logits],
         "heads_clipped": len(clipped),
         "clipped_heads": [f"L{layer}H{head}" for layer, head in clipped],
-        "balance_loss": float(metrics.balance_loss.mean()) if load.size else None,
+        "balance_loss": _number(metrics.balance_loss.mean()) if load.size else None,
         "expert_load_max_over_mean": float(over_mean.max()) if load.size else None,
         "expert_load_max_over_mean_by_layer": [float(layer) for layer in over_mean],
         "router_bias_min": float(low),
         "router_bias_max": float(high),
         "rows_dropped": len(load) * config.batch_tokens * num_choices - int(load.sum(dtype=np.int64)),
+        "skipped": skipped,
+        "skipped_in_a_row": int(metrics.skipped_in_a_row),
+        "skipped_so_far": int(metrics.skipped),
+        **lost,
         "seconds": seconds,
         "tokens_per_second": config.batch_tokens / seconds,
     }
 
 
-def check_finite(record: dict, run_dir: str) -> None:
-    """Raise RunFailed where the step's loss, gradient or new parameters are not numbers."""
-    bad = [name for name in ("loss", "grad_norm", "max_logit", "param_norm") if not math.isfinite(record[name])]
-    if bad:
-        values = ", ".join(f"{name} = {record[name]}" for name in bad)
+def check_health(record: dict, config: Config) -> None:
+    """Raise RunFailed where new parameters are not numbers, or too many steps in a row were skipped."""
+    end = f"the newest good state is in {config.train.run_dir}/checkpoints, and the same command goes on from there"
+    if record["param_norm"] is None:
         raise RunFailed(
-            f"step {record['step']}: {values}; the state after it is not saved, the newest good one is in "
-            f"{run_dir}/checkpoints. The same command would come to the same step: begin a new train.run_dir with "
-            "another optim.learning_rate, or look at the data"
+            f"step {record['step']}: its gradient is finite, but the parameters after it are not; they are not saved, "
+            f"{end} to the same step: begin a new train.run_dir with another optimizer or optim.learning_rate"
+        )
+    if record["skipped_in_a_row"] >= config.guard.max_skips:
+        seen = ", ".join(f"{name} = {record[name]}" for name in ("loss", "grad_norm", "max_logit"))
+        raise RunFailed(
+            f"step {record['step']}: {record['skipped_in_a_row']} steps in a row were skipped (here {seen}; None: not "
+            f"finite), and guard.max_skips = {config.guard.max_skips}; {end} to the same steps: look at the data, give "
+            "other guard.* values, or begin a new train.run_dir with another optim.learning_rate"
         )
 
 

@@ -27,10 +27,11 @@ from k2jax.train.evaluate import writes_alike
 from k2jax.train.run_dir import read_config
 from k2jax.train.state import TrainState, abstract_state, init_state
 
-# Fields that a resumed run may change, because no later state depends on them: how it is cut, shown, read and kept.
+# Fields that a resumed run may change: no later state depends on how it is cut, shown, read and kept; and where the
+# guard has ended a run, only another rule for its steps lets it go on.
 FREE_ON_RESUME = (
     "mesh.", "checkpoint.", "data.path", "data.read_threads", "data.prefetch_sequences", "train.run_dir",
-    "train.num_steps",
+    "train.num_steps", "guard.loss_zscore", "guard.grad_norm_zscore", "guard.max_skips",
     "train.log_every", "train.eval_every", "train.eval_sequences", "train.remat",
 )  # fmt: skip
 

@@ -9,17 +9,20 @@ import optax
 from k2jax.config import Config
 from k2jax.model.transformer import bias_declarations, declarations, init_router_bias
 from k2jax.model.weights import Weight, init_params
+from k2jax.train.guard import Guard, init_guard
+from k2jax.train.optimizer import init_optimizer
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """step: int32, steps done so far, so also the next step's number and data position."""
+    """step: int32, steps done so far, bad ones too, so also the next step's number and data position."""
 
     step: jax.Array
     params: dict
     router_bias: dict
     opt_state: optax.OptState
+    guard: Guard
 
 
 def weight_leaves(weights) -> list[Weight]:
@@ -31,10 +34,11 @@ def init_state(config: Config, tx: optax.GradientTransformation) -> TrainState:
     """The state at step 0, a function of `config.train.seed`; sharded as declared where a mesh is set."""
 
     def init():
-        params = init_params(
-            declarations(config.model), jax.random.key(config.train.seed), config.model.initializer_range
-        )
-        return TrainState(jnp.zeros((), jnp.int32), params, init_router_bias(config.model), tx.init(params))
+        weights = declarations(config.model)
+        params = init_params(weights, jax.random.key(config.train.seed), config.model.initializer_range)
+        opt_state = init_optimizer(tx, weights, params)
+        bias, guard = init_router_bias(config.model), init_guard(config.guard)
+        return TrainState(jnp.zeros((), jnp.int32), params, bias, opt_state, guard)
 
     return jax.jit(init)()
 

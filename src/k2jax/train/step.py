@@ -12,10 +12,12 @@ from k2jax.config import Config
 from k2jax.model.rope import Rope
 from k2jax.model.transformer import build_model, declarations
 from k2jax.optim.balance import balance
-from k2jax.optim.build import map_weights, muonclip_of
+from k2jax.optim.build import map_weights
+from k2jax.optim.rounding import lost_updates
 from k2jax.optim.schedule import learning_rate_of_step
-from k2jax.optim.spread import make_plan
+from k2jax.train.guard import after_step, is_good
 from k2jax.train.loss import cross_entropy_sum
+from k2jax.train.optimizer import call_update
 from k2jax.train.stages import stage_of, stage_rope, stage_value
 from k2jax.train.state import TrainState
 
@@ -40,13 +42,9 @@ class Metrics(NamedTuple):
     max_logits: jax.Array  # [layers, H]
     expert_load: jax.Array  # [MoE layers, E] rows
     router_bias: jax.Array  # [2]: smallest and largest after the update; no MoE layer, no entries
-
-
-def make_optimizer(config: Config, mesh: jax.sharding.Mesh) -> optax.GradientTransformationExtraArgs:
-    """MuonClip for this model, with Newton-Schulz on whole matrices spread over `mesh`."""
-    weights = declarations(config.model)
-    plans = map_weights(lambda w: make_plan(w.shape, w.num_stack, w.spec, mesh.shape), weights)
-    return muonclip_of(config.optim, weights, config.batch_tokens, plans)
+    lost_updates: dict[str, dict[str, jax.Array]]  # {dtype: {group: share}}, of a skipped step without meaning
+    skipped: jax.Array  # bad steps so far
+    skipped_in_a_row: jax.Array  # 0: this step was good
 
 
 class Losses(NamedTuple):
@@ -97,13 +95,36 @@ def accumulate(
     return jax.lax.scan(one, start, batch)[0]
 
 
-def make_train_step(config: Config, tx: optax.GradientTransformationExtraArgs) -> Callable:
-    """train_step(state, batch) -> (state, metrics); pure, to be jitted with the state donated."""
-    loss_fn = make_loss(config)
+def make_update(tx: optax.GradientTransformation, labels: optax.Params) -> Callable:
+    """update(good, losses, grads, opt_state, params) -> ((params, opt_state), lost_updates).
 
-    def update(grads, opt_state, params, max_logits):
-        updates, opt_state = tx.update(grads, opt_state, params, max_logits=max_logits)
-        return optax.apply_updates(params, updates), opt_state
+    Of a step that is not good both are as they were, bit for bit.
+    Any optax chain may run here: inside auto_axes XLA lays out arrays, outside they have the declared shardings.
+    """
+
+    def update(good, losses: Losses, grads, opt_state, params):
+        updates, new_state = call_update(
+            tx, grads, opt_state, params, value=losses.loss, grad=grads, max_logits=losses.max_logits
+        )
+        lost = {str(jnp.dtype(d)): lost_updates(params, updates, labels, d) for d in (jnp.float32, jnp.bfloat16)}
+        new = optax.apply_updates(params, updates), new_state
+        return jax.tree.map(partial(jnp.where, good), new, (params, opt_state)), lost
+
+    def on_mesh(good, losses: Losses, grads, opt_state, params):
+        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (params, opt_state))
+        run = jax.sharding.auto_axes(update, out_sharding=(specs, jax.P()))
+        return run(good, losses, grads, opt_state, params)
+
+    return on_mesh
+
+
+def make_train_step(config: Config, tx: optax.GradientTransformation) -> Callable:
+    """train_step(state, batch) -> (state, metrics); pure, to be jitted with the state donated.
+
+    A bad step (config.GuardConfig) leaves all but the step's number and the guard as it was.
+    """
+    loss_fn = make_loss(config)
+    update = make_update(tx, map_weights(lambda w: w.group, declarations(config.model)))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         stage = stage_of(config, state.step)
@@ -112,21 +133,24 @@ def make_train_step(config: Config, tx: optax.GradientTransformationExtraArgs) -
         )
         at_stage = partial(loss_fn, rope=stage_rope(config, stage))
         losses, grads = accumulate(at_stage, alpha, state.params, state.router_bias, batch)
-        # Any optax chain may run here: inside auto_axes XLA lays out arrays, outside they have the declared shardings.
-        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (state.params, state.opt_state))
-        params, opt_state = jax.sharding.auto_axes(update, out_sharding=specs)(
-            grads, state.opt_state, state.params, losses.max_logits
+        grad_norm = optax.tree.norm(grads)
+        good = is_good(config.guard, state.guard, losses.loss, grad_norm, losses.max_logits)
+        (params, opt_state), lost = update(good, losses, grads, state.opt_state, state.params)
+        router_bias = jax.tree.map(
+            lambda b: jnp.where(good, balance(b, losses.expert_load, bias_rate), b), state.router_bias
         )
-        router_bias = jax.tree.map(lambda b: balance(b, losses.expert_load, bias_rate), state.router_bias)
-        lr = learning_rate_of_step(config.optim, state.step, config.batch_tokens)
+        guard = after_step(state.guard, good, losses.loss, grad_norm)
         bias_range = [jnp.stack([b.min(), b.max()]) for b in jax.tree.leaves(router_bias)]
         metrics = Metrics(
             **losses._asdict(),
-            grad_norm=optax.tree.norm(grads),
+            grad_norm=grad_norm,
             param_norm=optax.tree.norm(params),
-            learning_rate=lr,
+            learning_rate=learning_rate_of_step(config.optim, state.step - state.guard.skipped, config.batch_tokens),
             router_bias=bias_range[0] if bias_range else jnp.zeros(0),
+            lost_updates=lost,
+            skipped=guard.skipped,
+            skipped_in_a_row=guard.in_a_row,
         )
-        return TrainState(state.step + 1, params, router_bias, opt_state), metrics
+        return TrainState(state.step + 1, params, router_bias, opt_state, guard), metrics
 
     return train_step

@@ -1,0 +1,58 @@
+"""Bad steps: which are, and what is remembered of the good ones to tell (config.GuardConfig)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from k2jax.config import GuardConfig
+
+
+class Guard(NamedTuple):
+    """losses and log_norms: float32 [window], of the last good steps, newest last; NaN where there was none yet."""
+
+    skipped: jax.Array  # int32, bad steps so far
+    in_a_row: jax.Array  # int32, those of them since the last good one
+    losses: jax.Array  # nats per token
+    log_norms: jax.Array  # logarithm of the gradient norm
+
+
+def init_guard(config: GuardConfig) -> Guard:
+    """Nothing seen yet."""
+    none, unknown = jnp.zeros((), jnp.int32), jnp.full(config.window, jnp.nan, jnp.float32)
+    return Guard(none, none, unknown, unknown)
+
+
+def _log(norm: jax.Array) -> jax.Array:
+    return jnp.log(jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))  # a norm of 0 may not spoil the mean
+
+
+def _is_spike(past: jax.Array, value: jax.Array, zscore: float | None) -> jax.Array:
+    """Whether `value` is more than `zscore` standard deviations over the mean of `past`; never where that has a NaN."""
+    if zscore is None:
+        return jnp.zeros((), bool)
+    return value > past.mean() + zscore * past.std()
+
+
+def is_good(
+    config: GuardConfig, guard: Guard, loss: jax.Array, grad_norm: jax.Array, max_logits: jax.Array
+) -> jax.Array:
+    """Whether the step may be applied. max_logits: [layers, H]."""
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(max_logits).all()
+    spike = _is_spike(guard.losses, loss, config.loss_zscore)
+    return finite & ~spike & ~_is_spike(guard.log_norms, _log(grad_norm), config.grad_norm_zscore)
+
+
+def after_step(guard: Guard, good: jax.Array, loss: jax.Array, grad_norm: jax.Array) -> Guard:
+    """The guard after a step that was good or not."""
+
+    def remember(past, value):
+        return jnp.where(good, jnp.append(past[1:], value.astype(past.dtype)), past)
+
+    bad = (~good).astype(jnp.int32)
+    return Guard(
+        guard.skipped + bad,
+        (guard.in_a_row + 1) * bad,
+        remember(guard.losses, loss),
+        remember(guard.log_norms, _log(grad_norm)),
+    )

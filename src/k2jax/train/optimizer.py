@@ -1,0 +1,130 @@
+"""The optimizer that a config names, checked against the model before a run begins; and how its state is laid out."""
+
+import importlib
+import inspect
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from k2jax.config import Config, UserError
+from k2jax.model.transformer import declarations
+from k2jax.model.weights import Weight
+from k2jax.optim.build import Setup, map_weights, muonclip_of
+from k2jax.optim.qk_clip import QKClipState
+from k2jax.optim.spread import make_plan
+from k2jax.sharding.rules import on_mesh
+
+
+def find_function(name: str) -> Callable[[Setup], optax.GradientTransformation]:
+    """The function that `optim.optimizer` names. Raises UserError where there is none."""
+    if name == "muonclip":
+        return muonclip_of
+    place, _, function = name.rpartition(":")
+    field = f"optim.optimizer = {name!r}"
+    if place.endswith(".py") and not Path(place).is_file():
+        raise UserError(f"{field}: there is no file {place} (seen from {Path.cwd()})")
+    try:
+        names = runpy.run_path(place) if place.endswith(".py") else vars(importlib.import_module(place))
+    except Exception as error:  # the code is the user's: whatever it raises is theirs to mend
+        raise UserError(f"{field}: {place} cannot be imported: {type(error).__name__}: {error}") from None
+    if not callable(names.get(function)):
+        own = [key for key, value in names.items() if callable(value) and getattr(value, "__module__", "") in
+               (place, "<run_path>")]  # fmt: skip
+        raise UserError(f"{field}: {place} has no function {function}" + (f"; there are {', '.join(own)}" * bool(own)))
+    return names[function]
+
+
+def call_update(tx: optax.GradientTransformation, grads, state, params, **extra):
+    """tx.update with those of the extra arguments that it takes: not every transform passes over the others."""
+    takes = inspect.signature(tx.update).parameters
+    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in takes.values()):
+        extra = {name: value for name, value in extra.items() if name in takes}
+    return tx.update(grads, state, params, **extra)
+
+
+def _shapes(weights) -> dict:
+    return map_weights(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.float32), weights)
+
+
+def _build(config: Config, weights, plans) -> optax.GradientTransformation:
+    """Call the function. Raises UserError for what it raises, and where it returns something else."""
+    field = f"optim.optimizer = {config.optim.optimizer!r}"
+    function = find_function(config.optim.optimizer)
+    try:
+        tx = function(Setup(config.optim, weights, config.batch_tokens, plans))
+    except Exception as error:
+        raise UserError(f"{field}: {type(error).__name__}: {error}") from None
+    if not isinstance(tx, optax.GradientTransformation):
+        raise UserError(f"{field}: must return an optax.GradientTransformation, got {type(tx).__name__}")
+    return tx
+
+
+def _check(config: Config, tx: optax.GradientTransformation, weights) -> None:
+    """Trace one update without a mesh. Raises UserError where it fails, or leaves parameters without an update."""
+    field, params = f"optim.optimizer = {config.optim.optimizer!r}", _shapes(weights)
+    shape = config.model.num_hidden_layers, config.model.num_attention_heads
+    loss, max_logits = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def update(grads, state, params, loss, max_logits):
+        return call_update(tx, grads, state, params, value=loss, grad=grads, max_logits=max_logits)[0]
+
+    try:
+        state = jax.eval_shape(tx.init, params)
+        jaxpr, updates = jax.make_jaxpr(update, return_shape=True)(params, state, params, loss, max_logits)
+    except Exception as error:
+        raise UserError(f"{field}: {type(error).__name__}: {error}") from None
+    if jax.tree.map(lambda x: x.shape, updates) != jax.tree.map(lambda x: x.shape, params):
+        raise UserError(f"{field}: its updates are not shaped like the parameters")
+    paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(params)]
+    bare = [
+        path for path, out, own in zip(paths, jaxpr.jaxpr.outvars, jaxpr.jaxpr.invars, strict=False) if out is own
+    ]  # fmt: skip
+    problems = [f"{field}: {path} is given its bare gradient: no transform of the chain has this parameter" for path
+                in bare]  # fmt: skip
+    clips = any(
+        isinstance(x, QKClipState) for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, QKClipState))
+    )
+    tau = config.optim.qk_clip_tau
+    if clips != (tau is not None):
+        has, rule = ("has a qk_clip", "give its tau") if clips else ("has no qk_clip", "add one, or set None")
+        problems.append(f"optim.qk_clip_tau = {tau}: the chain of {field} {has}; {rule}, or what is logged is wrong")
+    if problems:
+        raise UserError(*problems)
+
+
+def make_optimizer(config: Config, mesh: jax.sharding.Mesh) -> optax.GradientTransformation:
+    """The optimizer of a config, with Newton-Schulz on whole matrices spread over `mesh`.
+
+    Raises UserError for a function that is not there or fails, for parameters that it leaves without an update, and
+    where qk_clip_tau does not say what the chain does.
+    """
+    weights = declarations(config.model)
+    if config.optim.optimizer != "muonclip":  # ours is checked by its tests
+        _check(config, _build(config, weights, map_weights(lambda w: None, weights)), weights)
+    return _build(config, weights, map_weights(lambda w: make_plan(w.shape, w.num_stack, w.spec, mesh.shape), weights))
+
+
+def state_specs(tx: optax.GradientTransformation, weights) -> optax.OptState:
+    """PartitionSpecs of the optimizer's state: what lies at a parameter's path with its shape lies as the parameter.
+
+    All else (counters, factored moments) is on every device.
+    """
+    at = {path: w for path, w in jax.tree.leaves_with_path(weights, is_leaf=lambda x: isinstance(x, Weight))}
+
+    def spec(path, leaf):
+        alike = (at[path[i:]] for i in range(len(path)) if path[i:] in at)
+        return next((w.spec for w in alike if w.shape == leaf.shape), P())
+
+    return jax.tree_util.tree_map_with_path(spec, jax.eval_shape(tx.init, _shapes(weights)))
+
+
+def init_optimizer(tx: optax.GradientTransformation, weights, params: optax.Params) -> optax.OptState:
+    """tx.init(params), on a mesh laid out by `state_specs`."""
+    if not on_mesh():
+        return tx.init(params)
+    return jax.sharding.auto_axes(tx.init, out_sharding=state_specs(tx, weights))(params)

@@ -1,0 +1,175 @@
+"""The optimizer that a config names: found, checked, laid out like the parameters; and mistakes in it are named."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import optax
+import pytest
+from test_step import make_config
+
+from k2jax.config import UserError
+from k2jax.data.prepare import prepare
+from k2jax.model.transformer import declarations
+from k2jax.optim import group_labels
+from k2jax.sharding.mesh import single_device_mesh
+from k2jax.train.optimizer import make_optimizer, state_specs
+from k2jax.train.state import weight_leaves
+
+CHAINS = """
+import jax, optax
+from k2jax.optim import qk_clip, scale_by_muon
+
+def adamw(setup):
+    return optax.chain(
+        optax.adamw(setup.learning_rate, weight_decay=setup.config.weight_decay),
+        qk_clip(setup.config.qk_clip_tau, setup.qk_parts),
+    )
+
+def noisy(setup):
+    return optax.chain(optax.noisy_sgd(setup.learning_rate, key=jax.random.key(3)), optax.scale(3.0))
+
+def unclipped(setup):
+    return optax.adafactor(setup.learning_rate)
+
+def unlabelled(setup):
+    labels = setup.labels
+    labels["head"] = None
+    return optax.partition({"muon": optax.sgd(0.1), "adamw": optax.adam(0.1)}, labels)
+
+def masked(setup):
+    mask = jax.tree.map(lambda label: label == "adamw", setup.labels)
+    return optax.masked(optax.adam(0.1), mask)
+
+def nothing(setup):
+    return 3
+
+def broken(setup):
+    return setup.no_such_thing
+"""
+
+
+@pytest.fixture
+def chains(tmp_path) -> str:
+    (tmp_path / "chains.py").write_text(CHAINS)
+    return str(tmp_path / "chains.py")
+
+
+def build(tiny, name, tau=None):
+    config = make_config(tiny, 1).replace({"optim.optimizer": name, "optim.qk_clip_tau": tau})
+    return make_optimizer(config, single_device_mesh())
+
+
+@pytest.mark.parametrize(
+    ("function", "tau", "message"),
+    [
+        ("adam", None, "has no function adam; there are adamw, noisy, unclipped"),
+        ("nothing", None, "must return an optax.GradientTransformation, got int"),
+        ("broken", None, "AttributeError: 'Setup' object has no attribute 'no_such_thing'"),
+        ("unlabelled", None, "head"),
+        ("masked", None, "moe.ffn.gate is given its bare gradient: no transform of the chain has this parameter"),
+        ("unclipped", 5.0, "optim.qk_clip_tau = 5.0: the chain of .* has no qk_clip"),
+        ("adamw", None, "NoneType"),
+    ],
+)
+def test_mistakes_are_named(tiny, chains, function, tau, message):
+    with pytest.raises(UserError, match=message) as error:
+        build(tiny, f"{chains}:{function}", tau)
+    assert "optim." in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.py:f", "there is no file nowhere.py"),
+        ("no_such_module:f", "cannot be imported: ModuleNotFoundError"),
+        ("optax:nope", "optax has no function nope"),
+    ],
+)
+def test_what_cannot_be_found(tiny, name, message):
+    with pytest.raises(UserError, match=message):
+        build(tiny, name)
+
+
+@pytest.mark.parametrize("name", ["adamw", "chains.py:", ":adamw"])
+def test_names_of_no_function_are_refused_with_the_rest(tiny, name):
+    config = make_config(tiny, 1).replace({"optim.optimizer": name, "optim.momentum": 2.0})
+    with pytest.raises(UserError, match=r"optim.optimizer = .*'FILE.py:function'") as error:
+        config.validate()
+    assert len(error.value.problems) >= 2
+
+
+def test_a_clip_that_the_config_does_not_know_of(tiny, tmp_path):
+    (tmp_path / "own.py").write_text(CHAINS.replace("setup.config.qk_clip_tau", "7.0"))
+    with pytest.raises(UserError, match="optim.qk_clip_tau = None: the chain of .* has a qk_clip; give its tau"):
+        build(tiny, f"{tmp_path}/own.py:adamw")
+
+
+def test_groups_from_masks():
+    """A parameter in no group, or in two, is an error that names all of them."""
+    tree = {"a": True, "b": False, "c": True}
+    assert group_labels({"x": tree, "y": {"a": False, "b": True, "c": False}}) == {"a": "x", "b": "y", "c": "x"}
+    with pytest.raises(ValueError, match=r"\['b'\]: no group; \['c'\]: 'x' and 'y'"):
+        group_labels({"x": tree, "y": {"a": False, "b": False, "c": True}})
+
+
+@pytest.mark.parametrize(
+    ("make", "buffers"),
+    [(optax.lion, 1), (optax.adamw, 2), (optax.contrib.schedule_free_adamw, 2), (optax.contrib.prodigy, 4)],
+)
+def test_state_lies_as_the_parameters(tiny, make, buffers):
+    """Every buffer of every matrix is cut like it; counters are not."""
+    weights = declarations(tiny)
+    specs = jax.tree.leaves(state_specs(make(1e-3), weights), is_leaf=lambda x: isinstance(x, jax.P))
+    matrices = [w.spec for w in weight_leaves(weights) if w.inputs]
+    assert sorted(map(str, (s for s in specs if "fsdp" in str(s)))) == sorted(map(str, matrices * buffers))
+    assert jax.P() in specs
+
+
+@pytest.mark.slow
+def test_runs_with_any_chain(tmp_path, chains):
+    """The command trains with a chain of the user's on eight devices, stops, resumes: records as of one go."""
+    source = Path(os.__file__).parent / "json"
+    prepare(str(source), str(tmp_path / "store"), "byte", pattern="*.py", validation_fraction=0.5)
+    micro = Path(__file__).parent / "micro.py"
+
+    def train(run, function, steps, *more):
+        command = [
+            sys.executable, "-m", "k2jax", "train", micro, "--simulate", "8", "--mesh.fsdp", "4", "--mesh.expert", "2",
+            "--optim.optimizer", f"chains.py:{function}", "--train.run-dir", run, "--train.num-steps", str(steps),
+            *more,
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+
+    clipped = train("adamw", "adamw", 8)
+    assert clipped[-1]["loss"] < clipped[0]["loss"] and not clipped[-1]["skipped"] and clipped[-1]["heads_clipped"]
+    off = "--optim.qk-clip-tau", "none"
+    whole = train("whole", "noisy", 6, *off)  # its state has a random key
+    train("parts", "noisy", 3, *off)
+    assert [r["loss_hex"] for r in train("parts", "noisy", 6, *off)] == [r["loss_hex"] for r in whole]
+
+
+@pytest.mark.slow
+def test_a_run_that_breaks_skips_then_stops(tmp_path):
+    """A learning rate that blows the weights up: bad steps are written as such, and M in a row end the run."""
+    prepare(str(Path(os.__file__).parent / "json"), str(tmp_path / "store"), "byte", pattern="*.py",
+            validation_fraction=0.5)  # fmt: skip
+    command = [
+        sys.executable, "-m", "k2jax", "train", Path(__file__).parent / "micro.py", "--simulate", "1",
+        "--optim.learning-rate", "1e15", "--optim.warmup-tokens", "0", "--guard.max-skips", "3",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "3 steps in a row were skipped" in done.stderr and "guard.max_skips = 3" in done.stderr
+    records = [json.loads(line, parse_constant=pytest.fail) for line in
+               (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]  # fmt: skip
+    assert [r["skipped_in_a_row"] for r in records[-4:]] == [0, 1, 2, 3]
+    bad = records[-1]
+    assert bad["loss"] is None and bad["loss_hex"] == "nan" and bad["lost_updates_muon_float32"] is None
+    assert bad["skipped_so_far"] == 3 and bad["learning_rate"] == records[-2]["learning_rate"]
+    assert done.stdout.count("SKIPPED") == 3
