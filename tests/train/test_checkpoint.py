@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from k2jax.config import CheckpointConfig, Config, RunFailed, UserError
@@ -17,6 +18,7 @@ from k2jax.train.checkpoint import (
     restore_state,
     set_damaged_aside,
 )
+from k2jax.train.guard import Guard
 from k2jax.train.state import TrainState
 
 
@@ -29,7 +31,8 @@ def make_state(mesh, step: int = 0) -> TrainState:
         step=put(np.int32(step)),
         params={"w": put(values, None, "fsdp", "tensor"), "b": put(values[0, 0])},
         router_bias={"bias": put(values[0, :4], "expert")},
-        opt_state=({"m": put(values.astype(jnp.bfloat16), "expert")}, put(np.int32(step))),
+        opt_state=({"m": put(values.astype(jnp.bfloat16), "expert")}, put(np.int32(step)), optax.EmptyState()),
+        guard=Guard(*map(put, (np.int32(2), np.int32(step), values[0, 0], values[0, 1]))),
     )
 
 

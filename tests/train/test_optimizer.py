@@ -21,13 +21,10 @@ from k2jax.train.state import weight_leaves
 
 CHAINS = """
 import jax, optax
-from k2jax.optim import qk_clip, scale_by_muon
+from k2jax.optim import qk_clip
 
 def adamw(setup):
-    return optax.chain(
-        optax.adamw(setup.learning_rate, weight_decay=setup.config.weight_decay),
-        qk_clip(setup.config.qk_clip_tau, setup.qk_parts),
-    )
+    return optax.chain(optax.adamw(setup.learning_rate), qk_clip(setup.config.qk_clip_tau, setup.qk_parts))
 
 def noisy(setup):
     return optax.chain(optax.noisy_sgd(setup.learning_rate, key=jax.random.key(3)), optax.scale(3.0))
@@ -139,19 +136,23 @@ def test_runs_with_any_chain(tmp_path, chains):
     def train(run, function, steps, *more):
         command = [
             sys.executable, "-m", "k2jax", "train", micro, "--simulate", "8", "--mesh.fsdp", "4", "--mesh.expert", "2",
-            "--optim.optimizer", f"chains.py:{function}", "--train.run-dir", run, "--train.num-steps", str(steps),
+            "--optim.optimizer", function, "--train.run-dir", run, "--train.num-steps", str(steps),
             *more,
         ]  # fmt: skip
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
 
-    clipped = train("adamw", "adamw", 8)
+    example = Path(__file__).parents[2] / "docs" / "chains.py"
+    clipped = train("adamw", f"{example}:adamw", 8)
     assert clipped[-1]["loss"] < clipped[0]["loss"] and not clipped[-1]["skipped"] and clipped[-1]["heads_clipped"]
     off = "--optim.qk-clip-tau", "none"
-    whole = train("whole", "noisy", 6, *off)  # its state has a random key
-    train("parts", "noisy", 3, *off)
-    assert [r["loss_hex"] for r in train("parts", "noisy", 6, *off)] == [r["loss_hex"] for r in whole]
+    mixed = train("mixed", f"{example}:muon_and_lion", 8, *off)
+    assert mixed[-1]["loss"] < mixed[0]["loss"] and not mixed[-1]["heads_clipped"]
+    noisy = f"{chains}:noisy"
+    whole = train("whole", noisy, 6, *off)  # its state has a random key
+    train("parts", noisy, 3, *off)
+    assert [r["loss_hex"] for r in train("parts", noisy, 6, *off)] == [r["loss_hex"] for r in whole]
 
 
 @pytest.mark.slow

@@ -209,7 +209,7 @@ def load_published(directory: str | Path, drop_mtp: bool = False) -> Loaded:
     found = open_published(directory, drop_mtp)
     config = _config_for(found, "none")
     values = load_values(found, jnp.dtype(config.train.compute_dtype), None)
-    state = TrainState(jnp.int32(0), values["params"], values["router_bias"], None)
+    state = TrainState(jnp.int32(0), values["params"], values["router_bias"], None, None)
     return Loaded(str(directory), config, state, _tokenizer(found))
 
 
