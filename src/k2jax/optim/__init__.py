@@ -6,6 +6,7 @@ muonclip(2e-4, labels, parts)                                   all of K2's opti
 """
 
 from k2jax.optim.build import Setup, group_labels, matrix_labels, muonclip, muonclip_of
+from k2jax.optim.lse_gate import lse_gate
 from k2jax.optim.muon import MatrixView, scale_by_muon
 from k2jax.optim.newton_schulz import COEFFICIENTS, newton_schulz
 from k2jax.optim.qk_clip import QKPart, clip_factors, qk_clip
@@ -21,6 +22,7 @@ __all__ = [
     "clip_factors",
     "group_labels",
     "lost_updates",
+    "lse_gate",
     "make_plan",
     "matrix_labels",
     "muonclip",
