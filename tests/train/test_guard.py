@@ -70,6 +70,7 @@ def test_what_is_remembered():
 def compiled(model):
     """(mesh, a state on it, compiled step, good batch) with a window of two steps; one compile for all tests."""
     config = dataclasses.replace(make_config(model, 1), guard=GuardConfig(window=2, loss_zscore=3.0))
+    config = config.replace({"optim.warmup_tokens": 100 * config.batch_tokens})  # no two steps have the same rate
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
     with jax.set_mesh(mesh):
         tx = make_optimizer(config, mesh)
