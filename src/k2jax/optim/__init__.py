@@ -8,8 +8,8 @@ muonclip(2e-4, labels, parts)                                   all of K2's opti
 from k2jax.optim.build import matrix_labels, muonclip
 from k2jax.optim.muon import MatrixView, scale_by_muon
 from k2jax.optim.newton_schulz import COEFFICIENTS, newton_schulz
+from k2jax.optim.plans import Plan, make_plan, make_plans
 from k2jax.optim.qk_clip import QKPart, clip_factors, qk_clip
-from k2jax.optim.spread import Plan, make_plan
 
 __all__ = [
     "COEFFICIENTS",
@@ -18,6 +18,7 @@ __all__ = [
     "QKPart",
     "clip_factors",
     "make_plan",
+    "make_plans",
     "matrix_labels",
     "muonclip",
     "newton_schulz",

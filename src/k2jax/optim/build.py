@@ -8,9 +8,9 @@ import optax
 
 from k2jax.config import OptimConfig
 from k2jax.optim.muon import MatrixView, scale_by_muon
+from k2jax.optim.plans import Plan
 from k2jax.optim.qk_clip import QKPart, qk_clip
 from k2jax.optim.schedule import learning_rate_of_step
-from k2jax.optim.spread import Plan
 
 GROUPS = ("muon", "adamw")
 
@@ -97,7 +97,7 @@ def map_weights(function, weights: optax.Params) -> optax.Params:
 def muonclip_of(
     config: OptimConfig, weights: optax.Params, batch_tokens: int, plans: optax.Params | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """The chain of a config. weights: pytree of declarations; plans: of each one's spread.Plan, or None for none."""
+    """The chain of a config. weights: pytree of declarations; plans: of each one's Plan, or None for none."""
     plans = map_weights(lambda w: None, weights) if plans is None else plans
     views = jax.tree.map(
         lambda w, plan: MatrixView(w.num_stack, w.num_inputs, plan), weights, plans, is_leaf=is_declaration

@@ -10,7 +10,8 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from k2jax.optim.newton_schulz import Quintic, newton_schulz
-from k2jax.optim.spread import Plan, spread
+from k2jax.optim.plans import Plan
+from k2jax.optim.spread import spread
 
 
 class MatrixView(NamedTuple):

@@ -82,6 +82,12 @@ def _gram(y: jax.Array, quintics: list[Quintic], multiply) -> jax.Array:
     return y
 
 
+def newton_schulz_flops(n: int, m: int, steps: int) -> int:
+    """FLOPs of the plain form on one matrix n x m: per step two products of n x n with n x m, and one of n x n."""
+    n, m = sorted((n, m))
+    return steps * (4 * n * n * m + 2 * n**3)
+
+
 def newton_schulz(
     x: jax.Array,
     steps: int = 5,

@@ -12,9 +12,9 @@ from k2jax.config import Config
 from k2jax.model.rope import Rope
 from k2jax.model.transformer import build_model, declarations
 from k2jax.optim.balance import balance
-from k2jax.optim.build import map_weights, muonclip_of
+from k2jax.optim.build import muonclip_of
+from k2jax.optim.plans import make_plans
 from k2jax.optim.schedule import learning_rate_of_step
-from k2jax.optim.spread import make_plan
 from k2jax.train.loss import cross_entropy_sum
 from k2jax.train.stages import stage_of, stage_rope, stage_value
 from k2jax.train.state import TrainState
@@ -45,7 +45,7 @@ class Metrics(NamedTuple):
 def make_optimizer(config: Config, mesh: jax.sharding.Mesh) -> optax.GradientTransformationExtraArgs:
     """MuonClip for this model, with Newton-Schulz on whole matrices spread over `mesh`."""
     weights = declarations(config.model)
-    plans = map_weights(lambda w: make_plan(w.shape, w.num_stack, w.spec, mesh.shape), weights)
+    plans = make_plans(weights, mesh.shape, config.optim.ns_steps)
     return muonclip_of(config.optim, weights, config.batch_tokens, plans)
 
 
