@@ -95,22 +95,35 @@ def scale_by_muon(
             matrices = x.reshape(*x.shape[: x.ndim - m.ndim + view.num_stack], *size)
             return newton_schulz(matrices, ns_steps, dtype, coefficients).reshape(x.shape)
 
-        low = m.astype(dtype)  # before it is handed round: half the bytes
-        return rms * math.sqrt(max(size)) * (spread(whole, view.plan) if view.plan else whole)(low).astype(m.dtype)
+        return (spread(whole, view.plan) if view.plan else whole)(m)
+
+    def scaled(x: jax.Array, like: jax.Array, view: MatrixView | MuonDimensionNumbers) -> jax.Array:
+        if isinstance(view, MuonDimensionNumbers):
+            order, view = _order(view, x.ndim)
+            size = matrix_shape([x.shape[d] for d in order], view)
+        else:
+            size = matrix_shape(x.shape, view)
+        return rms * math.sqrt(max(size)) * x.astype(like.dtype)
 
     def init(params):
         return MuonState(optax.tree.zeros_like(params))
 
     def update(updates, state, params=None):
         del params
-        buffer = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, updates)
-        target = jax.tree.map(lambda m, g: momentum * m + g, buffer, updates) if nesterov else buffer
-        orthogonal = jax.tree.map(
-            lambda m, view: m if _is_masked(m) else orthogonalise(m, view),
-            target,
-            _views(dimension_numbers, updates),
-            is_leaf=_is_masked,
-        )
-        return orthogonal, MuonState(buffer)
+        views = _views(dimension_numbers, updates)
+        leaves, tree = jax.tree.flatten(updates)
+        buffers, results = [], []
+        views = tree.flatten_up_to(views)
+        for m, g, view in zip(jax.tree.leaves(state.momentum), leaves, views, strict=True):
+            m = momentum * m + g
+            if results:
+                m, results[-1] = jax.lax.optimization_barrier((m, results[-1]))
+            else:
+                m = jax.lax.optimization_barrier(m)
+            buffers.append(m)
+            low = (momentum * m + g if nesterov else m).astype(dtype)  # before it is handed round: half the bytes
+            results.append(orthogonalise(low, view))
+        results = list(map(scaled, results, leaves, views))
+        return tree.unflatten(results), MuonState(tree.unflatten(buffers))
 
     return optax.GradientTransformation(init, update)

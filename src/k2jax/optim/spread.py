@@ -109,6 +109,6 @@ def spread(function: Callable[[jax.Array], jax.Array], plan: Plan) -> Callable[[
             outs.append(done)
             start += slots * devices
         if V!="dus": x=jnp.concatenate(outs)
-        return x.reshape(shape)
+        return jax.lax.optimization_barrier(x.reshape(shape))
 
     return jax.shard_map(on_device, in_specs=plan.spec, out_specs=plan.spec)
