@@ -83,47 +83,47 @@ def scale_by_muon(
     matrices, each orthogonalised by itself. Raises ValueError for leaves that have no matrix view.
     """
 
-    def orthogonalise(m: jax.Array, view: MatrixView | MuonDimensionNumbers) -> jax.Array:
-        if isinstance(view, MuonDimensionNumbers):
-            order, view = _order(view, m.ndim)
-            return orthogonalise(m.transpose(order), view).transpose([order.index(d) for d in range(m.ndim)])
-
-        size = matrix_shape(m.shape, view)
-
-        def whole(x: jax.Array) -> jax.Array:
-            """Of [any stack..., inputs..., outputs...], every matrix whole."""
-            matrices = x.reshape(*x.shape[: x.ndim - m.ndim + view.num_stack], *size)
-            return newton_schulz(matrices, ns_steps, dtype, coefficients).reshape(x.shape)
-
-        return (spread(whole, view.plan) if view.plan else whole)(m)
-
-    def scaled(x: jax.Array, like: jax.Array, view: MatrixView | MuonDimensionNumbers) -> jax.Array:
+    def orthogonalise(x: jax.Array, view: MatrixView | MuonDimensionNumbers) -> jax.Array:
         if isinstance(view, MuonDimensionNumbers):
             order, view = _order(view, x.ndim)
-            size = matrix_shape([x.shape[d] for d in order], view)
-        else:
-            size = matrix_shape(x.shape, view)
-        return rms * math.sqrt(max(size)) * x.astype(like.dtype)
+            return orthogonalise(x.transpose(order), view).transpose([order.index(d) for d in range(x.ndim)])
+
+        size = matrix_shape(x.shape, view)
+
+        def whole(some: jax.Array) -> jax.Array:
+            """Of [any stack..., inputs..., outputs...], every matrix whole."""
+            matrices = some.reshape(*some.shape[: some.ndim - x.ndim + view.num_stack], *size)
+            return newton_schulz(matrices, ns_steps, dtype, coefficients).reshape(some.shape)
+
+        return (spread(whole, view.plan) if view.plan else whole)(x)
+
+    def scaled(x: jax.Array, grad: jax.Array, view: MatrixView | MuonDimensionNumbers) -> jax.Array:
+        shape = x.shape
+        if isinstance(view, MuonDimensionNumbers):
+            order, view = _order(view, x.ndim)
+            shape = tuple(shape[d] for d in order)
+        return rms * math.sqrt(max(matrix_shape(shape, view))) * x.astype(grad.dtype)
 
     def init(params):
         return MuonState(optax.tree.zeros_like(params))
 
     def update(updates, state, params=None):
         del params
-        views = _views(dimension_numbers, updates)
-        leaves, tree = jax.tree.flatten(updates)
-        buffers, results = [], []
-        views = tree.flatten_up_to(views)
-        for m, g, view in zip(jax.tree.leaves(state.momentum), leaves, views, strict=True):
-            m = momentum * m + g
-            if results:
-                m, results[-1] = jax.lax.optimization_barrier((m, results[-1]))
-            else:
-                m = jax.lax.optimization_barrier(m)
-            buffers.append(m)
-            low = (momentum * m + g if nesterov else m).astype(dtype)  # before it is handed round: half the bytes
-            results.append(orthogonalise(low, view))
-        results = list(map(scaled, results, leaves, views))
-        return tree.unflatten(results), MuonState(tree.unflatten(buffers))
+        grads, tree = jax.tree.flatten(updates, is_leaf=_is_masked)
+        views = tree.flatten_up_to(_views(dimension_numbers, updates))
+        buffers, orthogonal = tree.flatten_up_to(state.momentum), list(grads)
+        ours = [i for i, grad in enumerate(grads) if not _is_masked(grad)]
+        for before, i in zip([None, *ours], ours, strict=False):
+            # One leaf after the other, or XLA would hold what is handed round of all of them at once. And the momentum
+            # by itself, or XLA would make it together with `low`, and so not in the place of the old one.
+            ready = () if before is None else orthogonal[before]
+            buffers[i], ready = jax.lax.optimization_barrier((momentum * buffers[i] + grads[i], ready))
+            if before is not None:
+                orthogonal[before] = ready
+            target = momentum * buffers[i] + grads[i] if nesterov else buffers[i]
+            orthogonal[i] = orthogonalise(target.astype(dtype), views[i])  # half the bytes to hand round
+        for i in ours:
+            orthogonal[i] = scaled(orthogonal[i], grads[i], views[i])
+        return tree.unflatten(orthogonal), MuonState(tree.unflatten(buffers))
 
     return optax.GradientTransformation(init, update)

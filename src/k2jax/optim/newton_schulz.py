@@ -60,7 +60,8 @@ def _plain(y: jax.Array, quintics: list[Quintic], multiply) -> jax.Array:
     """Y <- (a + b R + c R^2) Y with R = Y Y^T."""
     for a, b, c in quintics:
         gram = multiply(y, y.mT)
-        y = a * y + multiply(b * gram + c * multiply(gram, gram), y)
+        # Or XLA keeps what each step began with, to add up all of the a * y at the end: five matrices, not two.
+        y = jax.lax.optimization_barrier(a * y + multiply(b * gram + c * multiply(gram, gram), y))
     return y
 
 

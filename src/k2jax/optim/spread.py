@@ -16,12 +16,12 @@ from k2jax.optim.plans import Plan
 
 # Bytes of whole matrices that a device has from others at a time: what it holds beside the leaf is a few times this.
 CHUNK_BYTES = 128 * 2**20
-# Matrices from this size on fill a chip alone, and an empty slot among them is passed over; smaller ones go together.
+# Matrices from this size on fill a chip alone; smaller ones go together.
 ALONE_BYTES = 4 * 2**20
 
 
 def _join(parts: jax.Array, plan: Plan) -> jax.Array:
-    """[slots, group, local matrix dims...], a part from each device, as whole matrices [slots, matrix dims...]."""
+    """Parts [slots, group, local matrix dims...], one from each device, as whole matrices [slots, matrix dims...]."""
     slots, _, *local = parts.shape
     sizes = [jax.lax.axis_size(axis) for axis in plan.axes]
     first = 1 + len(sizes)  # where the matrix's own dims begin
@@ -80,35 +80,31 @@ def spread(function: Callable[[jax.Array], jax.Array], plan: Plan) -> Callable[[
     without a matrix do not call it.
     """
 
+    work = partial(_work, function)
+
     def on_chunk(x: jax.Array, slots: int, devices: int) -> jax.Array:
-        """[slots * devices, local matrix dims...]"""
+        """Parts [slots * devices, local matrix dims...] of as many matrices, for the first `devices` of the group."""
         local = x.shape[1:]
         parts = jnp.pad(x.reshape(slots, devices, *local), _pads(plan.group - devices, len(local)))
         whole = _join(_exchange(jnp.roll(parts, plan.offset, 1), plan), plan)
         if devices < plan.group:
             place = (jax.lax.axis_index(plan.axes) - plan.offset) % plan.group
-            whole = jax.lax.cond(place < devices, partial(_work, function), lambda zeros: zeros, whole)
+            # the zeros are new ones, or what came in would be kept for them while the others work
+            whole = jax.lax.cond(place < devices, work, jnp.zeros_like, whole)
         else:
-            whole = _work(function, whole)
+            whole = work(whole)
         parts = jnp.roll(_exchange(_split(whole, plan), plan), -plan.offset, 1)
         return parts[:, :devices].reshape(x.shape)
 
     def on_device(x: jax.Array) -> jax.Array:
-        shape = x.shape
+        shape, start = x.shape, 0
         matrix = shape[plan.num_stack :]
         x = x.reshape(-1, *matrix)  # of this device alone, so nothing moves
-        start = 0
-        import os
-        V=os.environ.get("V","dus")
-        outs=[]
         for slots, devices in _chunks(plan, math.prod(matrix) * plan.group * x.dtype.itemsize):
-            some = x[start : start + slots * devices]
-            if V=="catb" and outs: some,_=jax.lax.optimization_barrier((some,outs[-1]))
-            done = on_chunk(some, slots, devices)
-            if V=="dus": x = jax.lax.dynamic_update_slice_in_dim(x, done, start, 0)
-            outs.append(done)
+            done = on_chunk(x[start : start + slots * devices], slots, devices)
+            x = jax.lax.dynamic_update_slice_in_dim(x, done, start, 0)  # in place: there is no second copy of the leaf
             start += slots * devices
-        if V!="dus": x=jnp.concatenate(outs)
+        # XLA would turn the dims back only after widening the result, and then hold all of it in float32.
         return jax.lax.optimization_barrier(x.reshape(shape))
 
     return jax.shard_map(on_device, in_specs=plan.spec, out_specs=plan.spec)
