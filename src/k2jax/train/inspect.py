@@ -9,6 +9,7 @@ from k2jax.model.flops import count_parameters, flops_per_token
 from k2jax.model.transformer import bias_declarations, declarations
 from k2jax.model.weights import Weight
 from k2jax.sharding.names import AXES
+from k2jax.train.plan_table import describe_plan, plan_lines
 from k2jax.train.state import weight_leaves
 
 _STATE_BUFFERS = {"muon": 1, "adamw": 2, None: 0}  # momentum; both moments
@@ -69,6 +70,7 @@ def describe(config: Config) -> dict:
             "optimizer": sum(e["optimizer_bytes_per_device"] for e in entries),
         },
         "weights": entries,
+        "optimizer_plan": describe_plan(config),
     }
 
 
@@ -106,7 +108,7 @@ def tables(found: dict) -> str:
         )
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines += ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *plan_lines(found["optimizer_plan"])])
 
 
 def _span(total: int, parts: int, index: int) -> str:
