@@ -64,10 +64,13 @@ def _work(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array
     return jax.lax.map(lambda matrix: function(matrix[None])[0], x)
 
 
-def _chunks(plan: Plan, matrix_bytes: int) -> Iterator[tuple[int, int]]:
-    """(slots, devices) by which the held matrices are worked on in their order: each chunk is `slots` on `devices`."""
+def chunks(plan: Plan, matrix: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
+    """(slots, devices) by which matrices of these dims are worked on in their order: so many slots of so many devices.
+
+    itemsize: bytes of an entry on its way.
+    """
     devices, rest = divmod(plan.held, plan.worked)  # so many are full, and the next one has `rest`
-    most = max(CHUNK_BYTES // matrix_bytes, 1)
+    most = max(CHUNK_BYTES // (math.prod(matrix) * itemsize), 1)
     for slots, with_one in ((rest, devices + 1), (plan.worked - rest, devices)):
         for start in range(0, slots, most):
             yield min(most, slots - start), with_one
@@ -100,7 +103,7 @@ def spread(function: Callable[[jax.Array], jax.Array], plan: Plan) -> Callable[[
         shape, start = x.shape, 0
         matrix = shape[plan.num_stack :]
         x = x.reshape(-1, *matrix)  # of this device alone, so nothing moves
-        for slots, devices in _chunks(plan, math.prod(matrix) * plan.group * x.dtype.itemsize):
+        for slots, devices in chunks(plan, (plan.group, *matrix), x.dtype.itemsize):
             done = on_chunk(x[start : start + slots * devices], slots, devices)
             x = jax.lax.dynamic_update_slice_in_dim(x, done, start, 0)  # in place: there is no second copy of the leaf
             start += slots * devices

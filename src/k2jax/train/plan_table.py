@@ -59,7 +59,7 @@ def describe_plan(config: Config) -> dict:
     weights = declarations(config.model)
     plans = jax.tree.leaves(make_plans(weights, sizes, config.optim.ns_steps), is_leaf=lambda x: isinstance(x, Plan))
     paths = jax.tree_util.tree_leaves_with_path(map_weights(lambda w: w.group, weights))
-    names = [".".join(entry.key for entry in path) for path, group in paths if group == "muon"]
+    names = [".".join(["params", *(entry.key for entry in path)]) for path, group in paths if group == "muon"]
     muon = [weight for weight in weight_leaves(weights) if weight.group == "muon"]
     entries = [_entry(*leaf, config) for leaf in zip(names, muon, plans, strict=True)]
     return {
