@@ -7,7 +7,6 @@ plans.py says who works on what.
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -57,11 +56,18 @@ def _exchange(parts: jax.Array, plan: Plan) -> jax.Array:
     return jax.lax.all_to_all(parts, plan.axes, split_axis=1, concat_axis=1, tiled=True) if plan.axes else parts
 
 
-def _work(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """`function` of [matrices, matrix dims...], one after the other where they are large."""
-    if x.shape[0] == 1 or x[0].nbytes < ALONE_BYTES:
-        return function(x)
-    return jax.lax.map(lambda matrix: function(matrix[None])[0], x)
+def _work(function: Callable[[jax.Array], jax.Array], x: jax.Array, has_any: bool | jax.Array) -> jax.Array:
+    """`function` of [matrices, matrix dims...], one after the other where they are large; x itself if not `has_any`.
+
+    A loop of no or some turns, as it works in place: a branch would keep what it was given beside what it makes.
+    """
+    size = 1 if x[0].nbytes >= ALONE_BYTES else len(x)
+
+    def turn(i: jax.Array, x: jax.Array) -> jax.Array:
+        done = function(jax.lax.dynamic_slice_in_dim(x, i * size, size))
+        return jax.lax.dynamic_update_slice_in_dim(x, done, i * size, 0)
+
+    return jax.lax.fori_loop(0, jnp.where(has_any, len(x) // size, 0), turn, x)
 
 
 def chunks(plan: Plan, matrix: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
@@ -79,23 +85,16 @@ def chunks(plan: Plan, matrix: tuple[int, ...], itemsize: int) -> Iterator[tuple
 def spread(function: Callable[[jax.Array], jax.Array], plan: Plan) -> Callable[[jax.Array], jax.Array]:
     """`function` of [matrices, matrix dims...], one matrix like another, as a function of the leaf on its mesh.
 
-    Uses the mesh that is set. Nothing is communicated while `function` runs. It must map zeros to zeros, as devices
-    without a matrix do not call it.
+    Uses the mesh that is set. Nothing is communicated while `function` runs; devices without a matrix do not call it.
     """
-
-    work = partial(_work, function)
 
     def on_chunk(x: jax.Array, slots: int, devices: int) -> jax.Array:
         """Parts [slots * devices, local matrix dims...] of as many matrices, for the first `devices` of the group."""
         local = x.shape[1:]
         parts = jnp.pad(x.reshape(slots, devices, *local), _pads(plan.group - devices, len(local)))
         whole = _join(_exchange(jnp.roll(parts, plan.offset, 1), plan), plan)
-        if devices < plan.group:
-            place = (jax.lax.axis_index(plan.axes) - plan.offset) % plan.group
-            # the zeros are new ones, or what came in would be kept for them while the others work
-            whole = jax.lax.cond(place < devices, work, jnp.zeros_like, whole)
-        else:
-            whole = work(whole)
+        full = devices == plan.group
+        whole = _work(function, whole, full or (jax.lax.axis_index(plan.axes) - plan.offset) % plan.group < devices)
         parts = jnp.roll(_exchange(_split(whole, plan), plan), -plan.offset, 1)
         return parts[:, :devices].reshape(x.shape)
 
