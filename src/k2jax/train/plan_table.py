@@ -14,9 +14,9 @@ from k2jax.optim.spread import CHUNK_BYTES
 from k2jax.sharding.names import AXES
 from k2jax.train.state import weight_leaves
 
-# Whole matrices that a device holds at a time for each one of a chunk: what it received, the result, two in
+# Whole matrices that a device holds at a time for each one of a chunk: what it received or makes of it, two in
 # Newton-Schulz, and one in another layout.
-AT_A_TIME = 5
+AT_A_TIME = 4
 
 
 def _temp_bytes(plan: Plan, matrix_bytes: int) -> int:
