@@ -1,7 +1,6 @@
 """Whole matrices over a mesh: every matrix on its devices, the same results, and nothing said while they work."""
 
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -9,38 +8,44 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from k2jax.config import ModelConfig
-from k2jax.model.transformer import declarations
-from k2jax.model.weights import Weight
+import k2jax.optim.spread as spread_module
 from k2jax.optim import MatrixView, make_plan, scale_by_muon
-from k2jax.optim.spread import spread
+from k2jax.optim.spread import chunks, spread
 from k2jax.sharding.names import AXES
 
-K2_MESH = dict.fromkeys(AXES, 1) | {"fsdp": 32, "expert": 32}
 CASES = {
     "experts": ((3, 8, 16, 32), 2, P(None, "expert", "fsdp", None)),
-    "down": ((3, 8, 32, 16), 2, P(None, "expert", None, "fsdp")),
-    "heads": ((5, 12, 4, 6), 1, P(None, "fsdp", "tensor", None)),
-    "output": ((5, 4, 6, 12), 1, P(None, "tensor", None, "fsdp")),
+    "down": ((3, 8, 32, 16), 2, P(None, "expert", None, ("fsdp", "tensor"))),
+    "heads": ((5, 16, 4, 6), 1, P(None, ("fsdp", "context"), ("tensor", "expert"), None)),
+    "output": ((5, 8, 6, 16), 1, P(None, ("tensor", "expert"), None, "fsdp")),
     "whole": ((7, 6, 10), 1, P(None, None, None)),
-    "single": ((16, 32), 0, P("fsdp", None)),
+    "single": ((16, 32), 0, P("expert", "fsdp")),
 }
 MESHES = [{"fsdp": 8}, {"expert": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"replica": 2, "fsdp": 2, "context": 2}]
 
 
-def fits(shape, at_rest, axes):
-    return all(size % axes.get(axis, 1) == 0 for size, axis in zip(shape, at_rest, strict=False) if axis)
+def fits(shape, at_rest, mesh):
+    cuts = [(entry,) if isinstance(entry, str) else entry or () for entry in at_rest]
+    return all(size % math.prod(mesh.shape[a] for a in cut) == 0 for size, cut in zip(shape, cuts, strict=True))
 
 
+def with_offset(plan):
+    """The plan beginning with the last device but one of the group, so that its matrices go around the end."""
+    return plan._replace(offset=max(plan.group - 2, 0))
+
+
+@pytest.mark.parametrize("chunk_bytes", [spread_module.CHUNK_BYTES, 5000])
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_each_matrix_is_seen_whole(name, axes, mesh_of):
-    """A function that needs whole matrices gives what it gives on one device; padding is zeros and leaves no trace."""
+def test_each_matrix_is_seen_whole(name, axes, chunk_bytes, mesh_of, monkeypatch):
+    """A function that needs whole matrices gives what it gives on one device, at once or two or three at a time."""
+    monkeypatch.setattr(spread_module, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(spread_module, "ALONE_BYTES", chunk_bytes // 4)
     shape, num_stack, at_rest = CASES[name]
-    if not fits(shape, at_rest, axes):
-        return
     mesh = mesh_of(**axes)
-    plan = make_plan(shape, num_stack, at_rest, mesh.shape)
+    if not fits(shape, at_rest, mesh):
+        return
+    plan = with_offset(make_plan(shape, num_stack, at_rest, mesh.shape))
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
     def doubled(y):  # [matrices, matrix dims...]: every entry plus the sum of its own matrix
@@ -55,49 +60,36 @@ def test_each_matrix_is_seen_whole(name, axes, mesh_of):
         np.testing.assert_allclose(shard.data, expected[shard.index], rtol=0, atol=1e-4)
 
 
-def test_k2_on_1024_devices():
-    """60 layers of 384 experts: 22.5 matrices a device, 23 slots, 2.2 % padding; no axis works on another's copies."""
-    shape = (60, 384, 7168, 2048)
-    plan = make_plan(shape, 2, P(None, "expert", "fsdp", None), K2_MESH)
-    assert (plan.held, plan.group, plan.worked, plan.copies) == (60 * 12, 32, 23, 1)
-    assert plan.padding == pytest.approx(1 - 22.5 / 23) and plan.padding < 0.05
-    weights = jax.tree.leaves(declarations(ModelConfig()), is_leaf=lambda x: isinstance(x, Weight))
-    slots = [make_plan(w.shape, w.num_stack, w.spec, K2_MESH) for w in weights if "E" in w.stack]
-    assert len(slots) == 3 and all(p.padding < 0.05 and p.copies == 1 for p in slots)
+@pytest.mark.parametrize(("held", "group"), [(1, 8), (5, 8), (8, 8), (9, 8), (22, 8), (360, 16), (7, 1)])
+def test_chunks_are_the_plan(held, group):
+    """What is worked on by chunks is each held matrix once, on as many devices as the plan says."""
+    plan = make_plan((held, group, 4), 1, P(None, "fsdp", None), dict.fromkeys(AXES, 1) | {"fsdp": group})
+    found = np.zeros(group, int)
+    for slots, devices in chunks(plan, (2**20, 32), 4):  # one at a time
+        assert slots == 1
+        found[:devices] += slots
+    assert found.tolist() == plan.per_device().tolist()
+    assert found.sum() == held and found.max() == plan.worked
 
 
-def test_plan_by_hand():
-    sizes = {"fsdp": 2, "expert": 2, "tensor": 2}
-    assert make_plan((6, 8, 4, 4), 2, P(None, "expert", "fsdp", None), sizes)[2:6] == (
-        (("fsdp", 0),),
-        ("tensor",),
-        24,
-        6,
-    )
-    # three matrices on two devices of fsdp: splitting over expert or tensor would only add empty slots
-    plan = make_plan((3, 4, 4), 1, P(None, "fsdp", None), sizes)
-    assert (plan.joining, plan.worked, plan.copies) == (("expert",), 1, 2)
+def test_devices_without_a_matrix_do_not_work(mesh_of):
+    """Three matrices for four devices, beginning at the third: the second has none, and calls nothing."""
+    mesh, at_rest = mesh_of(fsdp=4), P(None, "fsdp", None)
+    plan = make_plan((3, 4, 4), 1, at_rest, mesh.shape)._replace(offset=2)
+    assert plan.per_device().tolist() == [1, 0, 1, 1]
+    called = []
 
-
-@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str)
-def test_collectives_of_a_muon_update(axes, mesh_of):
-    """One all-to-all in and one out for each cut axis; where copies share the work one all-gather brings it back.
-
-    Nothing else, in bf16: no gather of a stack, no reduction inside the iteration.
-    """
-    shape, num_stack, at_rest = (4, 8, 16, 32), 2, P(None, "expert", "fsdp", None)
-    mesh = mesh_of(**axes)
-    plan = make_plan(shape, num_stack, at_rest, mesh.shape)
-    tx = scale_by_muon(dimension_numbers=MatrixView(2, 1, plan))
-
-    def update(grad):
-        return tx.update(grad, tx.init(grad))[0]
+    def noted(y):
+        jax.debug.callback(lambda y: called.append(float(y[0, 0, 0])), y)
+        return y
 
     with jax.set_mesh(mesh):
-        grad = jax.device_put(np.ones(shape, np.float32), jax.NamedSharding(mesh, at_rest))
-        text = jax.jit(jax.sharding.auto_axes(update, out_sharding=at_rest)).lower(grad).compile().as_text()
-    found = re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text)
-    assert sorted(found) == ["all-gather"] * len(plan.joining) + ["all-to-all"] * 2
+        x = jnp.arange(1.0, 4.0)[:, None, None] * jnp.ones((3, 4, 4))
+        placed = jax.device_put(x, jax.NamedSharding(mesh, at_rest))
+        run = jax.sharding.auto_axes(spread(noted, plan), out_sharding=at_rest)
+        jax.block_until_ready(jax.jit(run)(placed))
+        jax.effects_barrier()
+    assert sorted(called) == [1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -108,7 +100,7 @@ def test_spread_muon_equals_muon_on_one_device(dtype, mesh_of):
         mesh = mesh_of(fsdp=2, expert=2, tensor=2)
         grad = rng.normal(size=shape).astype(np.float32)
         updates = []
-        for plan in (None, make_plan(shape, num_stack, at_rest, mesh.shape)):
+        for plan in (None, with_offset(make_plan(shape, num_stack, at_rest, mesh.shape))):
             tx = scale_by_muon(dtype=jnp.dtype(dtype), dimension_numbers=MatrixView(num_stack, 1, plan))
             if name == "output":
                 tx = scale_by_muon(dtype=jnp.dtype(dtype), dimension_numbers=MatrixView(num_stack, 2, plan))

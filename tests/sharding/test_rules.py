@@ -1,5 +1,7 @@
 """The table from dims to axes: what it refuses, and what it says of every declared weight."""
 
+import math
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -7,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from k2jax.config import ModelConfig
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import Weight
+from k2jax.sharding.names import AXES
 from k2jax.sharding.rules import spec, stored_spec
 
 
@@ -37,19 +40,45 @@ def test_specs_in_use_are_those_of_the_docstring():
     assert spec("EDF") == P("expert", None, None)
 
 
+def at_rest(dims, matrix_dims, shape, **axes):
+    return stored_spec(dims, matrix_dims, shape, dict.fromkeys(AXES, 1) | axes)
+
+
 def test_specs_at_rest_by_hand():
-    assert stored_spec("LEDF", "DF") == P(None, "expert", "fsdp", None)
-    assert stored_spec("LHUD", "HUD") == P(None, "tensor", None, "fsdp")
-    assert stored_spec("LQHK", "QHK") == P(None, "fsdp", "tensor", None)
-    assert stored_spec("LD", "") == P(None, None)
+    """K2's: what is in use stays, fsdp next, then the first dim of the matrix that the rest of the mesh divides."""
+    many = {"fsdp": 16, "expert": 64}
+    assert at_rest("LEDF", "DF", (60, 384, 7168, 2048), **many) == P(None, "expert", "fsdp", None)
+    assert at_rest("LDJ", "DJ", (60, 7168, 576), **many) == P(None, ("fsdp", "expert"), None)
+    # 112 rows of 7168 / 64 are no multiple of 64, but 576 columns are
+    assert at_rest("LDJ", "DJ", (60, 7168, 576), fsdp=64, expert=64) == P(None, "fsdp", "expert")
+    assert at_rest("LHUD", "HUD", (60, 64, 128, 7168), **many) == P(None, ("tensor", "expert"), None, "fsdp")
+    # with tensor 2 the 32 heads left are no multiple of 64
+    assert at_rest("LHUD", "HUD", (60, 64, 128, 7168), **many, tensor=2) == P(None, "tensor", "expert", "fsdp")
+    assert at_rest("LQHK", "QHK", (60, 1536, 64, 192), fsdp=8, expert=2) == P(None, ("fsdp", "expert"), "tensor", None)
+    assert at_rest("LEDF", "DF", (60, 384, 7168, 2048), fsdp=2, expert=2, tensor=2, context=2) == P(
+        None, "expert", ("fsdp", "tensor", "context"), None
+    )
+    assert at_rest("VD", "VD", (50, 48), fsdp=2, expert=4) == P(None, ("fsdp", "expert"))
+    assert at_rest("VD", "VD", (50, 42), fsdp=2, expert=4) == P(None, "fsdp")  # nothing to divide by 4: copied
+    assert at_rest("LD", "", (60, 7168), **many) == P(None, None)
+    assert at_rest("LEDF", "DF", (60, 384, 7168, 2048), replica=2) == P(None, "expert", "fsdp", None)
 
 
+K2_MESHES = [{"fsdp": 16, "expert": 64}, {"fsdp": 64, "expert": 64}, {"fsdp": 32, "expert": 32, "tensor": 2}]
+
+
+@pytest.mark.parametrize("axes", K2_MESHES, ids=str)
 @pytest.mark.parametrize("config", [ModelConfig(), ModelConfig(n_shared_experts=2)], ids=["k2", "other"])
-def test_every_weight_at_rest(config):
-    """No axis twice (jax refuses such a spec only in use), and every matrix, so nearly all bytes, cut over fsdp."""
+def test_every_weight_at_rest(config, axes):
+    """No axis twice (jax refuses such a spec only in use), no matrix twice in a replica, and every cut is even."""
+    sizes = dict.fromkeys(AXES, 1) | axes
     for name, weight in declared(config).items():
-        axes = [axis for entry in weight.spec for axis in axes_of(entry)]
-        assert len(weight.spec) == len(weight.shape), name
-        assert len(axes) == len(set(axes)), name
-        assert ("fsdp" in axes) == bool(weight.inputs), name
-    assert "expert" in [a for e in declared(config)["moe.ffn.gate"].spec for a in axes_of(e)]
+        entries = [axes_of(entry) for entry in weight.spec(sizes)]
+        used = [axis for entry in entries for axis in entry]
+        assert len(entries) == len(weight.shape), name
+        assert len(used) == len(set(used)), name
+        assert not weight.inputs or set(axes) <= set(used), name
+        assert "replica" not in used and (weight.inputs or not used), name
+        for size, entry in zip(weight.shape, entries, strict=True):
+            assert size % math.prod(sizes[axis] for axis in entry) == 0, name
+    assert "expert" in [a for e in declared(config)["moe.ffn.gate"].spec(sizes) for a in axes_of(e)]

@@ -88,7 +88,9 @@ def gradients(axes):
     def place(x, at):
         return jax.device_put(x, jax.NamedSharding(mesh, at))
 
-    params = jax.tree.map(lambda w, x: place(x, w.spec), WEIGHTS, params, is_leaf=lambda x: isinstance(x, Weight))
+    params = jax.tree.map(
+        lambda w, x: place(x, w.spec(mesh.shape)), WEIGHTS, params, is_leaf=lambda x: isinstance(x, Weight)
+    )
     batch = Batch(*(place(x, spec("MBT")) for x in batch))
     bias = jax.tree.map(lambda x: place(x, jax.P()), bias)
     with jax.set_mesh(mesh):

@@ -1,6 +1,7 @@
 """`k2jax inspect` against the published counts and against the state that a run really holds."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -68,8 +69,44 @@ def test_bytes_are_those_of_the_state(tiny, mesh_of):
     assert found["bytes_per_device"]["optimizer"] == held(state.opt_state)
     by_name = {entry["name"]: entry for entry in found["weights"]}
     up = by_name["params.moe.ffn.up"]
-    assert (up["dims"], up["spec"], up["optimizer"]) == ("LEDF", [None, ["expert"], ["fsdp"], None], "muon")
-    assert up["bytes_per_device"] * 4 == 4 * int(np.prod(up["shape"]))
+    assert (up["dims"], up["spec"], up["optimizer"]) == ("LEDF", [None, ["expert"], ["fsdp", "tensor"], None], "muon")
+    assert up["bytes_per_device"] * 8 == 4 * int(np.prod(up["shape"]))
+
+
+def test_plan_of_the_optimizer(tiny):
+    """By hand: 2 layers of 8 experts on fsdp 2 x expert 2 x tensor 2, 8 matrices for each group of 4 devices."""
+    config = Config(model=tiny, mesh=MeshConfig(fsdp=2, expert=2, tensor=2)).validate()
+    found = describe(config)["optimizer_plan"]
+    by_name = {leaf["name"]: leaf for leaf in found["leaves"]}
+    step_flops = 4 * 24 * 24 * 48 + 2 * 24**3
+    assert by_name["params.moe.ffn.up"] == {
+        "name": "params.moe.ffn.up",
+        "matrix": [48, 24],
+        "matrices": 16,
+        "slots_per_device": 2,
+        "padding": 0,
+        "copies": 1,
+        "bytes_moved_each_way": 2 * 48 * 24 * 2 * 3 // 4,  # bf16, of which a quarter is the device's own
+        "flops_per_matrix": 5 * step_flops,
+        "flops_per_device": 2 * 5 * step_flops,
+        "temp_bytes": 2 * 48 * 24 * 2 + 4 * 2 * 48 * 24 * 2,
+    }
+    assert by_name["params.moe.attention.o"]["matrix"] == [40, 48]
+    assert by_name["params.moe.attention.o"]["padding"] == 0.75  # two layers on eight devices
+    names = [entry["name"] for entry in describe(config)["weights"] if entry["optimizer"] == "muon"]
+    assert list(by_name) == names
+    assert found["bytes_moved_each_way"] == sum(leaf["bytes_moved_each_way"] for leaf in found["leaves"])
+    total = sum(leaf["matrices"] * leaf["flops_per_matrix"] for leaf in found["leaves"])
+    assert found["flops_per_device"]["mean"] == pytest.approx(total / 8)
+    assert found["matrices_per_device"]["mean"] == sum(leaf["matrices"] for leaf in found["leaves"]) / 8
+
+
+def test_plan_is_printed(capsys):
+    """K2 on its config's own mesh."""
+    text = inspect(capsys, "k2_1t.py")
+    plan = text[text.index("Newton-Schulz of") :]
+    assert re.search(r"params.moe.ffn.gate +7168 x 2048 +23,040 +23 +2.2% +1 ", plan)
+    assert re.search(r"per device: 70 matrices at most, 68.0 on average; .* 1.26 times the average", plan)
 
 
 def test_picture_of_the_mesh(tiny, capsys, tmp_path):

@@ -16,6 +16,7 @@ from k2jax.data.prepare import prepare
 from k2jax.model.transformer import declarations
 from k2jax.optim import group_labels
 from k2jax.sharding.mesh import single_device_mesh
+from k2jax.sharding.names import AXES
 from k2jax.train.optimizer import make_optimizer, state_specs
 from k2jax.train.state import weight_leaves
 
@@ -119,9 +120,9 @@ def test_groups_from_masks():
 )
 def test_state_lies_as_the_parameters(tiny, make, buffers):
     """Every buffer of every matrix is cut like it; counters are not."""
-    weights = declarations(tiny)
-    specs = jax.tree.leaves(state_specs(make(1e-3), weights), is_leaf=lambda x: isinstance(x, jax.P))
-    matrices = [w.spec for w in weight_leaves(weights) if w.inputs]
+    weights, sizes = declarations(tiny), dict.fromkeys(AXES, 1) | {"fsdp": 2, "expert": 2, "tensor": 2}
+    specs = jax.tree.leaves(state_specs(make(1e-3), weights, sizes), is_leaf=lambda x: isinstance(x, jax.P))
+    matrices = [w.spec(sizes) for w in weight_leaves(weights) if w.inputs]
     assert sorted(map(str, (s for s in specs if "fsdp" in str(s)))) == sorted(map(str, matrices * buffers))
     assert jax.P() in specs
 

@@ -149,7 +149,7 @@ def load_values(found: Published, dtype: jnp.dtype, mesh: jax.sharding.Mesh | No
 
         if mesh is None:
             return jnp.asarray(part((slice(None),) * len(weight.shape)))
-        spec = weight.spec if weight.group else jax.P()
+        spec = weight.spec(mesh.shape) if weight.group else jax.P()
         return jax.make_array_from_callback(weight.shape, jax.NamedSharding(mesh, spec), part)
 
     return jax.tree.map(load, all_weights(found.model), is_leaf=lambda x: isinstance(x, Weight))

@@ -1,6 +1,7 @@
 """A weight is declared once; shape, sharding, fan-in, optimizer group and counts all derive from that."""
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,10 +62,9 @@ class Weight:
     def num_inputs(self) -> int:
         return len(self.inputs)
 
-    @property
-    def spec(self) -> P:
-        """Layout at rest."""
-        return stored_spec(self.dims, self.inputs + self.outputs if self.inputs else "")
+    def spec(self, sizes: Mapping[str, int]) -> P:
+        """Layout at rest on a mesh with axes of these sizes."""
+        return stored_spec(self.dims, self.inputs + self.outputs if self.inputs else "", self.shape, sizes)
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
@@ -76,7 +76,7 @@ class Param(nnx.Param):
     """A parameter that knows its declaration, and is taken for use through `use`."""
 
     def use(self, dtype: jnp.dtype) -> jax.Array:
-        """The value in `dtype`, gathered over fsdp (its gradient is scattered back over it)."""
+        """The value in `dtype`, gathered over the axes that cut it at rest alone (its gradient is scattered back)."""
         weight = self.weight
         value = self[...]
         return place(value.astype(dtype), weight.dims[-value.ndim :])  # a scan over layers has taken the leading L
@@ -155,8 +155,10 @@ def init_params(weights, key: jax.Array, std: float):
     and with other weights around it.
     """
 
+    sizes = jax.sharding.get_abstract_mesh().shape
+
     def init(path, weight: Weight):
-        out_sharding = weight.spec if not jax.sharding.get_abstract_mesh().empty else None
+        out_sharding = weight.spec(sizes) if sizes else None
         if weight.init != "normal":
             value = {"ones": 1.0, "zeros": 0.0}[weight.init]
             return jnp.full(weight.shape, value, jnp.float32, out_sharding=out_sharding)

@@ -9,9 +9,9 @@ from k2jax.optim.build import Setup, group_labels, matrix_labels, muonclip, muon
 from k2jax.optim.lse_gate import lse_gate
 from k2jax.optim.muon import MatrixView, scale_by_muon
 from k2jax.optim.newton_schulz import COEFFICIENTS, newton_schulz
+from k2jax.optim.plans import Plan, make_plan, make_plans
 from k2jax.optim.qk_clip import QKPart, clip_factors, qk_clip
 from k2jax.optim.rounding import lost_updates
-from k2jax.optim.spread import Plan, make_plan
 
 __all__ = [
     "COEFFICIENTS",
@@ -24,6 +24,7 @@ __all__ = [
     "lost_updates",
     "lse_gate",
     "make_plan",
+    "make_plans",
     "matrix_labels",
     "muonclip",
     "muonclip_of",

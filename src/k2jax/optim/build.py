@@ -9,9 +9,9 @@ import optax
 
 from k2jax.config import OptimConfig
 from k2jax.optim.muon import MatrixView, scale_by_muon
+from k2jax.optim.plans import Plan
 from k2jax.optim.qk_clip import QKPart, qk_clip
 from k2jax.optim.schedule import learning_rate_of_step
-from k2jax.optim.spread import Plan
 
 GROUPS = ("muon", "adamw")
 
@@ -121,7 +121,7 @@ class Setup:
     def my_adamw(setup):
         return optax.chain(optax.adamw(setup.learning_rate), qk_clip(setup.config.qk_clip_tau, setup.qk_parts))
 
-    weights: pytree like the parameters, of declarations (dims, shape, group, ...); plans: of each one's spread.Plan, or
+    weights: pytree like the parameters, of declarations (dims, shape, group, ...); plans: of each one's Plan, or
     of None where there is no mesh. update() of what the function returns is given `max_logits` [layers, H], and the
     step's loss and gradients as `value` and `grad`.
     """

@@ -10,7 +10,8 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from k2jax.optim.newton_schulz import Quintic, newton_schulz
-from k2jax.optim.spread import Plan, spread
+from k2jax.optim.plans import Plan
+from k2jax.optim.spread import spread
 
 
 class MatrixView(NamedTuple):
@@ -82,34 +83,47 @@ def scale_by_muon(
     matrices, each orthogonalised by itself. Raises ValueError for leaves that have no matrix view.
     """
 
-    def orthogonalise(m: jax.Array, view: MatrixView | MuonDimensionNumbers) -> jax.Array:
+    def orthogonalise(x: jax.Array, view: MatrixView | MuonDimensionNumbers) -> jax.Array:
         if isinstance(view, MuonDimensionNumbers):
-            order, view = _order(view, m.ndim)
-            return orthogonalise(m.transpose(order), view).transpose([order.index(d) for d in range(m.ndim)])
+            order, view = _order(view, x.ndim)
+            return orthogonalise(x.transpose(order), view).transpose([order.index(d) for d in range(x.ndim)])
 
-        size = matrix_shape(m.shape, view)
+        size = matrix_shape(x.shape, view)
 
-        def whole(x: jax.Array) -> jax.Array:
+        def whole(some: jax.Array) -> jax.Array:
             """Of [any stack..., inputs..., outputs...], every matrix whole."""
-            matrices = x.reshape(*x.shape[: x.ndim - m.ndim + view.num_stack], *size)
-            return newton_schulz(matrices, ns_steps, dtype, coefficients).reshape(x.shape)
+            matrices = some.reshape(*some.shape[: some.ndim - x.ndim + view.num_stack], *size)
+            return newton_schulz(matrices, ns_steps, dtype, coefficients).reshape(some.shape)
 
-        low = m.astype(dtype)  # before it is handed round: half the bytes
-        return rms * math.sqrt(max(size)) * (spread(whole, view.plan) if view.plan else whole)(low).astype(m.dtype)
+        return (spread(whole, view.plan) if view.plan else whole)(x)
+
+    def scaled(x: jax.Array, grad: jax.Array, view: MatrixView | MuonDimensionNumbers) -> jax.Array:
+        shape = x.shape
+        if isinstance(view, MuonDimensionNumbers):
+            order, view = _order(view, x.ndim)
+            shape = tuple(shape[d] for d in order)
+        return rms * math.sqrt(max(matrix_shape(shape, view))) * x.astype(grad.dtype)
 
     def init(params):
         return MuonState(optax.tree.zeros_like(params))
 
     def update(updates, state, params=None):
         del params
-        buffer = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, updates)
-        target = jax.tree.map(lambda m, g: momentum * m + g, buffer, updates) if nesterov else buffer
-        orthogonal = jax.tree.map(
-            lambda m, view: m if _is_masked(m) else orthogonalise(m, view),
-            target,
-            _views(dimension_numbers, updates),
-            is_leaf=_is_masked,
-        )
-        return orthogonal, MuonState(buffer)
+        grads, tree = jax.tree.flatten(updates, is_leaf=_is_masked)
+        views = tree.flatten_up_to(_views(dimension_numbers, updates))
+        buffers, orthogonal = tree.flatten_up_to(state.momentum), list(grads)
+        ours = [i for i, grad in enumerate(grads) if not _is_masked(grad)]
+        for before, i in zip([None, *ours], ours, strict=False):
+            # One leaf after the other, or XLA would hold what is handed round of all of them at once. And the momentum
+            # by itself, or XLA would make it together with `low`, and so not in the place of the old one.
+            ready = () if before is None else orthogonal[before]
+            buffers[i], ready = jax.lax.optimization_barrier((momentum * buffers[i] + grads[i], ready))
+            if before is not None:
+                orthogonal[before] = ready
+            target = momentum * buffers[i] + grads[i] if nesterov else buffers[i]
+            orthogonal[i] = orthogonalise(target.astype(dtype), views[i])  # half the bytes to hand round
+        for i in ours:
+            orthogonal[i] = scaled(orthogonal[i], grads[i], views[i])
+        return tree.unflatten(orthogonal), MuonState(tree.unflatten(buffers))
 
     return optax.GradientTransformation(init, update)

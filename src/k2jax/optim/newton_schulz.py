@@ -60,7 +60,8 @@ def _plain(y: jax.Array, quintics: list[Quintic], multiply) -> jax.Array:
     """Y <- (a + b R + c R^2) Y with R = Y Y^T."""
     for a, b, c in quintics:
         gram = multiply(y, y.mT)
-        y = a * y + multiply(b * gram + c * multiply(gram, gram), y)
+        # Or XLA keeps what each step began with, to add up all of the a * y at the end: five matrices, not two.
+        y = jax.lax.optimization_barrier(a * y + multiply(b * gram + c * multiply(gram, gram), y))
     return y
 
 
@@ -80,6 +81,12 @@ def _gram(y: jax.Array, quintics: list[Quintic], multiply) -> jax.Array:
             gram = multiply(multiply(p, gram), p) if left else None
         y = multiply(gathered, y)
     return y
+
+
+def newton_schulz_flops(n: int, m: int, steps: int) -> int:
+    """FLOPs of the plain form on one matrix n x m: per step two products of n x n with n x m, and one of n x n."""
+    n, m = sorted((n, m))
+    return steps * (4 * n * n * m + 2 * n**3)
 
 
 def newton_schulz(

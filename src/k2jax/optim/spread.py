@@ -2,85 +2,111 @@
 
 A device holds parts of many matrices; Newton-Schulz wants a few whole ones. So the devices that share a set of matrices
 exchange parts by all-to-all, work on their share of the set without another word, and exchange the results back.
+plans.py says who works on what.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-WASTE = 1.3  # slots that splitting over one more axis may cost for each slot without it
+from k2jax.optim.plans import Plan
 
-
-class Plan(NamedTuple):
-    """One leaf's way to whole matrices, on every device alike."""
-
-    spec: P  # the leaf at rest
-    num_stack: int  # its leading dims, which count matrices
-    moved: tuple[tuple[str, int], ...]  # (axis, dim of one matrix that it cuts): handed round by all-to-all
-    joining: tuple[str, ...]  # axes that hold copies, and split the work
-    held: int  # matrices that a device has a part of
-    worked: int  # matrices that it works on, padding included
-    copies: int  # devices that work on the same matrix: those along axes too many to split the work
-
-    @property
-    def padding(self) -> float:
-        """Share of the worked slots that hold no matrix."""
-        return 1 - self.held / (self.worked * self.group)
-
-    group: int = 1  # devices that share the held matrices out
+# Bytes of whole matrices that a device has from others at a time: what it holds beside the leaf is a few times this.
+CHUNK_BYTES = 128 * 2**20
+# Matrices from this size on fill a chip alone; smaller ones go together.
+ALONE_BYTES = 4 * 2**20
 
 
-def _axes(entry) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+def _join(parts: jax.Array, plan: Plan) -> jax.Array:
+    """Parts [slots, group, local matrix dims...], one from each device, as whole matrices [slots, matrix dims...]."""
+    slots, _, *local = parts.shape
+    sizes = [jax.lax.axis_size(axis) for axis in plan.axes]
+    first = 1 + len(sizes)  # where the matrix's own dims begin
+    order = [0]
+    for dim, cut in enumerate(plan.cuts):
+        order += [*(1 + plan.axes.index(axis) for axis in cut), first + dim]
+    counts = [math.prod(map(jax.lax.axis_size, cut)) for cut in plan.cuts]
+    full = [count * size for count, size in zip(counts, local, strict=True)]
+    return parts.reshape(slots, *sizes, *local).transpose(order).reshape(slots, *full)
 
 
-def make_plan(shape: tuple[int, ...], num_stack: int, spec: P, sizes: Mapping[str, int]) -> Plan:
-    """The plan of a leaf [stack..., matrix dims...] that lies as `spec` says on a mesh with axes of these sizes."""
-    entries = [_axes(entry) for entry in (*spec, *[None] * (len(shape) - len(spec)))]
-    held = math.prod(
-        size // math.prod(sizes[axis] for axis in entry)
-        for size, entry in zip(shape[:num_stack], entries[:num_stack], strict=True)
-    )
-    moved = tuple((axis, dim) for dim, entry in enumerate(entries[num_stack:]) for axis in entry if sizes[axis] > 1)
-    group = math.prod(sizes[axis] for axis, _ in moved)
-    joining, copies = [], 1
-    for axis in sizes:
-        if sizes[axis] == 1 or any(axis in entry for entry in entries):
-            continue
-        before, after = -(-held // group) * group, -(-held // (group * sizes[axis])) * group * sizes[axis]
-        if after <= WASTE * before:
-            joining.append(axis)
-            group *= sizes[axis]
-        else:
-            copies *= sizes[axis]
-    return Plan(spec, num_stack, moved, tuple(joining), held, -(-held // group), copies, group)
+def _split(whole: jax.Array, plan: Plan) -> jax.Array:
+    """The inverse of `_join`."""
+    slots, *full = whole.shape
+    shape, places = [slots], {}
+    for cut, size in zip(plan.cuts, full, strict=True):
+        for axis in cut:
+            places[axis] = len(shape)
+            shape.append(jax.lax.axis_size(axis))
+        shape.append(size // math.prod(map(jax.lax.axis_size, cut)))
+    own = [i for i in range(1, len(shape)) if i not in places.values()]
+    parts = whole.reshape(shape).transpose([0, *(places[axis] for axis in plan.axes), *own])
+    return parts.reshape(slots, plan.group, *(shape[i] for i in own))
+
+
+def _pads(num: int, num_dims: int) -> list[tuple[int, int]]:
+    """Padding of [slots, devices, num_dims dims...] by `num` devices."""
+    return [(0, 0), (0, num), *[(0, 0)] * num_dims]
+
+
+def _exchange(parts: jax.Array, plan: Plan) -> jax.Array:
+    """[slots, group, ...]: what stands at device d of the group goes to d, and comes from it."""
+    return jax.lax.all_to_all(parts, plan.axes, split_axis=1, concat_axis=1, tiled=True) if plan.axes else parts
+
+
+def _work(function: Callable[[jax.Array], jax.Array], x: jax.Array, has_any: bool | jax.Array) -> jax.Array:
+    """`function` of [matrices, matrix dims...], one after the other where they are large; x itself if not `has_any`.
+
+    A loop of no or some turns, as it works in place: a branch would keep what it was given beside what it makes.
+    """
+    size = 1 if x[0].nbytes >= ALONE_BYTES else len(x)
+
+    def turn(i: jax.Array, x: jax.Array) -> jax.Array:
+        done = function(jax.lax.dynamic_slice_in_dim(x, i * size, size))
+        return jax.lax.dynamic_update_slice_in_dim(x, done, i * size, 0)
+
+    return jax.lax.fori_loop(0, jnp.where(has_any, len(x) // size, 0), turn, x)
+
+
+def chunks(plan: Plan, matrix: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
+    """(slots, devices) by which matrices of these dims are worked on in their order: so many slots of so many devices.
+
+    itemsize: bytes of an entry on its way.
+    """
+    devices, rest = divmod(plan.held, plan.worked)  # so many are full, and the next one has `rest`
+    most = max(CHUNK_BYTES // (math.prod(matrix) * itemsize), 1)
+    for slots, with_one in ((rest, devices + 1), (plan.worked - rest, devices)):
+        for start in range(0, slots, most):
+            yield min(most, slots - start), with_one
 
 
 def spread(function: Callable[[jax.Array], jax.Array], plan: Plan) -> Callable[[jax.Array], jax.Array]:
     """`function` of [matrices, matrix dims...], one matrix like another, as a function of the leaf on its mesh.
 
-    Uses the mesh that is set. Nothing is communicated while `function` runs.
+    Uses the mesh that is set. Nothing is communicated while `function` runs; devices without a matrix do not call it.
     """
 
-    def on_device(x: jax.Array) -> jax.Array:
-        stack, matrix = x.shape[: plan.num_stack], x.shape[plan.num_stack :]
-        x = x.reshape(-1, *matrix)  # of this device alone, so nothing moves
-        x = jnp.pad(x, ((0, plan.worked * plan.group - plan.held), *[(0, 0)] * len(matrix)))
-        for axis in plan.joining:
-            parts = x.reshape(jax.lax.axis_size(axis), -1, *matrix)
-            x = jax.lax.dynamic_index_in_dim(parts, jax.lax.axis_index(axis), keepdims=False)
-        for axis, dim in reversed(plan.moved):
-            x = jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=dim + 1, tiled=True)
-        y = function(x)
-        for axis, dim in plan.moved:
-            y = jax.lax.all_to_all(y, axis, split_axis=dim + 1, concat_axis=0, tiled=True)
-        for axis in reversed(plan.joining):
-            y = jax.lax.all_gather(y, axis, tiled=True)
-        return y[: plan.held].reshape(*stack, *matrix)
+    def on_chunk(x: jax.Array, slots: int, devices: int) -> jax.Array:
+        """Parts [slots * devices, local matrix dims...] of as many matrices, for the first `devices` of the group."""
+        local = x.shape[1:]
+        parts = jnp.pad(x.reshape(slots, devices, *local), _pads(plan.group - devices, len(local)))
+        whole = _join(_exchange(jnp.roll(parts, plan.offset, 1), plan), plan)
+        full = devices == plan.group
+        whole = _work(function, whole, full or (jax.lax.axis_index(plan.axes) - plan.offset) % plan.group < devices)
+        parts = jnp.roll(_exchange(_split(whole, plan), plan), -plan.offset, 1)
+        return parts[:, :devices].reshape(x.shape)
 
-    # what comes back is the same along the joining axes, but the type of an all-gather does not say so
-    return jax.shard_map(on_device, in_specs=plan.spec, out_specs=plan.spec, check_vma=False)
+    def on_device(x: jax.Array) -> jax.Array:
+        shape, start = x.shape, 0
+        matrix = shape[plan.num_stack :]
+        x = x.reshape(-1, *matrix)  # of this device alone, so nothing moves
+        for slots, devices in chunks(plan, (plan.group, *matrix), x.dtype.itemsize):
+            done = on_chunk(x[start : start + slots * devices], slots, devices)
+            x = jax.lax.dynamic_update_slice_in_dim(x, done, start, 0)  # in place: there is no second copy of the leaf
+            start += slots * devices
+        # XLA would turn the dims back only after widening the result, and then hold all of it in float32.
+        return jax.lax.optimization_barrier(x.reshape(shape))
+
+    return jax.shard_map(on_device, in_specs=plan.spec, out_specs=plan.spec)

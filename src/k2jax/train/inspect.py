@@ -9,21 +9,23 @@ from k2jax.model.flops import count_parameters, flops_per_token
 from k2jax.model.transformer import bias_declarations, declarations
 from k2jax.model.weights import Weight
 from k2jax.sharding.names import AXES
+from k2jax.train.plan_table import describe_plan, plan_lines
 from k2jax.train.state import weight_leaves
 
 _STATE_BUFFERS = {"muon": 1, "adamw": 2, None: 0}  # momentum; both moments
 
 
-def _axes(weight: Weight) -> list[list[str] | None]:
+def _axes(weight: Weight, sizes: dict[str, int]) -> list[list[str] | None]:
     """The mesh axes over which each dim is cut at rest; the router bias is whole on every device."""
     if weight.group is None:
         return [None] * len(weight.shape)
-    return [None if entry is None else [entry] if isinstance(entry, str) else list(entry) for entry in weight.spec]
+    entries = weight.spec(sizes)
+    return [None if entry is None else [entry] if isinstance(entry, str) else list(entry) for entry in entries]
 
 
 def _bytes_per_device(weight: Weight, sizes: dict[str, int]) -> int:
     """Float32 bytes of a weight's part on one device. Cut dims divide evenly, Config.validate saw to that."""
-    return 4 * weight.size // math.prod(sizes[axis] for entry in _axes(weight) for axis in entry or ())
+    return 4 * weight.size // math.prod(sizes[axis] for entry in _axes(weight, sizes) for axis in entry or ())
 
 
 def _entry(name: str, weight: Weight, sizes: dict[str, int]) -> dict:
@@ -34,7 +36,7 @@ def _entry(name: str, weight: Weight, sizes: dict[str, int]) -> dict:
         "component": weight.component,
         "dims": weight.dims,
         "shape": list(weight.shape),
-        "spec": _axes(weight),
+        "spec": _axes(weight, sizes),
         "bytes_per_device": own,
         "optimizer": weight.group,
         "optimizer_bytes_per_device": own * _STATE_BUFFERS[weight.group],
@@ -68,6 +70,7 @@ def describe(config: Config) -> dict:
             "optimizer": sum(e["optimizer_bytes_per_device"] for e in entries),
         },
         "weights": entries,
+        "optimizer_plan": describe_plan(config),
     }
 
 
@@ -105,7 +108,7 @@ def tables(found: dict) -> str:
         )
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines += ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *plan_lines(found["optimizer_plan"])])
 
 
 def _span(total: int, parts: int, index: int) -> str:

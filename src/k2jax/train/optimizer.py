@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -15,8 +15,8 @@ from k2jax.config import Config, UserError
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import Weight
 from k2jax.optim.build import Setup, map_weights, muonclip_of
+from k2jax.optim.plans import make_plans
 from k2jax.optim.qk_clip import QKClipState
-from k2jax.optim.spread import make_plan
 from k2jax.sharding.rules import on_mesh
 
 
@@ -106,19 +106,19 @@ def make_optimizer(config: Config, mesh: jax.sharding.Mesh) -> optax.GradientTra
     weights = declarations(config.model)
     if config.optim.optimizer != "muonclip":  # ours is checked by its tests
         _check(config, _build(config, weights, map_weights(lambda w: None, weights)), weights)
-    return _build(config, weights, map_weights(lambda w: make_plan(w.shape, w.num_stack, w.spec, mesh.shape), weights))
+    return _build(config, weights, make_plans(weights, mesh.shape, config.optim.ns_steps))
 
 
-def state_specs(tx: optax.GradientTransformation, weights) -> optax.OptState:
+def state_specs(tx: optax.GradientTransformation, weights, sizes: Mapping[str, int]) -> optax.OptState:
     """PartitionSpecs of the optimizer's state: what lies at a parameter's path with its shape lies as the parameter.
 
-    All else (counters, factored moments) is on every device.
+    sizes: of the mesh's axes. All else (counters, factored moments) is on every device.
     """
     at = {path: w for path, w in jax.tree.leaves_with_path(weights, is_leaf=lambda x: isinstance(x, Weight))}
 
     def spec(path, leaf):
         alike = (at[path[i:]] for i in range(len(path)) if path[i:] in at)
-        return next((w.spec for w in alike if w.shape == leaf.shape), P())
+        return next((w.spec(sizes) for w in alike if w.shape == leaf.shape), P())
 
     return jax.tree_util.tree_map_with_path(spec, jax.eval_shape(tx.init, _shapes(weights)))
 
@@ -127,4 +127,5 @@ def init_optimizer(tx: optax.GradientTransformation, weights, params: optax.Para
     """tx.init(params), on a mesh laid out by `state_specs`."""
     if not on_mesh():
         return tx.init(params)
-    return jax.sharding.auto_axes(tx.init, out_sharding=state_specs(tx, weights))(params)
+    specs = state_specs(tx, weights, jax.sharding.get_abstract_mesh().shape)
+    return jax.sharding.auto_axes(tx.init, out_sharding=specs)(params)
