@@ -74,7 +74,8 @@ def test_each_stage_has_its_own_values(tiny):
     found = steps(config, 0, 3)
     biases = [make_values(config)[1], *(state.router_bias for state, _ in found)]
     moved = [np.abs(b["moe"]["ffn"]["bias"] - a["moe"]["ffn"]["bias"]).max() for a, b in zip(biases, biases[1:])]
-    assert moved[0] < 0.02 < 2 * moved[0] and moved[1] > 0.02 and moved[2] == 0
+    # by the rate or, where the signs have a mean, by up to twice as much
+    assert 0.0099 < moved[0] < 0.0195 < moved[1] < 0.039 and moved[2] == 0
     low, high = found[0][1].router_bias
     assert (low, high) == (found[0][0].router_bias["moe"]["ffn"]["bias"].min(), biases[1]["moe"]["ffn"]["bias"].max())
     loss = jax.jit(make_loss(config))
