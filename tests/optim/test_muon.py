@@ -112,3 +112,41 @@ def test_rms_of_the_update(shape):
         tx = scale_by_muon(dtype=jnp.float32)
         update, _ = tx.update(gradient, tx.init(gradient))
         assert low < np.sqrt(np.mean(np.square(update))) < high
+
+
+@pytest.mark.parametrize(
+    "view",
+    [MatrixView(1, 1), MatrixView(0, 2), MatrixView(-1, 1), MuonDimensionNumbers(5, 0), MuonDimensionNumbers(0, -2),
+     MuonDimensionNumbers((0, 1), ()), (0, 1)],
+    ids=str,
+)  # fmt: skip
+def test_views_that_make_no_matrix_are_named(view):
+    """Else they would be read as vectors, or as dims that nobody meant; init says so, before a step is made."""
+    params = {"fine": jnp.ones((3, 4)), "wrong": jnp.ones((3, 4))}
+    with pytest.raises(ValueError, match=r"no matrices: \['wrong'\] \(3, 4\) by .*dimension_numbers"):
+        scale_by_muon(dimension_numbers={"fine": None, "wrong": view}).init(params)
+
+
+def test_mistakes_of_the_call():
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((2, 3, 4))}
+    with pytest.raises(ValueError, match=r"not shaped like the parameters"):
+        scale_by_muon(dimension_numbers={"b": MatrixView(1, 1)}).init(params)
+    with pytest.raises(ValueError, match=r"no matrices: \['b'\] \(2, 3, 4\);"):
+        scale_by_muon(dimension_numbers={"a": MatrixView(0, 1), "b": None}).init(params)
+    with pytest.raises(ValueError, match="float16: must be bfloat16"):
+        scale_by_muon(dtype=jnp.float16)
+    with pytest.raises(ValueError, match="coefficients = 'kimi'"):
+        scale_by_muon(coefficients="kimi")
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("grad_dtype", ["float32", "bfloat16"])
+def test_the_momentum_keeps_its_dtype(param_dtype, grad_dtype):
+    """It goes through a scan, and is as exact for bf16 parameters: 0.95 M + G in float32."""
+    grads_SNM = jnp.asarray(np.random.default_rng(0).normal(size=(30, 4, 6)), grad_dtype)
+    tx = scale_by_muon(dtype=jnp.float32)
+    state = tx.init(jnp.ones((4, 6), param_dtype))
+    state, updates = jax.lax.scan(lambda state, grad: tx.update(grad, state)[::-1], state, grads_SNM)
+    assert updates.dtype == grad_dtype and state.momentum.dtype == jnp.float32
+    exact = sum(0.95 ** (29 - i) * np.asarray(g, np.float64) for i, g in enumerate(grads_SNM))
+    np.testing.assert_allclose(state.momentum, exact, rtol=0, atol=1e-6 * np.abs(exact).max())

@@ -59,13 +59,25 @@ def test_polar_express_is_closer_to_orthogonal():
     assert far[0] < 0.15 < 0.25 < far[1]
 
 
+def test_last_polar_express_step_is_not_pulled_in():
+    """The authors' code leaves the last step out of the 1 %; it is the classical quintic, whose fixed point is 1."""
+    assert COEFFICIENTS["polar_express"][-1] == COEFFICIENTS["newton"][-1] == (1.875, -1.25, 0.375)
+    assert COEFFICIENTS["polar_express"][0] == pytest.approx((8.2051604, -22.9019350, 16.4607249), abs=1e-6)
+
+
 def test_wrong_coefficients_are_refused():
     with pytest.raises(ValueError, match="must be one of 'standard', 'dion', 'polar_express', 'newton'"):
         newton_schulz(np.ones((2, 2), np.float32), coefficients="kimi")
     with pytest.raises(ValueError, match="at least one step"):
         newton_schulz(np.ones((2, 2), np.float32), 0)
+    with pytest.raises(ValueError, match="one triple"):  # a triple is no list of triples
+        newton_schulz(np.ones((2, 2), np.float32), coefficients=(3.4445, -4.7750, 2.0315))
     with pytest.raises(ValueError, match="at least two dims"):
         newton_schulz(np.ones(3, np.float32))
+    with pytest.raises(ValueError, match="int32, must be of floats"):
+        newton_schulz(np.ones((2, 2), np.int32))
+    with pytest.raises(ValueError, match="'Gram': must be 'auto', 'plain' or 'gram'"):
+        newton_schulz(np.ones((2, 2), np.float32), form="Gram")
 
 
 def moonlights_own(x, steps=5):
@@ -159,7 +171,7 @@ def test_rank_one():
     assert worst(newton_schulz(np.outer(u, v).astype(np.float32), dtype=np.float32), expected) < 485 * 2**-23
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-36, 1e30, 3e37])
+@pytest.mark.parametrize("scale", [1e-30, 1e-36, 1e30, 3e37, 3e38])
 def test_scale_does_not_matter(scale):
     """Squares of these over- or underflow in float32; the result is that of the same matrix at scale 1."""
     x = np.random.default_rng(3).uniform(-1, 1, (6, 9)).astype(np.float32)

@@ -33,10 +33,11 @@ def layer(tiny):
         """Run the layer on `weights` and note what its attention is given."""
         seen = {}
 
-        def spy(q, k, v, visible, scale):
+        def spy(q, sources, weights, make, q_at, k_at, scale, kernels):
+            k, v = make(*sources, *weights)
             seen["logits"] = scale * jnp.einsum("bhsk,bhzk->bhsz", q, k)
             seen["v"], seen["k_rope"] = v, k[..., -config.qk_rope_head_dim :]
-            return attention(q, k, v, visible, scale)
+            return attention(q, sources, weights, make, q_at, k_at, scale, kernels)
 
         attention = mla.attention
         with monkeypatch.context() as patch:
@@ -182,3 +183,78 @@ def test_part_that_does_not_fit_is_refused():
     params = {"q": jnp.ones((8, 4, 6))}
     with pytest.raises(ValueError, match=r"parameter \(8, 4, 6\) .* must be \[layers\?, inputs, 4, 5\]"):
         tx.update(params, tx.init(params), params, max_logits=jnp.ones((1, 4)))
+
+
+@pytest.mark.parametrize("tau", [0.0, -1.0, float("nan"), None, "100"])
+def test_a_tau_that_is_no_bound_is_refused(tau):
+    """0 would make weights 0, and a negative one would make them NaN, without a word."""
+    with pytest.raises(ValueError, match="tau = .*must be a number greater than 0"):
+        qk_clip(tau, {"q": None})
+
+
+def test_mistakes_of_the_call_are_named():
+    params, parts = {"q": jnp.ones((8, 4, 6))}, {"q": QKPart(0, ((6, 1.0),))}
+    tx = qk_clip(1.0, parts)
+    for logits, given in ((None, "none"), (jnp.ones(4), r"shape \(4,\)"), (jnp.ones((1, 1, 4)), r"shape \(1, 1, 4\)")):
+        with pytest.raises(ValueError, match=rf"needs max_logits \[layers, H\].*got {given}"):
+            tx.update(params, tx.init(params), params, max_logits=logits)
+    with pytest.raises(ValueError, match="needs params"):
+        tx.update(params, tx.init(params), max_logits=jnp.ones((1, 4)))
+    with pytest.raises(ValueError, match="parts are not shaped like the parameters"):
+        tx.init({"q": params["q"], "k": params["q"]})
+    for part in ((0, ((6, 1.0),)), QKPart(0, (6, 1.0))):
+        with pytest.raises(ValueError, match=r"parts must be QKParts or None: \['q'\]"):
+            qk_clip(1.0, {"q": part})
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_biases_scale_with_their_heads(merged):
+    """Queries and keys with biases, as Flax's attention has them by default, in float64: maxima are min(S, tau)."""
+    rng = np.random.default_rng(0)
+    heads = (4 * 6,) if merged else (4, 6)
+    x = rng.normal(size=(7, 8))
+    with jax.enable_x64(True):
+        inputs = {"q": (8,), "k": (8,), "qb": (), "kb": ()}
+        params = {n: jnp.asarray(rng.normal(size=(*size, *heads))) for n, size in inputs.items()}
+
+        def largest(p):
+            q, k = ((jnp.tensordot(x, p[n], 1) + p[n + "b"]).reshape(7, 4, 6) for n in "qk")
+            return jnp.einsum("shd,zhd->hsz", q, k).max((1, 2))[None]
+
+        parts = {n: QKPart(0, ((6, 0.5),), merged, 0 if n.endswith("b") else 1) for n in params}
+        before = largest(params)
+        tau = float(jnp.median(before))
+        tx = qk_clip(tau, parts)
+        updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, max_logits=before)
+        after = largest(optax.apply_updates(params, updates))
+        np.testing.assert_allclose(after, jnp.minimum(before, tau), rtol=1e-12)
+
+
+def test_bfloat16_is_scaled_in_float32():
+    """Parameters, updates or logits of bfloat16: what is rounded is the new weight, once, and not the factor."""
+    params = {"q": jnp.asarray(np.random.default_rng(0).normal(size=(8, 1, 64)), jnp.bfloat16)}
+    logits = jnp.asarray([[131.0]], jnp.bfloat16)
+    np.testing.assert_allclose(clip_factors(logits, 100.0), 100 / 131, rtol=1e-7)
+    tx = qk_clip(100.0, {"q": QKPart(0, ((64, 1.0),))})
+    for dtype in (jnp.float32, jnp.bfloat16):
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params)
+        updates, _ = tx.update(zeros, tx.init(params), params, max_logits=logits)
+        new = optax.apply_updates(params, updates)["q"]
+        assert updates["q"].dtype == dtype and new.dtype == jnp.bfloat16
+        exact = np.asarray(params["q"], np.float64) * 100 / 131
+        ratio = (np.asarray(new, np.float64) * exact).sum() / (exact**2).sum()
+        assert ratio == pytest.approx(1, abs=5e-4)
+
+
+def test_inside_masks_and_with_a_tau_that_is_set_while_training():
+    """A part whose parameter is masked out is left alone; optax.inject_hyperparams traces tau."""
+    params, zeros = {n: jnp.ones((8, 4, 6)) for n in "qk"}, {n: jnp.zeros((8, 4, 6)) for n in "qk"}
+    parts, logits = {n: QKPart(0, ((6, 1.0),)) for n in "qk"}, jnp.array([[1.0, 200.0, 3.0, 4.0]])
+    tx = optax.masked(qk_clip(100.0, parts), {"q": True, "k": False})
+    updates, _ = tx.update(zeros, tx.init(params), params, max_logits=logits)
+    assert updates["q"][0, 1, 0] == -0.5 and not updates["k"].any()
+    tx = optax.inject_hyperparams(qk_clip)(tau=100.0, parts=parts)
+    state = tx.init(params)
+    state.hyperparams["tau"] = jnp.asarray(50.0)
+    updates, _ = jax.jit(tx.update)(zeros, state, params, max_logits=logits)
+    np.testing.assert_allclose(updates["k"][0, :, 0], [0, -0.75, 0, 0], rtol=1e-6)

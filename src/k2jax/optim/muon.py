@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from k2jax.optim.newton_schulz import Quintic, newton_schulz
+from k2jax.optim.newton_schulz import Quintic, coefficients_of, newton_schulz
 from k2jax.optim.plans import Plan
 from k2jax.optim.spread import spread
 
@@ -35,34 +35,60 @@ def matrix_shape(shape: tuple[int, ...], view: MatrixView) -> tuple[int, int]:
     return math.prod(rest[: view.num_inputs]), math.prod(rest[view.num_inputs :])
 
 
+def _dims(numbers: MuonDimensionNumbers) -> list[tuple[int, ...]]:
+    """The reduction dims and the output dims, as they were given."""
+    return [(dims,) if isinstance(dims, int) else tuple(dims) for dims in numbers]
+
+
 def _order(numbers: MuonDimensionNumbers, ndim: int) -> tuple[list[int], MatrixView]:
     """optax's dimension numbers as an order of dims, and the view of the parameter in that order."""
-    given = (numbers.reduction_axis, numbers.output_axis)
-    inputs, outputs = ([d % ndim for d in ((dims,) if isinstance(dims, int) else dims)] for dims in given)
+    inputs, outputs = ([d % ndim for d in dims] for dims in _dims(numbers))
     stack = [d for d in range(ndim) if d not in (*inputs, *outputs)]
     return [*stack, *inputs, *outputs], MatrixView(len(stack), len(inputs))
 
 
-def _views(dimension_numbers, updates):
-    """A view for every leaf. Raises ValueError that names the leaves which are no matrices and have no view."""
-    if callable(dimension_numbers):
-        dimension_numbers = dimension_numbers(updates)
-    if dimension_numbers is None:
-        leaves = jax.tree_util.tree_leaves_with_path(updates)
-        wrong = [f"{jax.tree_util.keystr(path)} {x.shape}" for path, x in leaves if x.ndim != 2]
-        if wrong:
-            raise ValueError(
-                f"scale_by_muon: no matrices: {', '.join(wrong)}; say by dimension_numbers which dims make theirs, or "
-                "give these leaves to another transform (optax.partition)"
-            )
-        return jax.tree.map(lambda x: MatrixView(0, 1), updates)
-    if isinstance(dimension_numbers, (MatrixView, MuonDimensionNumbers)):
-        return jax.tree.map(lambda x: dimension_numbers, updates)
-    return dimension_numbers
+def _fits(x: jax.Array, view) -> bool:
+    """Whether `view` makes matrices of x, with dims for inputs and for outputs and none of them twice."""
+    if isinstance(view, MatrixView):
+        return 0 <= view.num_stack and 0 < view.num_inputs and view.num_stack + view.num_inputs < x.ndim
+    if not isinstance(view, MuonDimensionNumbers):
+        return False
+    dims = sum(_dims(view), ())
+    inside = all(-x.ndim <= d < x.ndim for d in dims)
+    return inside and all(_dims(view)) and len({d % x.ndim for d in dims}) == len(dims)
 
 
 def _is_masked(x) -> bool:
     return isinstance(x, optax.MaskedNode)
+
+
+def _views(dimension_numbers, updates) -> list:
+    """A view for every leaf of updates, in their order. Raises ValueError with the leaves that theirs does not fit."""
+    leaves, tree = jax.tree.flatten_with_path(updates, is_leaf=_is_masked)
+    if callable(dimension_numbers):
+        dimension_numbers = dimension_numbers(updates)
+    if dimension_numbers is None or isinstance(dimension_numbers, (MatrixView, MuonDimensionNumbers)):
+        views = [dimension_numbers] * len(leaves)
+    else:
+        try:
+            views = tree.flatten_up_to(dimension_numbers)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"scale_by_muon: dimension_numbers are not shaped like the parameters: {error}"
+            ) from None
+    views = [MatrixView(0, 1) if view is None and getattr(x, "ndim", 0) == 2 else view
+             for (_, x), view in zip(leaves, views, strict=True)]  # fmt: skip
+    wrong = [
+        f"{jax.tree_util.keystr(path)} {x.shape}" + f" by {view}" * (view is not None)
+        for (path, x), view in zip(leaves, views, strict=True)
+        if not (_is_masked(x) or _fits(x, view))
+    ]
+    if wrong:
+        raise ValueError(
+            f"scale_by_muon: no matrices: {', '.join(wrong)}; say by dimension_numbers which dims make theirs (at "
+            "least one for inputs and one for outputs), or give these leaves to another transform (optax.partition)"
+        )
+    return views
 
 
 def scale_by_muon(
@@ -77,11 +103,17 @@ def scale_by_muon(
     """O = NewtonSchulz(mu M + G) * rms * sqrt(max(n, m)), with M <- mu M + G (K2 report, Algorithm 1; Moonlight 2.2).
 
     The momentum is the plain sum, as Moonlight's: no bias correction. An update has root mean square `rms`, so that
-    learning rate and decay are AdamW's. dtype: of Newton-Schulz; momentum and update keep the gradient's.
+    learning rate and decay are AdamW's. dtype: of Newton-Schulz. The momentum is float32, or float64 where the
+    parameters are; the update has the gradient's dtype.
     dimension_numbers: None (all leaves are matrices), a MatrixView or an optax.contrib.MuonDimensionNumbers for all
-    leaves, a pytree of them, or a function of the updates that gives one. A parameter with further dims is a stack of
-    matrices, each orthogonalised by itself. Raises ValueError for leaves that have no matrix view.
+    leaves, a pytree of these, or a function of the updates that gives one. A parameter with further dims is a stack of
+    matrices, each orthogonalised by itself. Raises ValueError for unknown coefficients and for float16, which gradients
+    would over- and underflow; in init() for leaves that have no matrix view.
     """
+
+    coefficients_of(coefficients, ns_steps)  # for its errors
+    if jnp.finfo(dtype).maxexp < jnp.finfo(jnp.float32).maxexp:
+        raise ValueError(f"scale_by_muon: dtype = {jnp.dtype(dtype)}: must be bfloat16, float32 or float64")
 
     def orthogonalise(x: jax.Array, view: MatrixView | MuonDimensionNumbers) -> jax.Array:
         if isinstance(view, MuonDimensionNumbers):
@@ -104,20 +136,24 @@ def scale_by_muon(
             shape = tuple(shape[d] for d in order)
         return rms * math.sqrt(max(matrix_shape(shape, view))) * x.astype(grad.dtype)
 
+    def moved(buffer: jax.Array, grad: jax.Array) -> jax.Array:
+        return (momentum * buffer + grad).astype(buffer.dtype)  # of one dtype for good, as scans and jit want it
+
     def init(params):
-        return MuonState(optax.tree.zeros_like(params))
+        _views(dimension_numbers, params)  # for its errors
+        return MuonState(jax.tree.map(lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), params))
 
     def update(updates, state, params=None):
         del params
         grads, tree = jax.tree.flatten(updates, is_leaf=_is_masked)
-        views = tree.flatten_up_to(_views(dimension_numbers, updates))
+        views = _views(dimension_numbers, updates)
         buffers, orthogonal = tree.flatten_up_to(state.momentum), list(grads)
         ours = [i for i, grad in enumerate(grads) if not _is_masked(grad)]
         for before, i in zip([None, *ours], ours, strict=False):
             # One leaf after the other, or XLA would hold what is handed round of all of them at once. And the momentum
             # by itself, or XLA would make it together with `low`, and so not in the place of the old one.
             ready = () if before is None else orthogonal[before]
-            buffers[i], ready = jax.lax.optimization_barrier((momentum * buffers[i] + grads[i], ready))
+            buffers[i], ready = jax.lax.optimization_barrier((moved(buffers[i], grads[i]), ready))
             if before is not None:
                 orthogonal[before] = ready
             target = momentum * buffers[i] + grads[i] if nesterov else buffers[i]
