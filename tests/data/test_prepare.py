@@ -1,8 +1,11 @@
 """Preparing documents: what goes in, on which side, what is left out, and what is refused."""
 
 import hashlib
+import importlib.util
+import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,6 +14,8 @@ import time
 import pytest
 
 from k2jax.config import UserError
+from k2jax.data import prepare as prepare_module
+from k2jax.data import stages
 from k2jax.data.prepare import prepare
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.data.tokens import TokenStore
@@ -31,12 +36,19 @@ def tree(tmp_path):
 
 
 def documents(store, split):
-    """(name, text) as stored."""
-    tokenizer, borders = store.tokenizer(), store.borders(split).tolist()
-    names = [json.loads(line)["name"] for line in (store.path / split / "documents.jsonl").read_text().splitlines()]
-    rows = [store.read(split, a, b) for a, b in zip(borders, borders[1:])]
-    assert all(row[0] == tokenizer.bos and row[-1] == tokenizer.eos for row in rows)
-    return list(zip(names, (tokenizer.decode(row[1:-1]) for row in rows), strict=True))
+    """(name, text) as stored, by source."""
+    tokenizer, found = store.tokenizer(), []
+    for stream in store.streams[split].values():
+        borders = stream.borders(0, stream.num_documents).tolist() if stream.num_documents else [0]
+        rows = [stream.read(a, b) for a, b in itertools.pairwise(borders)]
+        assert all(row[0] == tokenizer.bos and row[-1] == tokenizer.eos for row in rows)
+        names = [record["name"] for record in stream.records([*range(stream.num_documents)])]
+        found += zip(names, (tokenizer.decode(row[1:-1]) for row in rows), strict=True)
+    return found
+
+
+def counts(store, split):
+    return store.manifest["splits"][split]
 
 
 def is_validation(text, fraction):
@@ -60,14 +72,19 @@ def test_folder(tree, tmp_path):
     expected = [(name, (tree / name).read_bytes().decode()) for name in kept]
     for split, side in (("train", False), ("validation", True)):
         assert documents(store, split) == [pair for pair in expected if is_validation(pair[1], 0.3) == side]
-        assert store.text_bytes(split) == sum(len(t.encode()) for _, t in expected if is_validation(t, 0.3) == side)
+        assert counts(store, split)["text_bytes"] == sum(
+            len(t.encode()) for _, t in expected if is_validation(t, 0.3) == side
+        )
     assert summary["skipped"] == store.manifest["skipped"] == {
         "excluded": {"count": 5, "examples": [f"sub/deep/0{i}.txt" for i in (0, 2, 4, 6, 8)]},
         "not UTF-8": {"count": 1, "examples": ["sub/latin.txt"]},
         "empty": {"count": 1, "examples": ["sub/nothing.txt"]},
         "duplicate": {"count": 1, "examples": ["sub/zcopy.txt"]},
     }  # fmt: skip
-    assert calls[-1] == (35, sum(store.text_bytes(s) for s in ("train", "validation"))) and len(calls) == 35
+    written = [p for (p,) in calls if p.stage == "write"][-1]
+    sizes = [sum(counts(store, s)[key] for s in ("train", "validation")) for key in ("text_bytes", "tokens")]
+    assert (written.documents, written.text_bytes, written.tokens, written.tasks) == (35, *sizes, (1, 1))
+    assert written.file_bytes[0] == written.file_bytes[1] > 35
     assert summary["digest"] == store.digest and summary["splits"] == store.manifest["splits"]
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
@@ -164,9 +181,8 @@ def test_no_document_or_a_side_without(tree, tmp_path):
 
 
 def test_trained_on_the_training_split_alone(tree, tmp_path, monkeypatch):
-    seen, module = [], sys.modules["k2jax.data.prepare"]
-    real = module.train_bpe
-    monkeypatch.setattr(module, "train_bpe", lambda texts, vocab: real((seen.append(t) or t for t in texts), vocab))
+    seen, real = [], stages.train_bpe
+    monkeypatch.setattr(stages, "train_bpe", lambda texts, vocab: real((seen.append(t) or t for t in texts), vocab))
     summary = prepare(str(tree), str(tmp_path / "out"), "train:280", validation_fraction=0.3)
     store = TokenStore(tmp_path / "out")
     assert seen == [text for _, text in documents(store, "train")] and len(documents(store, "validation")) > 3
@@ -177,61 +193,194 @@ def test_trained_on_the_training_split_alone(tree, tmp_path, monkeypatch):
 CHILD = """
 import sys, time
 from k2jax.data.prepare import prepare
-def progress(documents, text_bytes):
-    if documents == 20:
-        print("here", flush=True)
-        time.sleep(60)
-prepare(sys.argv[1], sys.argv[2], "byte", validation_fraction=0.3, progress=progress, shard_tokens=64, chunk_tokens=16)
+print("ready", flush=True)
+started = time.process_time()
+summary = prepare(sys.argv[1], sys.argv[2], "train:400", validation_fraction=0.3, task_bytes=3000, shard_tokens=1024,
+                  chunk_tokens=256)
+print(time.process_time() - started, summary["digest"], flush=True)
 """
 
 
-def test_kill_leaves_no_store_and_the_next_prepare_goes_ahead(tree, tmp_path):
-    out, partial = tmp_path / "out", tmp_path / ".out.k2jax-partial"
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(tree), str(out)], stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "here\n"
-    assert (partial / "train/tokens/c/0").exists() and not out.exists()
-    assert refused(str(tree), str(out), "byte", validation_fraction=0.3) == (
-        f"out = '{out}': another prepare is writing it; wait for it, or name another folder",
-    )
-    child.send_signal(signal.SIGKILL)
-    child.wait(), child.stdout.close()
-    assert partial.exists() and not out.exists()
-    with pytest.raises(UserError, match="no such folder"):
-        TokenStore(out)
-    (partial / "train/stale").write_text("of the killed one")
-    prepare(str(tree), str(out), "byte", validation_fraction=0.3)
-    assert not partial.exists() and not (out / "train/stale").exists()
-    prepare(str(tree), str(tmp_path / "fresh"), "byte", validation_fraction=0.3)
-    assert TokenStore(out).digest == TokenStore(tmp_path / "fresh").digest
+@pytest.fixture
+def lines(tmp_path):
+    """Twelve files of 40 documents, every tenth of them there twice."""
+    (tmp_path / "lines").mkdir()
+    for number in range(12):
+        texts = [f"text {number} {i - i % 10 // 9} " + "word " * (i % 30) for i in range(40)]
+        content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / "lines" / f"{number:02}.jsonl").write_text(content)
+    return tmp_path / "lines"
 
 
-def test_an_error_on_the_way_leaves_nothing(tree, tmp_path):
-    def stop(documents, text_bytes):
+def cpu_seconds(pid):
+    """Of a process, or None once it has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        return None if fields[0] == b"Z" else (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except FileNotFoundError:
+        return None
+
+
+def start(*arguments):
+    child = subprocess.Popen([sys.executable, "-c", CHILD, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+
+def all_bytes(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_killed_five_times_and_resumed_is_byte_identical(lines, tmp_path):
+    """SIGKILL at random moments of its own CPU time, so that other load does not move them."""
+    out, rng = tmp_path / "out", random.Random(time.time_ns())
+    seconds, digest = start(lines, tmp_path / "whole").communicate()[0].split()
+    for number in range(5):
+        child = start(lines, out)
+        target = cpu_seconds(child.pid) + rng.uniform(0, float(seconds) / 6)
+        while (now := cpu_seconds(child.pid)) is not None and now < target:
+            time.sleep(0.001)
+        child.kill()
+        child.wait(), child.stdout.close()
+        assert child.returncode == -signal.SIGKILL and not out.exists(), f"kill {number}"
+        with pytest.raises(UserError, match="no such folder"):
+            TokenStore(out)
+    assert start(lines, out).communicate()[0].split()[1] == digest
+    assert all_bytes(out) == all_bytes(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lines", "out", "whole"]
+
+
+def test_an_interrupted_one_goes_on_and_only_as_it_began(lines, tmp_path, monkeypatch):
+    def interrupt(*args):
         raise KeyboardInterrupt
 
-    started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        prepare(str(tree), str(tmp_path / "out"), "byte", progress=stop)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"] and time.monotonic() - started < 10
+    options = {"validation_fraction": 0.3, "task_bytes": 3000}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(stages._TASKS, "merge", interrupt)
+        prepare(str(lines), str(tmp_path / "out"), "byte", **options)
+    work = tmp_path / ".out.k2jax-partial"
+    before = {path: path.stat().st_mtime_ns for path in (work / "write").glob("*")}
+    assert len(before) > 5 and not (tmp_path / "out").exists()
+    (lines / "03.jsonl").write_text('{"text": "another"}')
+    problems = refused(str(lines), str(tmp_path / "out"), "byte", **{**options, "validation_fraction": 0.2})
+    assert problems == (
+        "validation_fraction = 0.2: was 0.3 when it began",
+        "source: 1 files are not as they were, such as ['" + str(lines / "03.jsonl") + "']",
+        f"an unfinished preparation is in {work}; repeat it as it was, or remove the folder to begin anew",
+    )
+    assert {path: path.stat().st_mtime_ns for path in (work / "write").glob("*")} == before
 
 
-def test_a_text_named_by_itself_is_cut_at_line_ends(tmp_path):
-    text = "".join(f"line {i} of a long text\n" for i in range(20_000)) + "no line end"
-    (tmp_path / "book.txt").write_text(text)
-    prepare(str(tmp_path / "book.txt"), str(tmp_path / "out"), "byte", validation_fraction=0.2)
-    store = TokenStore(tmp_path / "out")
-    found = [pair for split in ("train", "validation") for pair in documents(store, split)]
-    parts = sorted(found, key=lambda pair: int(pair[0].removeprefix("book.txt@")))
-    assert "".join(part for _, part in parts) == text
-    assert all(part.endswith("\n") and 2**14 <= len(part) < 2**14 + 40 for _, part in parts[:-1])
-    assert all(text[int(name.removeprefix("book.txt@")) :].startswith(part) for name, part in parts)
+def test_another_process_is_not_disturbed(tree, tmp_path):
+    out = tmp_path / "out"
+    with prepare_module._work_folder(out):
+        assert refused(str(tree), str(out), "byte", validation_fraction=0.3) == (
+            f"out = '{out}': another prepare is writing it; wait for it, or name another folder",
+        )
 
 
-def test_one_bad_byte_loses_one_part(tmp_path):
-    text = bytearray("".join(f"line {i} of a long text\n" for i in range(20_000)).encode())
-    text[100_000] = 0xFF
-    (tmp_path / "book.txt").write_bytes(text)
-    summary = prepare(str(tmp_path / "book.txt"), str(tmp_path / "out"), "byte", validation_fraction=0.2)
-    assert summary["skipped"]["not UTF-8"]["count"] == 1
-    kept = sum(counts["text_bytes"] for counts in summary["splits"].values())
-    assert len(text) - 2**14 - 40 < kept < len(text) - 2**14 + 40
+def test_a_source_that_changes_meanwhile_is_noticed(tree, tmp_path, monkeypatch):
+    real = stages._TASKS["resolve"]
+
+    def change(plan, work, *rest):
+        (tree / "sub/01.txt").write_text("document X")
+        real(plan, work, *rest)
+
+    monkeypatch.setitem(stages._TASKS, "resolve", change)
+    problems = refused(str(tree), str(tmp_path / "out"), "byte", validation_fraction=0.3)
+    assert problems == (f"{tree}/sub/01.txt: has changed while it was being prepared; begin anew",)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("task_bytes, parts", [(1, 42), (100, 6), (2**26, 1)])
+def test_the_cut_into_tasks_changes_no_document(tree, tmp_path, task_bytes, parts):
+    options = {"pattern": "**/*.txt", "validation_fraction": 0.3, "shard_tokens": 64, "chunk_tokens": 16}
+    prepare(str(tree), str(tmp_path / "one"), "byte", **options)
+    prepare(str(tree), str(tmp_path / "other"), "byte", **options, task_bytes=task_bytes)
+    one, other = TokenStore(tmp_path / "one"), TokenStore(tmp_path / "other")
+    for split in ("train", "validation"):
+        assert documents(one, split) == documents(other, split) and counts(one, split) == counts(other, split)
+    assert one.manifest["skipped"] == other.manifest["skipped"]
+    assert len([*(tmp_path / "other/parts").iterdir()]) == parts
+
+
+def write_lines(path, values):
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return str(path)
+
+
+def origin_of(text, source="wiki", name="x"):
+    return {"source": source, "name": name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def test_variants_are_on_the_side_of_their_source(tmp_path):
+    """Two of each but the first, in a source of their own, whatever the order."""
+    originals = [f"text number {i}" for i in range(200)]
+    values = [{"text": f"{text} told anew {n}", "origin": origin_of(text, name=f"n{i}")}
+              for n in range(2) for i, text in enumerate(originals) if (i, n) != (0, 1)]  # fmt: skip
+    specs = [
+        "anew=" + write_lines(tmp_path / "variants.jsonl", values),
+        "wiki=" + write_lines(tmp_path / "originals.jsonl", [{"text": text} for text in originals]),
+    ]
+    prepare(specs, str(tmp_path / "out"), "byte", validation_fraction=0.3, task_bytes=1)
+    store, sides = TokenStore(tmp_path / "out"), []
+    for split in ("train", "validation"):
+        texts = {text for _, text in documents(store, split)}
+        sides.append({text.partition(" told")[0] for text in texts})
+        assert len(texts) == 3 * len(sides[-1]) - (originals[0] in sides[-1]) > 60
+        anew = store.streams[split]["anew"]
+        records = anew.records([*range(anew.num_documents)])
+        for record, (_, text) in zip(records, documents(store, split)[: len(records)], strict=True):
+            original = text.partition(" told")[0]
+            name, sha256 = f"n{original.rpartition(' ')[2]}", origin_of(original)["sha256"]
+            assert record["origin"] == {"name": name, "sha256": sha256}
+    assert not sides[0] & sides[1] and sides[0] | sides[1] == set(originals)
+    assert [(s, store.sources[s]["derived_from"], store.sources[s]["variants"]) for s in ("anew", "wiki")] == [
+        ("anew", "wiki", 2), ("wiki", None, 0)
+    ]  # fmt: skip
+
+
+def test_variants_must_have_a_source_of_their_own(tmp_path):
+    mixed = [{"text": "a"}, {"text": "b", "origin": origin_of("a")}, {"text": "c", "origin": origin_of("a")}]
+    both = [{"text": f"d{s}", "origin": origin_of("a", s)} for s in ("wiki", "books")]
+    specs = [f"{n}=" + write_lines(tmp_path / f"{n}.jsonl", v) for n, v in (("mixed", mixed), ("both", both))]
+    assert refused(specs, str(tmp_path / "out"), "byte", validation_fraction=0.5) == (
+        "source 'mixed': 2 of 3 documents are rephrased; give them a source of their own, as mixed-rephrased=PATH",
+        "source 'both': is rephrased from books, wiki; give the variants of each a source of their own",
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["both.jsonl", "mixed.jsonl"]
+
+
+def test_length_and_wrong_options(tree, tmp_path):
+    summary = prepare(str(tree), str(tmp_path / "out"), "byte", pattern="**/*.txt", validation_fraction=0.3,
+                      min_chars=14, max_chars=14)  # fmt: skip
+    assert summary["skipped"]["length: below 14 characters"]["count"] == 11  # document 0 to 9, and a copy of one
+    assert refused(str(tree), str(tmp_path / "new"), "byte", min_chars=0, max_chars=-1, filters=("repetitive",),
+                   near_duplicates=0.5, executor="cluster", workers=0) == (
+        "min_chars = 0: must be at least 1",
+        "max_chars = -1: must be at least min_chars = 0",
+        "filters: 'repetitive' must be one of repetition, quality",
+        "near_duplicates = 0.5: must be at least 0.7 and at most 1, a Jaccard similarity; 0.8 is usual",
+        "executor = 'cluster': must be one of local, slurm, ray",
+    )  # fmt: skip
+
+
+def test_without_the_extra_what_needs_it_is_named(tree, tmp_path, monkeypatch):
+    (tree / "a.parquet").write_bytes(b"")
+    (tree / "b.jsonl.zst").write_bytes(b"")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    extra = "pip install 'k2jax[data]'"
+    assert refused(str(tree), str(tmp_path / "out"), "byte", filters=("quality",), near_duplicates=0.8, workers=2) == (
+        f"filters = ['quality']: needs datatrove; {extra}",
+        f"near_duplicates = 0.8: needs rensa; {extra}",
+        f"executor = 'local' with workers = 2: needs datatrove; {extra}",
+    )
+    assert refused(["s3://bucket/a", "s3://bucket/b"], str(tmp_path / "out"), "byte") == tuple(
+        f"source = 's3://bucket/{name}': a URL needs fsspec; {extra}" for name in "ab"
+    )
+    assert refused(str(tree), str(tmp_path / "out"), "byte") == (
+        f"source: 1 files like '{tree}/a.parquet' need pyarrow; {extra}",
+        f"source: 1 files like '{tree}/b.jsonl.zst' need zstandard; {extra}",
+    )
+    prepare(str(tree), str(tmp_path / "out"), "byte", pattern="**/*.txt", validation_fraction=0.3)

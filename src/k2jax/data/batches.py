@@ -1,184 +1,144 @@
-"""Batches as a pure function of (manifest, seed, step): no iterator state, so resume and auditing are arithmetic.
+"""Batches as a pure function of (stores, timeline, step): no iterator state, so resume and auditing are arithmetic.
 
-Dims: B sequences of a batch, T data.sequence_length. Window w of a split is its tokens [w*T, w*T + T]; neighbours
-share one token, the last target of one being the first input of the next. Row g of the endless sequence of rows,
-g = step * B + r, is window permute(g mod num_windows) under a key of its own for every pass over the data.
+Dims: B sequences of a batch, T data.sequence_length. What a row holds is in rows.py, where it comes from in mixture.py.
 """
 
-import hashlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from k2jax.config import Config, DataConfig, UserError
+from k2jax.data.corpus import Corpus
+from k2jax.data.mixture import Timeline, permutation_key
+from k2jax.data.packing import Windows
 from k2jax.data.permutation import permute
-from k2jax.data.tokens import TokenStore
+from k2jax.data.rows import RowReader, make_row, read_pieces
 
 NUM_ROWS = 2**62  # more than any run reads; Grain wants a length
+_GROUP = 64  # most rows that one thread reads at a time: they share arithmetic and waiting
 
 
-class Row(NamedTuple):
-    """One sequence. Inputs are tokens[:-1], targets tokens[1:]."""
-
-    tokens: np.ndarray  # int32 [T + 1]
-    segment_ids: np.ndarray  # int32 [T]: document of each input, counted from 0 in the window
-    positions: np.ndarray  # int32 [T]: tokens since the document began, or since the window did
-
-
-def num_windows(store: TokenStore, split: str, sequence_length: int) -> int:
-    """Whole windows in a split. The fewer than T tokens after the last are never read."""
-    return max(0, store.num_tokens(split) - 1) // sequence_length
-
-
-def read_row(store: TokenStore, split: str, sequence_length: int, window: int) -> Row:
-    """Window `window` of a split, with its documents told apart."""
-    start = window * sequence_length
-    stop = start + sequence_length
-    borders = store.borders(split)
-    # The needles are uint64 like the borders: for int64 ones numpy would convert every border to float64.
-    first, last = np.searchsorted(borders, np.array([start + 1, stop], np.uint64)) - [1, 0]
-    starts = np.maximum(borders[first:last].astype(np.int64) - start, 0)
-    lengths = np.diff(starts, append=sequence_length)
-    segment_ids = np.repeat(np.arange(len(starts), dtype=np.int32), lengths)
-    positions = np.arange(sequence_length, dtype=np.int32) - np.repeat(starts, lengths).astype(np.int32)
-    return Row(store.read(split, start, stop + 1).astype(np.int32), segment_ids, positions)
-
-
-def permutation_key(seed: int, epoch: int, split: str = "train") -> int:
-    """64-bit key of the shuffle of one pass over a split."""
-    name = f"k2jax permutation 1: seed {seed}, epoch {epoch}, {split}"
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-
-
-def window_of_row(row: int, num_windows: int, seed: int) -> tuple[int, int]:
-    """(epoch, window) of one global row of the training split."""
-    epoch, index = divmod(row, num_windows)
-    return epoch, permute(index, num_windows, permutation_key(seed, epoch))
-
-
-def windows_of_rows(rows: np.ndarray, num_windows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """`window_of_row` for integers of any shape: (epochs, windows), int64."""
-    epochs, indices = np.divmod(np.asarray(rows, np.int64), num_windows)
-    windows = np.empty_like(indices)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        windows[here] = permute(indices[here], num_windows, permutation_key(seed, int(epoch)))
-    return epochs, windows
-
-
-class _TrainRows:
-    """Every row that training can ever ask for, by its global number."""
-
-    def __init__(self, store: TokenStore, data: DataConfig):
-        self.store, self.data = store, data
-        self.num_windows = num_windows(store, "train", data.sequence_length)
-
-    def __len__(self) -> int:
-        return NUM_ROWS
-
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        _, window = window_of_row(int(row), self.num_windows, self.data.seed)
-        return read_row(self.store, "train", self.data.sequence_length, window)._asdict()
-
-
-class _ValidationRows:
-    """The first windows of one fixed shuffle of the validation split, whatever the seed of training."""
-
-    def __init__(self, store: TokenStore, data: DataConfig, num_sequences: int):
-        self.store, self.data, self.num_sequences = store, data, num_sequences
-        self.num_windows = num_windows(store, "validation", data.sequence_length)
-
-    def __len__(self) -> int:
-        return self.num_sequences
-
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        window = permute(int(row), self.num_windows, permutation_key(0, 0, "validation"))
-        return read_row(self.store, "validation", self.data.sequence_length, window)._asdict()
-
-
-def _batched(rows: grain.MapDataset, data: DataConfig, batch: int) -> Iterator[dict[str, np.ndarray]]:
-    # Threads, not processes: the store releases the GIL, and worker processes would change the order of rows.
-    threads = min(data.read_threads, data.prefetch_sequences)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=data.prefetch_sequences if threads else 0)
-    return iter(rows.to_iter_dataset(options).batch(batch, drop_remainder=False))
-
-
-def train_batches(store: TokenStore, data: DataConfig, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of steps start_step, start_step + 1, ... without end: `Row` as a dict, each field [B, ...].
-
-    The same steps have the same batches, wherever the iteration starts and however many threads read. CorruptStore
-    when a damaged file is met. Call `check_store` before.
-    """
-    rows = grain.MapDataset.source(_TrainRows(store, data))
-    return _batched(rows[start_step * data.batch_sequences :], data, data.batch_sequences)
-
-
-def _too_few_validation(available: int, wanted: int, name: str) -> list[str]:
+def too_few_validation(available: int, wanted: int, name: str) -> list[str]:
+    """What to tell where the validation split has fewer sequences than are wanted."""
     if wanted <= available:
         return []
     rule = f"must be at most the {available} whole sequences of the validation split"
     return [f"{name} = {wanted}: {rule}; lower it or data.sequence_length, or prepare a larger validation_fraction"]
 
 
-def validation_batches(store: TokenStore, data: DataConfig, num_sequences: int, batch: int):
+def num_windows(corpus: Corpus, split: str, sequence_length: int, source: str | None = None) -> int:
+    """Whole windows in a split, or in one source of it. The fewer than T tokens after each source's last are no row."""
+    names = corpus.streams[split] if source is None else [source]
+    return sum(Windows(corpus.streams[split][name], sequence_length).num_windows for name in names)
+
+
+class _TrainRows:
+    """Groups of rows that training can ever ask for: those at `places` of every batch, in turn."""
+
+    def __init__(self, reader: RowReader, places: np.ndarray, group: int):
+        self.reader, self.timeline, self.places = reader, reader.timeline, places.reshape(-1, group)
+
+    def __len__(self) -> int:
+        return NUM_ROWS
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        step, part = divmod(int(index), len(self.places))
+        rows = self.timeline.skips.data_step(step) * self.timeline.batch + self.places[part]
+        read, replaced = self.reader.read_rows(rows)
+        return read._asdict() | ({"replaced": replaced} if self.reader.data.max_bad_rows else {})
+
+
+class _ValidationRows:
+    """The first windows of one fixed shuffle of the validation split, whatever the seed of training."""
+
+    def __init__(self, corpus: Corpus, data: DataConfig, num_sequences: int, source: str | None):
+        names = sorted(corpus.streams["validation"]) if source is None else [source]
+        self.streams = [corpus.streams["validation"][name] for name in names]
+        self.cuts = [Windows(stream, data.sequence_length) for stream in self.streams]
+        self.firsts = np.cumsum([0, *(cut.num_windows for cut in self.cuts)])
+        self.num_sequences, self.data = num_sequences, data
+
+    def __len__(self) -> int:
+        return self.num_sequences
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        window = permute(int(row), int(self.firsts[-1]), permutation_key(0, 0, "validation"))
+        number = int(np.searchsorted(self.firsts, window, "right")) - 1
+        pieces = self.cuts[number].pieces(window - int(self.firsts[number]))
+        return make_row(*read_pieces(self.streams[number], pieces), self.data.mask_documents)._asdict()
+
+
+def _options(data: DataConfig, sequences: int) -> grain.ReadOptions:
+    # Threads, not processes: the store releases the GIL, and worker processes would change the order of rows.
+    buffer = -(-data.prefetch_sequences // sequences)
+    threads = min(data.read_threads, buffer)
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer if threads else 0)
+
+
+def train_batches(
+    corpus: Corpus, timeline: Timeline, config: Config, start_step: int, places: np.ndarray | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of steps start_step, start_step + 1, ... without end: `Row` as a dict, each field [B, ...].
+
+    places: the rows of a batch that this process needs, by their numbers in it; None: all. The same steps have the same
+    rows, wherever the iteration starts, however many threads and processes read. With data.max_bad_rows there is also
+    "replaced" int64 [B], the window that was read in place of a bad one, else -1. BadRow when a damaged file or an
+    unknown id is met. Call `plan_run` before.
+    """
+    places = np.arange(config.data.batch_sequences) if places is None else np.asarray(places)
+    most = min(_GROUP, max(1, config.data.prefetch_sequences // max(1, config.data.read_threads)))
+    group = max(n for n in range(1, most + 1) if len(places) % n == 0)
+    groups = len(places) // group
+    rows = grain.MapDataset.source(_TrainRows(RowReader(corpus, timeline, config), places, group))
+    rows = rows[start_step * groups :].to_iter_dataset(_options(config.data, group))
+    if groups == 1:  # nothing to join, so nothing is copied
+        yield from rows
+    for batch in rows.batch(groups, drop_remainder=False):
+        yield {name: values.reshape(-1, *values.shape[2:]) for name, values in batch.items()}
+
+
+def validation_batches(corpus: Corpus, data: DataConfig, num_sequences: int, batch: int, source: str | None = None):
     """The same `num_sequences` windows of the validation split at every call, as batches like those of training.
 
-    The last batch is shorter if `batch` does not divide. UserError if the split has fewer windows.
+    source: only of that one. The last batch is shorter if `batch` does not divide. UserError if there are fewer.
     """
-    available = num_windows(store, "validation", data.sequence_length)
-    problems = _too_few_validation(available, num_sequences, "num_sequences")
+    available = num_windows(corpus, "validation", data.sequence_length, source)
+    problems = too_few_validation(available, num_sequences, "num_sequences")
     if problems:
         raise UserError(*problems)
-    return _batched(grain.MapDataset.source(_ValidationRows(store, data, num_sequences)), data, batch)
+    rows = grain.MapDataset.source(_ValidationRows(corpus, data, num_sequences, source))
+    return iter(rows.to_iter_dataset(_options(data, 1)).batch(batch, drop_remainder=False))
 
 
-def check_store(store: TokenStore, config: Config) -> None:
-    """UserError with everything that makes `store` unfit for the run."""
-    length, vocab_size = config.data.sequence_length, store.manifest["tokenizer"]["vocab_size"]
-    problems = []
-    if vocab_size > config.model.vocab_size:
-        problems.append(
-            f"model.vocab_size = {config.model.vocab_size}: must be at least {vocab_size}, the ids of the tokenizer of "
-            f"data.path = {str(store.path)!r}"
-        )
-    if not num_windows(store, "train", length):
-        tokens = store.num_tokens("train")
-        most = f"at most {tokens - 1} fits" if tokens > 1 else "it has no sequence at all"
-        problems.append(
-            f"data.sequence_length = {length}: must be below the {tokens} tokens of the training split of data.path = "
-            f"{str(store.path)!r}; {most}"
-        )
-    available = num_windows(store, "validation", length)
-    problems += _too_few_validation(available, config.train.eval_sequences, "train.eval_sequences")
-    if problems:
-        raise UserError(*problems)
-
-
-def data_position(store: TokenStore, config: Config, step: int) -> dict[str, int | str]:
+def data_position(timeline: Timeline, config: Config, step: int) -> dict[str, object]:
     """What a checkpoint keeps so that its run goes on with the very next row, as JSON values."""
+    next_step = timeline.skips.next_data_step(step)
     return {
-        "manifest": store.digest,
+        "manifest": timeline.segment(max(step - 1, 0))["digest"],
+        "timeline": timeline.digest(step),
         "seed": config.data.seed,
         "sequence_length": config.data.sequence_length,
         "batch_sequences": config.data.batch_sequences,
-        "next_row": step * config.data.batch_sequences,
+        "next_row": timeline.rows_before(step),
+        "skipped": timeline.skips.before(next_step),
     }
 
 
 _RESTORE = {
     "manifest": "the tokens are not those that the run began with: set data.path to its store, or begin a new run",
+    "timeline": "the mixture of steps already done is another: restore the run's timeline.json, or begin a new run",
     "seed": "set data.seed to the run's, or begin a new run",
     "sequence_length": "set data.sequence_length to the run's, or begin a new run",
     "batch_sequences": "set data.batch_sequences to the run's, or begin a new run",
     "next_row": "the checkpoint is of another step than its name says: restore another checkpoint",
+    "skipped": "data.skip_steps may change only from next_row on: give the same steps before it",
 }
 
 
-def check_position(saved: dict, store: TokenStore, config: Config, step: int) -> None:
+def check_position(saved: dict, timeline: Timeline, config: Config, step: int) -> None:
     """UserError with every difference between a checkpoint's `data_position` and the one that would continue it."""
-    expected = data_position(store, config, step)
+    expected = data_position(timeline, config, step)
     names = [*expected, *(name for name in saved if name not in expected)]
     problems = [
         f"data position: {name} is {saved.get(name)!r} in the checkpoint and {expected.get(name)!r} now; "

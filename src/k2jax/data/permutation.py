@@ -9,7 +9,7 @@ _ROUNDS = 8
 MAX_SIZE = 2**62
 
 
-def _mix(x):
+def mix(x):
     """The finalizer of splitmix64: a bijection of 64-bit words whose every output bit hangs on every input bit."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -17,7 +17,7 @@ def _mix(x):
 
 
 def _round_keys(key: int) -> list[int]:
-    return [_mix((key + (i + 1) * 0x9E3779B97F4A7C15) & _MASK) for i in range(_ROUNDS)]
+    return [mix((key + (i + 1) * 0x9E3779B97F4A7C15) & _MASK) for i in range(_ROUNDS)]
 
 
 def _feistel(x, radix: int, keys: list[int]):
@@ -27,7 +27,15 @@ def _feistel(x, radix: int, keys: list[int]):
     """
     high, low = x // radix, x % radix
     for key in keys:
-        high, low = low, (high + _mix((low + key) & _MASK) % radix) % radix
+        high, low = low, (high + mix((low + key) & _MASK) % radix) % radix
+    return high * radix + low
+
+
+def _unfeistel(x: int, radix: int, keys: list[int]) -> int:
+    """The inverse of `_feistel`: the same rounds, the last one first, with the digits changing sides."""
+    high, low = divmod(x, radix)
+    for key in reversed(keys):
+        high, low = (low - mix((high + key) & _MASK) % radix) % radix, high
     return high * radix + low
 
 
@@ -64,3 +72,14 @@ def permute(index: np.ndarray | int, size: int, key: int) -> np.ndarray | int:
     if index.size and not (0 <= index.min() and index.max() < size):
         raise ValueError(f"index from {index.min()} to {index.max()}: must be in range({size})")
     return _permute_array(index, size, radix, keys)
+
+
+def unpermute(index: int, size: int, key: int) -> int:
+    """The element that `permute` takes to `index`. ValueError as there."""
+    if not 1 <= size <= MAX_SIZE or not 0 <= index < size:
+        raise ValueError(f"index = {index}, size = {size}: must be in range(size), and size from 1 to 2**62")
+    radix, keys = math.isqrt(size - 1) + 1, _round_keys(key & _MASK)
+    index = _unfeistel(index, radix, keys)
+    while index >= size:
+        index = _unfeistel(index, radix, keys)
+    return index

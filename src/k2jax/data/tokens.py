@@ -1,32 +1,43 @@
 """The token store: a folder of token ids that any sequence length can read at random, and that notices damage.
 
-manifest.json                what the folder holds, with a sha256 of every other file; written last
+manifest.json                what the folder holds, with a sha256 of every other file and of itself; written last
 tokenizer.*                  the tokenizer's own file, where it has one
-train/, validation/
+parts/PART.json              receipts of the writers, one for each part
+SPLIT/SOURCE/PART/           SPLIT is train or validation; a stream is a split's parts of one source, one after the other
     tokens/                  zarr 3 array, uint32 [num_tokens], in shards of compressed chunks with crc32c
     borders.npy              uint64 [num_documents + 1]: where each document starts, and the end
-    documents.jsonl          per document: name, bytes and sha256 of its text
+    documents.npy            uint64 [num_documents, 3]: where its record begins, its id, and the id of its origin
+    documents.jsonl          records: name, bytes and sha256 of its text; the same of the document it was made from
+
+A document's id is the first 8 bytes of its sha256. The origin of a rephrased document is the one it was made from, of
+any other itself.
 """
 
-import array
+import bisect
 import hashlib
+import io
+import itertools
 import json
-import os
+import tempfile
 import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import tensorstore
 
 from k2jax.config import UserError
+from k2jax.data.folder import Folder, shared_context
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer
-from k2jax.files import sha256_of, sync_folder, write_atomic
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation")
+SHARD_TOKENS, CHUNK_TOKENS = 2**24, 2**12
+_CACHE_BYTES = 2**26  # decompressed chunks kept for the next read; a short sequence needs a sliver of one
+_CACHED_INDEXES = 1024  # parts whose borders stay mapped, or in memory where the store is not on a local disk
 _COUNTS = ("tokens", "documents", "text_bytes")
-SHARD_TOKENS, CHUNK_TOKENS = 2**24, 2**16
-_CACHE_BYTES = 2**28  # decompressed chunks kept for the next read; a short sequence needs a sliver of one
 _MEND = "restore the file from a copy, or prepare the store again"
 
 
@@ -34,244 +45,328 @@ class CorruptStore(UserError):
     """The store's files are not those that were written."""
 
 
-def _describe(path: Path) -> dict:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+def _seal(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _create_array(path: Path, shard_tokens: int, chunk_tokens: int) -> tensorstore.TensorStore:
-    endian = {"name": "bytes", "configuration": {"endian": "little"}}
-    chunk_codecs = [endian, {"name": "zstd", "configuration": {"level": 3}}, {"name": "crc32c"}]
-    sharding = {"chunk_shape": [chunk_tokens], "codecs": chunk_codecs, "index_codecs": [endian, {"name": "crc32c"}]}
-    metadata = {
-        "shape": [0],
-        "data_type": "uint32",
-        "fill_value": 0,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard_tokens]}},
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-    }
-    # By default a chunk of zeros is left out, and a lost chunk reads as zeros: the two could not be told apart.
-    policy = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}, "metadata": metadata, **policy}
-    return tensorstore.open(spec, create=True).result()
+def sign(manifest: dict) -> dict:
+    """`manifest` with the digest of its own values, so that no bit of it can change unseen."""
+    return manifest | {"sha256": _seal(manifest)}
 
 
-class _SplitWriter:
-    """One split of a store being written. Memory: one shard, and 8 bytes per document."""
-
-    def __init__(self, folder: Path, shard_tokens: int, chunk_tokens: int):
-        folder.mkdir()
-        self.folder = folder
-        self.array = _create_array(folder / "tokens", shard_tokens, chunk_tokens)
-        self.buffer = np.empty(shard_tokens, np.uint32)
-        self.filled = self.text_bytes = 0
-        self.borders = array.array("Q", [0])
-        self.documents = open(folder / "documents.jsonl", "w", encoding="utf-8")
-
-    def append(self, tokens: np.ndarray, document: dict) -> None:
-        assert len(tokens), "a document without tokens would have no border of its own"
-        self.borders.append(self.borders[-1] + len(tokens))
-        self.text_bytes += document["bytes"]
-        self.documents.write(json.dumps(document) + "\n")
-        while len(tokens):
-            part = tokens[: len(self.buffer) - self.filled]
-            self.buffer[self.filled : self.filled + len(part)] = part
-            self.filled += len(part)
-            tokens = tokens[len(part) :]
-            if self.filled == len(self.buffer):
-                self.flush()
-
-    def flush(self) -> None:
-        start = self.array.shape[0]
-        self.array = self.array.resize(exclusive_max=[start + self.filled]).result()
-        self.array[start:].write(self.buffer[: self.filled]).result()
-        self.filled = 0
-
-    def finish(self) -> dict:
-        if self.filled:
-            self.flush()
-        self.documents.flush()
-        os.fsync(self.documents.fileno())
-        with open(self.folder / "borders.npy", "wb") as file:
-            np.save(file, np.frombuffer(self.borders, np.uint64))
-            file.flush()
-            os.fsync(file.fileno())
-        return {"tokens": self.borders[-1], "documents": len(self.borders) - 1, "text_bytes": self.text_bytes}
+def _check_types(manifest: dict) -> None:
+    streams = [entry["splits"][split] for entry in manifest["sources"].values() for split in SPLITS]
+    totals = [manifest["splits"][split] for split in SPLITS]
+    parts = [part for stream in streams for part in stream["parts"]]
+    counts = [item[key] for item in [*totals, *streams, *parts] for key in _COUNTS] + [p["part"] for p in parts]
+    counts += [manifest["shard_tokens"], manifest["chunk_tokens"], manifest["tokenizer"]["vocab_size"]]
+    counts += [entry["bytes"] for entry in manifest["files"].values()]
+    texts = [manifest["tokenizer"]["digest"], *(entry["sha256"] for entry in manifest["files"].values())]
+    if {*map(type, counts)} != {int} or {*map(type, texts)} != {str} or min(counts) < 0:
+        raise ValueError("a count is not an integer of at least 0, or a digest not text")
+    sums = [(stream, stream["parts"]) for stream in streams]
+    sums += [(manifest["splits"][s], [e["splits"][s] for e in manifest["sources"].values()]) for s in SPLITS]
+    for (whole, parts), key in itertools.product(sums, _COUNTS):
+        if whole[key] != sum(part[key] for part in parts):
+            raise ValueError(f"{key} are not the sum of their parts")
 
 
-class TokenWriter:
-    """Writes a store into `folder`, which must be empty. It becomes one when `finish` writes the manifest.
-
-    Memory: one shard per split, 4 * shard_tokens bytes, and 8 bytes per document.
-    """
-
-    def __init__(self, folder, tokenizer: Tokenizer, *, shard_tokens=SHARD_TOKENS, chunk_tokens=CHUNK_TOKENS):
-        if chunk_tokens < 1 or shard_tokens < 1 or shard_tokens % chunk_tokens:
-            raise ValueError(f"{shard_tokens = }: must be a positive multiple of {chunk_tokens = }")
-        self.folder, self.tokenizer = Path(folder), tokenizer
-        self.sizes = {"shard_tokens": shard_tokens, "chunk_tokens": chunk_tokens}
-        self.splits = {split: _SplitWriter(self.folder / split, **self.sizes) for split in SPLITS}
-
-    def __enter__(self) -> "TokenWriter":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for split in self.splits.values():
-            split.documents.close()
-
-    def append(self, split: str, name: str, text: str) -> int:
-        """Add one document: bos, the tokens of `text`, eos. Gives its UTF-8 bytes."""
-        content, tokenizer = text.encode("utf-8"), self.tokenizer
-        bos, eos = np.array([tokenizer.bos, tokenizer.eos], np.uint32)[:, None]
-        tokens = np.concatenate([bos, tokenizer.encode(text), eos])
-        document = {"name": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        self.splits[split].append(tokens, document)
-        return len(content)
-
-    def finish(self, **created) -> dict:
-        """Write the manifest and return it. `created`: JSON values for it that say where the documents came from."""
-        splits = {name: split.finish() for name, split in self.splits.items()}
-        tokenizer = self.tokenizer
-        if tokenizer.definition is not None:
-            write_atomic(self.folder / tokenizer.file_name, tokenizer.definition)
-        paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        manifest = {
-            "format": FORMAT,
-            **created,
-            **self.sizes,
-            "tokenizer": {
-                "spec": tokenizer.spec,
-                "file": tokenizer.file_name,
-                "digest": tokenizer.digest,
-                "vocab_size": tokenizer.vocab_size,
-            },
-            "splits": splits,
-            "files": {path.relative_to(self.folder).as_posix(): _describe(path) for path in paths},
-        }
-        for folder in {path.parent for path in paths}:
-            sync_folder(folder)
-        write_atomic(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-        return manifest
-
-
-def _parse_manifest(path: Path, content: bytes) -> dict:
+def _parse_manifest(place: str, content: bytes) -> dict:
     """The manifest's values, with the types that the store relies on."""
     try:
         manifest = json.loads(content)
         if manifest["format"] != FORMAT:
-            found = f"{path}: format is {manifest['format']!r}"
+            found = f"{place}: format is {manifest['format']!r}"
             raise UserError(f"{found}, this k2jax reads format {FORMAT}; prepare the store again")
-        counts = [manifest["splits"][split][key] for split in SPLITS for key in _COUNTS]
-        counts += [manifest["shard_tokens"], manifest["chunk_tokens"], manifest["tokenizer"]["vocab_size"]]
-        counts += [entry["bytes"] for entry in manifest["files"].values()]
-        texts = [manifest["tokenizer"]["digest"], *(entry["sha256"] for entry in manifest["files"].values())]
-        if {*map(type, counts)} != {int} or {*map(type, texts)} != {str} or min(counts) < 0:
-            raise ValueError("a count is not an integer of at least 0, or a digest not text")
+        said, found = manifest.pop("sha256"), _seal(manifest)
+        if said != found:
+            raise CorruptStore(f"{place}: sha256 of its values is {found}, it says {said}; {_MEND}")
+        _check_types(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptStore(f"{path}: is not a manifest of k2jax ({type(error).__name__}: {error}); {_MEND}") from None
+        raise CorruptStore(f"{place}: is not a manifest of k2jax ({type(error).__name__}: {error}); {_MEND}") from None
     return manifest
 
 
-def _file_problems(folder: Path, files: dict):
+def _file_problems(folder: Folder, files: dict) -> Iterator[str]:
+    """What a look at the folder shows: no file is read. Sizes are seen on local disks alone."""
+    found = {*folder.names()}
     for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            yield f"{path}: is missing; {_MEND}"
-        elif path.stat().st_size != entry["bytes"]:
-            yield f"{path}: has {path.stat().st_size} bytes, the manifest says {entry['bytes']}; {_MEND}"
+        if name not in found:
+            yield f"{folder}/{name}: is missing; {_MEND}"
+        elif folder.local is not None and (size := (folder.local / name).stat().st_size) != entry["bytes"]:
+            yield f"{folder}/{name}: has {size} bytes, the manifest says {entry['bytes']}; {_MEND}"
+    for name in sorted(found - files.keys() - {"manifest.json"}):
+        if name.startswith(SPLITS):  # what people leave beside it is theirs
+            yield f"{folder}/{name}: is not in the manifest; move it out of the store"
 
 
-class TokenStore:
-    """A store opened for reading, by any number of threads. UserError names everything a look at the folder shows.
+class Checked:
+    """A folder whose files are compared with their digests when they are first read, by any number of threads."""
 
-    The content of a file is compared with its digest when it is first read, once for each TokenStore.
-    """
+    def __init__(self, folder: Folder, files: dict):
+        self.folder, self.files = folder, files
+        self._verified, self._damaged, self._locks = set(), {}, [threading.Lock() for _ in range(64)]
 
-    def __init__(self, path):
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise UserError(f"{self.path}: no such folder; make a token store with `k2jax prepare`")
-        if not (self.path / "manifest.json").is_file():
-            raise UserError(f"{self.path}: is no token store, it has no manifest.json; make one with `k2jax prepare`")
-        content = (self.path / "manifest.json").read_bytes()
-        self.digest = hashlib.sha256(content).hexdigest()
-        self.manifest = _parse_manifest(self.path / "manifest.json", content)
-        problems = [*_file_problems(self.path, self.manifest["files"])]
-        if problems:
-            raise CorruptStore(*problems)
-        self._borders, self._verified, self._locks = {}, set(), [threading.Lock() for _ in range(64)]
-        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
-        self._arrays = {split: self._open(split, context) for split in SPLITS}
-
-    def _open(self, split: str, context: tensorstore.Context) -> tensorstore.TensorStore:
-        self._verify(f"{split}/tokens/zarr.json")
-        kvstore = {"driver": "file", "path": f"{self.path / split / 'tokens'}/"}
-        # A store does not change: asking the file system about every cached chunk would only cost time.
-        spec = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False, "recheck_cached_data": "open"}
-        array = tensorstore.open(spec, open=True, read=True, context=context).result()
-        if array.shape != (self.num_tokens(split),):
-            found = f"{self.path}/{split}/tokens: shape is {array.shape}"
-            raise CorruptStore(f"{found}, the manifest says {self.num_tokens(split)} tokens; {_MEND}")
-        return array
-
-    def _verify(self, name: str) -> None:
+    def verify(self, name: str) -> None:
         """Compare a file with its digest in the manifest, the first time it is named."""
         if name in self._verified:
             return
         with self._locks[hash(name) % len(self._locks)]:
             if name in self._verified:
                 return
-            path, entry = self.path / name, self.manifest["files"].get(name)
-            if entry is None:
-                raise CorruptStore(f"{path}: is not in the manifest; {_MEND}")
-            try:
-                found = sha256_of(path)
-            except OSError as error:
-                raise CorruptStore(f"{path}: cannot be read: {error.strerror}; {_MEND}") from None
-            if found != entry["sha256"]:
-                raise CorruptStore(f"{path}: sha256 is {found}, the manifest says {entry['sha256']}; {_MEND}")
-            self._verified.add(name)
+            if name not in self._damaged:  # once is enough: many rows may ask for the same file
+                if (problem := self._problem(name)) is None:
+                    self._verified.add(name)
+                    return
+                self._damaged[name] = problem
+            raise CorruptStore(f"{self.folder}/{name}: {self._damaged[name]}; {_MEND}")
 
-    def num_tokens(self, split: str) -> int:
-        return self.manifest["splits"][split]["tokens"]
-
-    def num_documents(self, split: str) -> int:
-        return self.manifest["splits"][split]["documents"]
-
-    def text_bytes(self, split: str) -> int:
-        """UTF-8 bytes of the documents' text; bos and eos have none."""
-        return self.manifest["splits"][split]["text_bytes"]
-
-    def read(self, split: str, start: int, stop: int) -> np.ndarray:
-        """Tokens start..stop-1 as uint32. IndexError outside the split, CorruptStore for a damaged file."""
-        if not 0 <= start <= stop <= self.num_tokens(split):
-            raise IndexError(f"tokens [{start}, {stop}): {split} has {self.num_tokens(split)}")
-        shard = self.manifest["shard_tokens"]
-        for number in range(start // shard, -(-stop // shard)):
-            self._verify(f"{split}/tokens/c/{number}")
+    def _problem(self, name: str) -> str | None:
+        if (entry := self.files.get(name)) is None:
+            return "is not in the manifest"
         try:
-            return self._arrays[split][start:stop].read().result()
-        except ValueError as error:  # damaged since its digest was checked
-            found = f"{self.path}/{split}/tokens: tokens [{start}, {stop}) cannot be read: {error}"
-            raise CorruptStore(f"{found}; {_MEND}") from None
+            found = self.folder.describe(name)["sha256"]
+        except OSError as error:
+            return f"cannot be read: {error.strerror or 'No such file'}"
+        return None if found == entry["sha256"] else f"sha256 is {found}, the manifest says {entry['sha256']}"
 
-    def borders(self, split: str) -> np.ndarray:
-        """uint64 [num_documents + 1]: the first token of each document, then num_tokens; mapped, not loaded."""
-        if split not in self._borders:
-            self._verify(f"{split}/borders.npy")
-            path = self.path / split / "borders.npy"
-            borders = np.load(path, mmap_mode="r")
-            expected = (self.num_documents(split), self.num_tokens(split))
-            if (found := (len(borders) - 1, int(borders[-1]))) != expected:
-                raise CorruptStore(f"{path}: (documents, tokens) are {found}, the manifest says {expected}; {_MEND}")
-            self._borders[split] = borders
-        return self._borders[split]
+    def npy(self, name: str) -> np.ndarray:
+        """An array file, mapped where it lies on a local disk."""
+        self.verify(name)
+        if self.folder.local is not None:
+            return np.asarray(np.load(self.folder.local / name, mmap_mode="r"))  # plain views are quicker to make
+        return np.load(io.BytesIO(self.folder.read(name)))
+
+
+class _Part:
+    """One part of a stream: where it lies and how much it holds."""
+
+    def __init__(self, files: Checked, place: str, entry: dict, shard_tokens: int, context: tensorstore.Context):
+        self.files, self.place, self.shard_tokens, self.context = files, place, shard_tokens, context
+        self.num_tokens, self.num_documents = entry["tokens"], entry["documents"]
+        self._opening = threading.Lock()
+
+    @cached_property
+    def _array(self) -> tensorstore.TensorStore:
+        name = f"{self.place}/tokens"
+        self.files.verify(f"{name}/zarr.json")
+        # A store does not change: asking the file system about every cached chunk would only cost time.
+        policy = {"fill_missing_data_reads": False, "recheck_cached_data": "open"}
+        spec = {"driver": "zarr3", "kvstore": self.files.folder.spec(name), **policy}
+        array = tensorstore.open(spec, open=True, read=True, context=self.context).result()
+        if array.shape != (self.num_tokens,):
+            found = f"{self.files.folder}/{name}: shape is {array.shape}"
+            raise CorruptStore(f"{found}, the manifest says {self.num_tokens} tokens; {_MEND}")
+        return array
+
+    def chunk(self, token: int) -> str:
+        """Where a token lies, for people."""
+        shard, rest = divmod(token, self.shard_tokens)
+        return f"{self.files.folder}/{self.place}/tokens/c/{shard}, tokens from {rest}"
+
+    def start(self, start: int, stop: int) -> Callable[[], np.ndarray]:
+        """Begin to read; what it gives waits for the tokens."""
+        for number in range(start // self.shard_tokens, -(-stop // self.shard_tokens)):
+            self.files.verify(f"{self.place}/tokens/c/{number}")
+        with self._opening:
+            array = self._array
+        future = array[start:stop].read()
+
+        def tokens() -> np.ndarray:
+            try:
+                return future.result()
+            except ValueError as error:  # damaged since its digest was checked
+                found = f"{self.files.folder}/{self.place}/tokens: tokens [{start}, {stop}) cannot be read: {error}"
+                raise CorruptStore(f"{found}; {_MEND}") from None
+
+        return tokens
+
+    def load_borders(self) -> np.ndarray:
+        borders = self.files.npy(f"{self.place}/borders.npy")
+        expected = (self.num_documents, self.num_tokens)
+        if (found := (len(borders) - 1, int(borders[-1]))) != expected:
+            place = f"{self.files.folder}/{self.place}/borders.npy"
+            raise CorruptStore(f"{place}: (documents, tokens) are {found}, the manifest says {expected}; {_MEND}")
+        return borders
+
+    def load_ids(self) -> np.ndarray:
+        return self.files.npy(f"{self.place}/documents.npy")
+
+    def records(self, documents: list[int]) -> Iterator[dict]:
+        name, index = f"{self.place}/documents.jsonl", self.load_ids()
+        self.files.verify(name)
+        local = self.files.folder.local
+        with open(local / name, "rb") if local else io.BytesIO(self.files.folder.read(name)) as file:
+            for document in documents:
+                file.seek(int(index[document, 0]))
+                yield json.loads(file.readline())
+
+
+class Recent:
+    """The borders of the parts that were used last."""
+
+    def __init__(self):
+        self._kept, self._lock = OrderedDict(), threading.Lock()
+
+    def borders(self, part) -> np.ndarray:
+        with self._lock:
+            if part in self._kept:
+                self._kept.move_to_end(part)
+                return self._kept[part]
+        borders = part.load_borders()
+        with self._lock:
+            self._kept[part] = borders
+            while len(self._kept) > _CACHED_INDEXES:
+                self._kept.popitem(last=False)
+        return borders
+
+
+class Stream:
+    """The documents of one source in one split, as one sequence of tokens. Tokens and documents count from 0."""
+
+    def __init__(self, name: str, parts: list, counts: dict, recent: Recent):
+        self.name, self.parts, self._recent = name, parts, recent
+        self.num_tokens, self.num_documents, self._text_bytes = (counts[key] for key in _COUNTS)
+        self._first_token = [0, *itertools.accumulate(part.num_tokens for part in parts)]
+        self._first_document = [0, *itertools.accumulate(part.num_documents for part in parts)]
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the documents' text; bos and eos have none."""
+        return self._text_bytes
+
+    def _pieces(self, start: int, stop: int, firsts: list[int]) -> Iterator[tuple[int, int, int]]:
+        """(part, start, stop) in the part, of every part that has some of [start, stop)."""
+        number = bisect.bisect_right(firsts, start) - 1
+        while start < stop:
+            first, end = firsts[number], firsts[number + 1]
+            if (until := min(stop, end)) > start:
+                yield number, start - first, until - first
+            start, number = max(start, until), number + 1
+
+    def start(self, start: int, stop: int) -> Callable[[], np.ndarray]:
+        """`read` in two halves: several that have begun share the wait, which halves what they cost."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens [{start}, {stop}): {self.name} has {self.num_tokens}")
+        begun = [self.parts[number].start(a, b) for number, a, b in self._pieces(start, stop, self._first_token)]
+        if len(begun) == 1:
+            return begun[0]
+        return lambda: np.concatenate([np.empty(0, np.uint32), *(tokens() for tokens in begun)])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop-1 as uint32. IndexError outside the stream, CorruptStore for a damaged file."""
+        return self.start(start, stop)()
+
+    def documents(self, start: int, stop: int) -> tuple[int, np.ndarray]:
+        """(number of the document that token `start` belongs to, int64 first tokens of it and all up to `stop`)."""
+        first, starts = None, []
+        for number, a, b in self._pieces(start, stop, self._first_token):
+            borders = self._recent.borders(self.parts[number])
+            # The needles are uint64 like the borders: for int64 ones numpy would convert every border to float64.
+            low, high = np.searchsorted(borders, np.array([a + 1, b], np.uint64)) - [1, 0]
+            starts.append(borders[low:high].astype(np.int64) + self._first_token[number])
+            first = int(low) + self._first_document[number] if first is None else first
+        return first, np.concatenate(starts)
+
+    def borders(self, first: int, last: int) -> np.ndarray:
+        """int64 [last - first + 1]: first token of each document first..last-1, and the end of the last."""
+        found = [
+            self._recent.borders(self.parts[number])[a:b].astype(np.int64) + self._first_token[number]
+            for number, a, b in self._pieces(first, last, self._first_document)
+        ]
+        end = self.num_tokens if last >= self.num_documents else None
+        if end is None:
+            ((number, a, _),) = self._pieces(last, last + 1, self._first_document)
+            end = int(self._recent.borders(self.parts[number])[a]) + self._first_token[number]
+        return np.concatenate([*found, [end]]).astype(np.int64)
+
+    def chunk(self, token: int) -> str:
+        """The file and the place in it where a token lies."""
+        ((number, start, _),) = self._pieces(token, token + 1, self._first_token)
+        return self.parts[number].chunk(start)
+
+    def records(self, documents: list[int]) -> list[dict]:
+        """The documents' records. documents: numbers, rising."""
+        found, documents = [], np.asarray(documents, np.int64)
+        for number, part in enumerate(self.parts):
+            low, high = np.searchsorted(documents, self._first_document[number : number + 2])
+            if low < high:
+                found += part.records((documents[low:high] - self._first_document[number]).tolist())
+        return found
+
+    def find(self, prefix: str) -> Iterator[int]:
+        """Documents, and those made from them, whose sha256 begins with `prefix`, at least 16 hex digits."""
+        wanted = np.uint64(int(prefix[:16], 16))
+        for number, part in enumerate(self.parts):
+            hits = np.flatnonzero((np.asarray(part.load_ids()[:, 1:]) == wanted).any(-1))
+            yield from (hits + self._first_document[number]).tolist()
+
+    def find_name(self, name: str) -> Iterator[int]:
+        """Documents called `name`: reads every record."""
+        for number, part in enumerate(self.parts):
+            for document, record in enumerate(part.records(range(part.num_documents))):
+                if record["name"] == name:
+                    yield document + self._first_document[number]
+
+
+class TokenStore:
+    """A store opened for reading, by any number of threads. UserError names everything a look at the folder shows.
+
+    The content of a file is compared with its digest when it is first read, once for each TokenStore.
+    streams: {split: {source: Stream}}. digest: of the manifest, and so of every byte in the store.
+    """
+
+    def __init__(self, path):
+        folder = Folder(path)
+        self.path = folder.url
+        if folder.local is not None and not folder.local.is_dir():
+            raise UserError(f"{self.path}: no such folder; make a token store with `k2jax prepare`")
+        try:
+            content = folder.read("manifest.json")
+        except FileNotFoundError:
+            rule = "is no token store, it has no manifest.json; make one with `k2jax prepare`"
+            raise UserError(f"{self.path}: {rule}") from None
+        self.digest = hashlib.sha256(content).hexdigest()
+        self.manifest = _parse_manifest(f"{self.path}/manifest.json", content)
+        if problems := [*_file_problems(folder, self.manifest["files"])]:
+            raise CorruptStore(*problems)
+        self._files, recent = Checked(folder, self.manifest["files"]), Recent()
+        cache = {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}}
+        context, shard = tensorstore.Context(cache, parent=shared_context()), self.manifest["shard_tokens"]
+        self.sources = self.manifest["sources"]
+        self.streams = {split: {} for split in SPLITS}
+        for split, (source, entry) in itertools.product(SPLITS, self.sources.items()):
+            counts, place = entry["splits"][split], f"{split}/{source}"
+            parts = [_Part(self._files, f"{place}/{p['part']:05}", p, shard, context) for p in counts["parts"]]
+            self.streams[split][source] = Stream(place, parts, counts, recent)
+        self.vocab_size = self.manifest["tokenizer"]["vocab_size"]
+        self.tokenizer_digest = self.manifest["tokenizer"]["digest"]
+
+    def check(self) -> None:
+        """Compare every file with its digest now. CorruptStore names all that differ."""
+        problems = []
+        for name in self.manifest["files"]:
+            try:
+                self._files.verify(name)
+            except CorruptStore as error:
+                problems += error.problems
+        if problems:
+            raise CorruptStore(*problems)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that wrote the store."""
-        entry = self.manifest["tokenizer"]
+        entry, folder = self.manifest["tokenizer"], self._files.folder
         if entry["file"] is not None:
-            self._verify(entry["file"])
-        tokenizer = load_tokenizer("byte" if entry["file"] is None else str(self.path / entry["file"]))
+            self._files.verify(entry["file"])
+        if entry["file"] is None:
+            tokenizer = load_tokenizer("byte")
+        elif folder.local is not None:
+            tokenizer = load_tokenizer(str(folder.local / entry["file"]))
+        else:
+            with tempfile.TemporaryDirectory() as temporary:
+                path = Path(temporary) / entry["file"]
+                path.write_bytes(folder.read(entry["file"]))
+                tokenizer = load_tokenizer(str(path))
         if tokenizer.digest != entry["digest"]:
             raise CorruptStore(
                 f"{self.path}: the tokenizer's digest is {tokenizer.digest}, the manifest says {entry['digest']}: "

@@ -27,7 +27,8 @@ TRAIN_USAGE = """usage: k2jax train CONFIG [--simulate N] [--section.field value
 
 Trains, or goes on with the run in train.run_dir. Ctrl-C finishes the step, saves and says how to resume.
 CONFIG is a Python file with config(), such as configs/tiny.py; `k2jax train CONFIG --help` lists its fields.
---simulate N runs on N CPU devices, even where there is an accelerator."""
+--simulate N runs on N CPU devices, even where there is an accelerator.
+--change-mixture lets a run go on with other sources, weights or epochs than it had; what is done stays as it was."""
 
 
 def train(args, rest: list[str]) -> int:
@@ -43,7 +44,7 @@ def train(args, rest: list[str]) -> int:
         use_cpu_devices(args.simulate)
     from k2jax.train.loop import run
 
-    result = run(config)
+    result = run(config, args.change_mixture)
     folder = Path(config.train.run_dir)
     if result.signal is not None:
         print(f"stopped after step {result.step}, saved. Resume with:\n  k2jax {shlex.join(sys.argv[1:])}")
@@ -72,30 +73,6 @@ def _show_result(folder: Path, result) -> None:
     print(f"sample ({folder / 'sample.txt'}; more with: k2jax generate {folder} PROMPT):\n{text}")
 
 
-def prepare(args, rest: list[str]) -> int:
-    from rich.console import Console
-
-    from k2jax.data import prepare as preparation
-
-    console = Console(soft_wrap=True, highlight=False)
-    with console.status("reading ...") as status:
-        summary = preparation.prepare(
-            args.source, args.out, args.tokenizer, pattern=args.pattern, exclude=args.exclude,
-            validation_fraction=args.validation_fraction, text_field=args.text_field,
-            progress=lambda documents, size: status.update(f"{documents:,} documents, {size / 1e6:,.1f} MB"),
-        )  # fmt: skip
-    for reason, entry in summary["skipped"].items():
-        console.print(
-            f"left out, {reason}: {entry['count']:,} (such as {', '.join(entry['examples'][:2])})", markup=False
-        )
-    for split, counts in summary["splits"].items():
-        text = f"{counts['documents']:,} documents, {counts['text_bytes']:,} bytes, {counts['tokens']:,} tokens"
-        console.print(f"{split}: {text}", markup=False)
-    vocabulary = summary["tokenizer"]["vocab_size"]
-    console.print(f"token store: {args.out} (model.vocab_size must be at least {vocabulary:,})", markup=False)
-    return 0
-
-
 def inspect(args, rest: list[str]) -> int:
     """Print what a config means, from abstract shapes."""
     config = override(load_config(args.config), rest)
@@ -110,6 +87,85 @@ def inspect(args, rest: list[str]) -> int:
     print(inspection.tables(found))
     print(inspection.draw_mesh(config, shutil.get_terminal_size((120, 24)).columns))
     return 0
+
+
+def plan(args, rest: list[str]) -> int:
+    """Compile the step of a config for a topology, and print what it needs."""
+    config = override(load_config(args.config), rest)
+    use_cpu_devices(1)  # whatever is here takes no part
+    from k2jax.plan.aot import describe_step, plan_lines
+    from k2jax.plan.topology import topology_mesh
+
+    found = describe_step(config, topology_mesh(config.mesh, args.topology))
+    print(json.dumps(found, indent=2) if args.json else "\n".join(plan_lines(found)))
+    return 0
+
+
+def _open_audit(args, rest: list[str]):
+    """(config, reader) of a run directory, or of a config whose run has not begun."""
+    from k2jax.data.corpus import open_corpus, open_data
+    from k2jax.data.mixture import make_timeline
+    from k2jax.data.plan import plan_run
+    from k2jax.data.rows import RowReader
+    from k2jax.train.run_dir import read_config
+    from k2jax.train.timeline_file import plan_paths, read_plan
+
+    is_run = Path(args.run).is_dir()
+    config = override(read_config(Path(args.run)) if is_run else load_config(args.run), rest)
+    plan = read_plan(Path(args.run) if is_run else Path(config.train.run_dir))
+    if args.data is None and not plan:
+        corpus = open_data(config)
+    else:
+        paths = args.data or plan_paths(plan)
+        corpus = open_corpus(paths, config.data.tokenizer, config.data.index_dir, namesakes=True)
+    timeline = make_timeline(plan, config) if plan else plan_run(corpus, config)[0]
+    return config, RowReader(corpus, timeline, config)
+
+
+def audit(args, rest: list[str]) -> int:
+    """Print what the timeline of a run says of steps, documents and sources."""
+    from k2jax.data import audit as audits
+
+    if [args.step is not None, args.document is not None, args.tokens].count(True) != 1:
+        raise UserError("audit: give one of --step N, --document ID and --tokens")
+    config, reader = _open_audit(args, rest)
+    until = config.train.num_steps if args.until is None else args.until
+    if args.step is not None:
+        audits.check_step(args.step, config.train.num_steps)
+        found = [row for row in audits.step_documents(reader, args.step) if args.place in (None, row["place"])]
+        lines = map(_row_line, found)
+    elif args.document is not None:
+        documents = audits.find_documents(reader, args.document)
+        if not documents:
+            raise UserError(f"--document {args.document}: no document of {reader.corpus.path} has this name or sha256")
+        found = [
+            {"source": reader.timeline.names[source], "document": document, **seen}
+            for source, document in documents
+            for seen in audits.document_steps(reader, source, document, until)
+        ]
+        lines = map(_seen_line, found)
+    else:
+        found = audits.token_account(reader, config, until)
+        lines = map(_account_line, found)
+    print("\n".join(map(json.dumps, found) if args.json else lines) or f"not seen in {until} steps")
+    return 0
+
+
+def _row_line(row: dict) -> str:
+    title = f"{row['place']:>6}  row {row['row']}: {row['source']}, window {row['window']}, pass {row['epoch']}"
+    parts = [f"{' ' * 8}{d['name']}, tokens {d['tokens'][0]}-{d['tokens'][1] - 1}" for d in row["documents"]]
+    return "\n".join([title, *parts])
+
+
+def _seen_line(seen: dict) -> str:
+    when = "left out by data.skip_steps" if seen["step"] is None else f"step {seen['step']}"
+    what = f"{seen['source']}, document {seen['document']}, window {seen['window']}, pass {seen['epoch']}"
+    return f"{when}, row {seen['place']} of the batch: {what}"
+
+
+def _account_line(entry: dict) -> str:
+    shares = f"share {entry['share']:.7f}, planned {entry['planned_share']:.7f}"
+    return f"{entry['source']}: {entry['tokens']:,} tokens, {shares}, {entry['epochs']:.4f} passes"
 
 
 def _load(source: str, step: int | None):
@@ -138,7 +194,7 @@ def generate(args, rest: list[str]) -> int:
 
 def evaluate(args, rest: list[str]) -> int:
     """Perplexity on a held-out split, or tasks of the evaluation harness."""
-    others = ("data", "sequences", "length") if args.tasks else ("task_folder", "limit")
+    others = ("data", "source", "sequences", "length") if args.tasks else ("task_folder", "limit")
     where = "does not go with --tasks" if args.tasks else "goes with --tasks alone"
     problems = [f"--{n.replace('_', '-')}: {where}" for n in others if getattr(args, n) is not None]
     if args.limit is not None and args.limit < 1:
@@ -151,14 +207,15 @@ def evaluate(args, rest: list[str]) -> int:
         results, shortened = run_tasks(_load(args.run, args.step), args.tasks.split(","), args.task_folder, args.limit)
         print(json.dumps({"results": results, "requests_shortened": shortened}, indent=2, default=str))
         return 0
-    from k2jax.data.tokens import TokenStore
+    from k2jax.data.corpus import open_corpus, open_data
     from k2jax.train.evaluate import perplexity
 
     loaded = _load(args.run, args.step)
-    if args.data is None and not Path(loaded.config.data.path).is_dir():
-        raise UserError(f"{args.run}: its token store, {loaded.config.data.path!r}, is not here; give --data STORE")
-    store = TokenStore(args.data or loaded.config.data.path)
-    found = perplexity(loaded, store, args.sequences, args.length)
+    data = loaded.config.data
+    if args.data is None and "://" not in data.path and not any(Path(path).exists() for path in data.path.split(",")):
+        raise UserError(f"{args.run}: its token store, {data.path!r}, is not here; give --data STORE")
+    corpus = open_data(loaded.config) if args.data is None else open_corpus(args.data, data.tokenizer, data.index_dir)
+    found = perplexity(loaded, corpus, args.sequences, args.length, args.source)
     if args.json:
         print(json.dumps(found._asdict(), indent=2))
     else:

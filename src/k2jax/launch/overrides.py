@@ -35,7 +35,8 @@ def _parse_value(kind: object, text: str) -> object:
         text = "None"
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            args = text.split(",") if typing.get_origin(kind) is tuple else [text]
+            is_list = tuple in map(typing.get_origin, (kind, *typing.get_args(kind)))  # or a list or None
+            args = text.split(",") if is_list else [text]
             return tyro.cli(kind, args=args, console_outputs=False)
     except SystemExit:
         raise ValueError(text) from None

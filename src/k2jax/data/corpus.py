@@ -1,0 +1,92 @@
+"""All that a run reads: the sources of one or more stores, and what the config makes of them."""
+
+import hashlib
+
+from k2jax.config import Config, UserError
+from k2jax.data.megatron import MegatronStore, is_megatron
+from k2jax.data.packing import Packing, Windows
+from k2jax.data.tokens import SPLITS, TokenStore
+
+class Corpus:
+    """Stores opened together. streams: {split: {source: Stream}}. Every source has one name, in one store."""
+
+    def __init__(self, stores: list):
+        self.stores, self.path = stores, ",".join(store.path for store in stores)
+        self.digest = stores[0].digest
+        if len(stores) > 1:
+            self.digest = hashlib.sha256(" ".join(store.digest for store in stores).encode()).hexdigest()
+        self.vocab_size = max(store.vocab_size for store in stores)
+        self.streams, self.sources, self.store_of = {split: {} for split in SPLITS}, {}, {}
+        for store in stores:
+            self.sources |= store.sources
+            self.store_of |= dict.fromkeys(store.sources, store)
+            for split in SPLITS:
+                self.streams[split] |= {name: s for name, s in store.streams[split].items() if s.num_tokens}
+
+    def tokenizer(self):
+        """The tokenizer that wrote the stores; None where .idx files do not say."""
+        return self.stores[0].tokenizer()
+
+    def num_tokens(self, split: str, source: str | None = None) -> int:
+        return sum(stream.num_tokens for name, stream in self.streams[split].items() if source in (None, name))
+
+    def text_bytes(self, split: str, source: str | None = None) -> int:
+        """UTF-8 bytes of the documents' text; bos and eos have none."""
+        return sum(stream.text_bytes for name, stream in self.streams[split].items() if source in (None, name))
+
+
+def _open(path: str, tokenizer: str | None, index_dir: str):
+    return MegatronStore(path, tokenizer, index_dir) if is_megatron(path) else TokenStore(path)
+
+
+def open_corpus(
+    paths: str, tokenizer: str | None = None, index_dir: str = "data/indexes", namesakes: bool = False
+) -> Corpus:
+    """The stores at `paths`, joined by commas; every problem of every one at once, as UserError.
+
+    tokenizer, index_dir: as in config.DataConfig, for .idx files. namesakes: two stores may have a source of one name,
+    of which `streams` has the later one; an audit looks into stores that a run had one after the other.
+    """
+    stores, problems = [], []
+    for path in paths.split(","):
+        try:
+            stores.append(_open(path.strip(), tokenizer, index_dir))
+        except UserError as error:
+            problems += error.problems
+    names = [name for store in stores for name in store.sources]
+    for name in sorted({name for name in names if names.count(name) > 1 and not namesakes}):
+        owners = " and ".join(store.path for store in stores if name in store.sources)
+        problems.append(f"data.path: {owners} both have a source {name!r}; prepare one of them under another name")
+    digests = {store.tokenizer_digest: store.path for store in stores}
+    if len(digests) > 1:
+        problems.append(f"data.path: {' and '.join(digests.values())} were written by different tokenizers")
+    if problems:
+        raise UserError(*problems)
+    return Corpus(stores)
+
+
+def open_data(config: Config) -> Corpus:
+    """The corpus that a run reads, with the held-out text of data.validation_path where that is given."""
+    data = config.data
+    corpus = open_corpus(data.path, data.tokenizer, data.index_dir)
+    if data.validation_path is None:
+        return corpus
+    held_out = open_corpus(data.validation_path, data.tokenizer, data.index_dir)
+    if {s.tokenizer_digest for s in (*held_out.stores, *corpus.stores)} != {corpus.stores[0].tokenizer_digest}:
+        raise UserError(
+            f"data.validation_path = {data.validation_path!r}: was written by another tokenizer than data.path"
+        )
+    corpus.streams["validation"] = {
+        name: held_out.streams["validation"].get(name) or held_out.streams["train"][name]
+        for name in held_out.sources
+        if any(name in held_out.streams[split] for split in SPLITS)
+    }
+    return corpus
+
+
+def make_cut(store, config: Config, source: str) -> Windows | Packing:
+    """How the training stream of a source is cut into rows."""
+    stream, length = store.streams["train"][source], config.data.sequence_length
+    if config.data.packing == "best_fit":
+        return Packing(stream, length, store.digest, config.data.index_dir)
+    return Windows(stream, length)

@@ -1,0 +1,61 @@
+"""timeline.json and ledger.jsonl of a run: what its data is, and which rows of it were bad."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from k2jax.config import Config, RunFailed, UserError
+from k2jax.data.rows import BadRow, RowReader
+from k2jax.files import write_atomic
+
+
+def read_plan(folder: Path) -> list[dict]:
+    """The plan (data/mixture.py) of the run in `folder`; [] for one that has not begun."""
+    try:
+        return json.loads((folder / "timeline.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except ValueError as error:
+        raise UserError(f"{folder}/timeline.json: is not JSON ({error}); restore it from a copy") from None
+
+
+def write_plan(folder: Path, plan: list[dict]) -> None:
+    write_atomic(folder / "timeline.json", json.dumps(plan, indent=1) + "\n")
+
+
+def plan_paths(plan: list[dict]) -> str:
+    """All stores that any segment reads, joined by commas."""
+    return ",".join(dict.fromkeys(path for part in plan for path in part["path"].split(",")))
+
+
+class Ledger:
+    """ledger.jsonl: one record per row that was replaced, each exactly once, and the end of the run past the budget."""
+
+    def __init__(self, path: Path, reader: RowReader, config: Config, first_step: int):
+        self.path, self.reader, self.limit = path, reader, config.data.max_bad_rows
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
+        self.count = len(kept)
+        if lines != kept:  # a resumed run does the later steps again
+            write_atomic(path, "".join(kept))
+
+    def enter(self, step: int, replaced: np.ndarray) -> None:
+        """Note the rows of a step that were replaced. RunFailed where they are more than data.max_bad_rows."""
+        timeline = self.reader.timeline
+        for place in np.flatnonzero(replaced >= 0).tolist():
+            row = timeline.step_rows(step)[place]
+            source, _, window = (int(value) for value in timeline.locate(row))
+            try:
+                self.reader.read_window(source, window)
+                why = "could be read later"
+            except BadRow as error:
+                why = str(error)
+            entry = {"step": step, "row": int(row), "source": timeline.names[source], "window": window}
+            entry |= {"replaced_by": int(replaced[place]), "why": why}
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+            self.count += 1
+            if self.count > self.limit:
+                rule = f"data.max_bad_rows = {self.limit} were allowed; mend the store or allow more"
+                raise RunFailed(f"{self.count} bad rows by step {step}, the last: {why}; {rule}; all are in {self.path}")
