@@ -38,9 +38,9 @@ def reference(x, w, sizes, dy):
     return y, dx, dw
 
 
-@partial(jax.jit, static_argnums=4)
-def value_and_gradients(x, w, sizes, dy, block):
-    y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, block), x, w)
+@partial(jax.jit, static_argnums=(4, 5))
+def value_and_gradients(x, w, sizes, dy, block, implementation="blocked"):
+    y, pull = jax.vjp(lambda x, w: grouped_matmul(x, (w,), sizes, implementation, block), x, w)
     return y, *pull(dy)
 
 
@@ -62,6 +62,31 @@ def test_float64_agrees_with_loop(sizes, block):
             np.testing.assert_allclose(result, want, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_ragged_dot_agrees_with_loop(sizes):
+    x, w, dy = inputs()
+    with jax.enable_x64(True):
+        results = value_and_gradients(x, w, np.array(sizes, np.int32), dy, 8, "ragged_dot")
+        for result, want in zip(results, reference(x, w, sizes, dy), strict=True):
+            np.testing.assert_allclose(result, want, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "ragged_dot"])
+def test_several_weights_at_once_are_as_one_by_one(implementation):
+    """Of different widths, so that a swap or a wrong border is an error."""
+    (x, left, dy), sizes = inputs(), np.array(SIZES["random"], np.int32)
+    right = np.random.default_rng(5).normal(size=(NUM_GROUPS, NUM_IN, 3))
+    dy_right = np.random.default_rng(6).normal(size=(NUM_ROWS, 3))
+    one, other = reference(x, left, sizes, dy), reference(x, right, sizes, dy_right)
+    with jax.enable_x64(True):
+        run = lambda x, *w: grouped_matmul(x, w, sizes, implementation, 8)  # noqa: E731
+        y, pull = jax.vjp(run, *map(jnp.asarray, (x, left, right)))
+        gradients = pull(jnp.concatenate([dy, dy_right], 1))
+        expected = np.concatenate([one[0], other[0]], 1), one[1] + other[1], one[2], other[2]
+        for got, want in zip((y, *gradients), expected, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-13, atol=1e-13)
+
+
 def test_bfloat16_sums_weight_gradients_in_float32():
     """2,001 times 3/8 is 750.375, in bfloat16 752. Summed in bfloat16, blocks of 3 are rounded from 256 on."""
     x, w, dy = (jnp.full(shape, v, jnp.bfloat16) for shape, v in (((2001, 1), 0.375), ((1, 1, 1), 1), ((2001, 1), 1)))
@@ -70,15 +95,15 @@ def test_bfloat16_sums_weight_gradients_in_float32():
     assert float(dw[0, 0, 0]) == 752
 
 
-def test_rows_past_the_sum_may_hold_anything():
+@pytest.mark.parametrize("implementation", ["blocked", "ragged_dot"])
+def test_rows_past_the_sum_may_hold_anything(implementation):
     """The exchange leaves empty slots there: what they hold must not reach a result, not even as 0 * inf."""
     x, w, dy = (v.astype(np.float32) for v in inputs())
     sizes = np.array(SIZES["rows_past_the_sum"], np.int32)
     past = np.arange(NUM_ROWS)[:, None] >= sizes.sum()
-    clean = value_and_gradients(x, w, sizes, dy, 8)
-    # dy stays finite: weight gradients mask x alone
-    x, dy = np.where(past, np.float32(np.inf), x), np.where(past, np.float32(1e30), dy)
-    dirty = value_and_gradients(x, w, sizes, dy, 8)
+    clean = value_and_gradients(x, w, sizes, dy, 8, implementation)
+    x, dy = np.where(past, np.float32(np.inf), x), np.where(past, np.float32(np.inf), dy)
+    dirty = value_and_gradients(x, w, sizes, dy, 8, implementation)
     for result, want in zip(jax.device_get(dirty), jax.device_get(clean), strict=True):
         assert np.isfinite(want).all()
         np.testing.assert_array_equal(result, want)

@@ -1,11 +1,13 @@
 """The mesh and what is said when it does not fit."""
 
+import math
+
 import jax
 import pytest
 from jax.sharding import AxisType
 
 from k2jax.config import MeshConfig, UserError
-from k2jax.sharding.mesh import make_mesh, single_device_mesh
+from k2jax.sharding.mesh import make_mesh, nearest_on_torus, single_device_mesh
 from k2jax.sharding.names import AXES
 
 
@@ -33,3 +35,34 @@ def test_sizes_below_one_are_named():
     with pytest.raises(UserError) as error:
         make_mesh(MeshConfig(fsdp=0, tensor=-2))
     assert error.value.problems == ("mesh.fsdp = 0: must be at least 1", "mesh.tensor = -2: must be at least 1")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "torus", "nearest"),
+    [
+        ({"fsdp": 32, "expert": 32}, (8, 8, 16), {"fsdp": 64, "expert": 16}),
+        ({"fsdp": 8, "expert": 128, "tensor": 1}, (8, 8, 16), {"fsdp": 8, "expert": 128}),
+        ({"fsdp": 2, "expert": 8}, (4, 4), {"fsdp": 4, "expert": 4}),
+    ],
+    ids=str,
+)
+def test_nearest_mesh_of_a_torus(sizes, torus, nearest):
+    found = nearest_on_torus(sizes, torus)
+    assert set(found) == set(nearest) and math.prod(found.values()) == math.prod(torus)
+    distance = {name: sum(abs(math.log(each[a] / sizes[a])) for a in each) for name, each in
+                (("found", found), ("nearest", nearest))}  # fmt: skip
+    assert distance["found"] == pytest.approx(distance["nearest"])
+
+
+def test_a_mesh_that_no_torus_has(monkeypatch):
+    """As jax says it of 1,024 TPUs, here of two devices that stand beside each other."""
+
+    class Device:
+        coords = (1, 0, 0)
+
+    def refuse(*arguments, **options):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 1")
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    with pytest.raises(UserError, match="mesh.fsdp = 2: each must be a product .* 2 x 1 x 1, .*nearest: mesh.fsdp = 2"):
+        make_mesh(MeshConfig(fsdp=2), [Device, Device])

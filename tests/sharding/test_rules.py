@@ -58,8 +58,8 @@ def test_specs_at_rest_by_hand():
     assert at_rest("LEDF", "DF", (60, 384, 7168, 2048), fsdp=2, expert=2, tensor=2, context=2) == P(
         None, "expert", ("fsdp", "tensor", "context"), None
     )
-    assert at_rest("VD", "VD", (50, 48), fsdp=2, expert=4) == P(None, ("fsdp", "expert"))
-    assert at_rest("VD", "VD", (50, 42), fsdp=2, expert=4) == P(None, "fsdp")  # nothing to divide by 4: copied
+    assert at_rest("ID", "ID", (50, 48), fsdp=2, expert=4) == P(None, ("fsdp", "expert"))
+    assert at_rest("ID", "ID", (50, 42), fsdp=2, expert=4) == P(None, "fsdp")  # nothing to divide by 4: copied
     assert at_rest("LD", "", (60, 7168), **many) == P(None, None)
     assert at_rest("LEDF", "DF", (60, 384, 7168, 2048), replica=2) == P(None, "expert", "fsdp", None)
 

@@ -1,102 +1,160 @@
 """y[rows of group g] = x[rows of group g] @ w[g], rows sorted by group: the matmul of a dropless MoE.
 
 XLA's `lax.ragged_dot` costs as many dense matmuls as there are groups on a CPU. The blocked form below
-runs one small matmul per tile, a tile being the part of one block of rows that belongs to one group:
-at most num_blocks + num_groups - 1 of them, whatever the routing.
+runs one small matmul per tile, a tile being up to BLOCK_ROWS rows of one group: at most
+num_blocks + num_groups of them, whatever the routing. TPU and GPU have kernels of their own.
 
-    M rows, G groups, I inputs, O outputs
+    M rows, G groups, I inputs, O outputs (of one weight, or of several side by side)
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-BLOCK_ROWS = 256  # benchmarks/grouped_matmul.py: 512 is alike on a CPU, 128 takes 1.1 and 64 takes 1.4 times as long
+from k2jax.config import KernelsConfig, UserError
+
+BLOCK_ROWS = 256  # benchmarks/moe_layer.py --blocks measures others
+Implementation = Literal["blocked", "ragged_dot", "tokamax"]
 
 
-def _tiles(group_sizes_G: jax.Array, block: int):
-    """(number of tiles, tile -> (group, block, start row, end row)), all traced integers."""
+def _tiles(group_sizes_G: jax.Array, num_rows: int, block: int):
+    """(number of tiles, tile i -> (its group, its first row in x, [block, 1] which rows from there on are its own)).
+
+    A tile begins where its group's rows begin or the tile before ended; it is moved up where x ends before it would.
+    """
+    num_groups = group_sizes_G.shape[0]
     end_G = jnp.cumsum(group_sizes_G)
-    start_G = end_G - group_sizes_G
-    first_G = start_G // block
-    count_G = jnp.where(group_sizes_G > 0, (end_G - 1) // block - first_G + 1, 0)
+    count_G = -(-group_sizes_G // block)
     tile_end_G = jnp.cumsum(count_G)
+    # a table: looking the group up within the loop took a fifth of the loop's time
+    tile = jnp.arange(num_rows // block + num_groups + 1)
+    group = jnp.minimum(jnp.sum(tile[:, None] >= tile_end_G, 1), num_groups - 1)
+    first = (end_G - group_sizes_G)[group] + (tile - (tile_end_G - count_G)[group]) * block
+    last = jnp.minimum(first + block, end_G[group])
+    table = jnp.stack([group, jnp.minimum(first, num_rows - block), first, last], 1)
 
-    def tile(i):
-        group = jnp.searchsorted(tile_end_G, i, side="right")
-        return group, first_G[group] + i - (tile_end_G[group] - count_G[group]), start_G[group], end_G[group]
+    def tile_of(i):
+        group, at, first, last = lax.dynamic_index_in_dim(table, i, 0, keepdims=False)
+        row = at + jnp.arange(block)
+        return group, at, ((row >= first) & (row < last))[:, None]
 
-    return tile_end_G[-1], tile
-
-
-def _rows_of_tile(x_MI, tile, block):
-    """One block of rows, those outside the tile's group set to zero."""
-    _, index, start, end = tile
-    rows = index * block + jnp.arange(block)
-    x_block = jax.lax.dynamic_slice_in_dim(x_MI, index * block, block)
-    return jnp.where(((rows >= start) & (rows < end))[:, None], x_block, 0)
-
-
-def _pad_rows(x_MI, block):
-    return jnp.pad(x_MI, ((0, -x_MI.shape[0] % block), (0, 0)))
+    return tile_end_G[-1], tile_of
 
 
-def _blocked(x_MI, w_GIO, group_sizes_G, block):
-    num_rows = x_MI.shape[0]
-    x_MI = _pad_rows(x_MI, block)
-    num_tiles, tile_of = _tiles(group_sizes_G, block)
-
-    def body(i, y_MO):
-        tile = tile_of(i)
-        group, index, *_ = tile
-        y_tile = _rows_of_tile(x_MI, tile, block) @ w_GIO[group]
-        y_block = jax.lax.dynamic_slice_in_dim(y_MO, index * block, block)
-        return jax.lax.dynamic_update_slice_in_dim(y_MO, y_block + y_tile, index * block, 0)
-
-    # zeros_like, not zeros: inside shard_map a loop's carry must vary over the mesh axes that its result varies over
-    zeros_MO = jnp.zeros_like(x_MI, shape=(x_MI.shape[0], w_GIO.shape[2]))
-    return jax.lax.fori_loop(0, num_tiles, body, zeros_MO)[:num_rows]
+def _side_by_side(weights, group):
+    return jnp.concatenate([w_GIO[group] for w_GIO in weights], -1)
 
 
-def _blocked_weight_grad(x_MI, dy_MO, group_sizes_G, block, dtype):
-    x_MI, dy_MO = _pad_rows(x_MI, block), _pad_rows(dy_MO, block)
-    num_tiles, tile_of = _tiles(group_sizes_G, block)
-    wide = jnp.promote_types(x_MI.dtype, jnp.float32)
-
-    def body(i, dw_GIO):
-        tile = tile_of(i)
-        group, index, *_ = tile
-        dy_block = jax.lax.dynamic_slice_in_dim(dy_MO, index * block, block)
-        dw_IO = jnp.matmul(_rows_of_tile(x_MI, tile, block).T, dy_block, preferred_element_type=wide)
-        return dw_GIO.at[group].add(dw_IO)
-
-    shape = (group_sizes_G.shape[0], x_MI.shape[1], dy_MO.shape[1])
-    return jax.lax.fori_loop(0, num_tiles, body, jnp.zeros_like(x_MI, shape=shape, dtype=wide)).astype(dtype)
+def _put(y_MO, tile_O, at, own):
+    """The tile's own rows into y; its other rows, which belong to a neighbour, stay as they are."""
+    kept = lax.dynamic_slice_in_dim(y_MO, at, tile_O.shape[0])
+    return lax.dynamic_update_slice_in_dim(y_MO, jnp.where(own, tile_O.astype(y_MO.dtype), kept), at, 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped_matmul(x_MI, w_GIO, group_sizes_G, block):
-    return _blocked(x_MI, w_GIO, group_sizes_G, block)
+def _blocked(x_MI, weights, group_sizes_G, block):
+    num_tiles, tile_of = _tiles(group_sizes_G, x_MI.shape[0], block)
+
+    def body(i, y_MO):
+        group, at, own = tile_of(i)
+        return _put(y_MO, lax.dynamic_slice_in_dim(x_MI, at, block) @ _side_by_side(weights, group), at, own)
+
+    # zeros_like, not zeros: inside shard_map a loop's carry must vary over the mesh axes that its result varies over
+    zeros_MO = jnp.zeros_like(x_MI, shape=(x_MI.shape[0], sum(w.shape[2] for w in weights)))
+    return lax.fori_loop(0, num_tiles, body, zeros_MO)
 
 
-def _forward(x_MI, w_GIO, group_sizes_G, block):
-    return _blocked(x_MI, w_GIO, group_sizes_G, block), (x_MI, w_GIO, group_sizes_G)
+def _forward(x_MI, weights, group_sizes_G, block):
+    return _blocked(x_MI, weights, group_sizes_G, block), (x_MI, weights, group_sizes_G)
 
 
 def _backward(block, saved, dy_MO):
-    x_MI, w_GIO, group_sizes_G = saved
-    dx_MI = _blocked(dy_MO, w_GIO.swapaxes(1, 2), group_sizes_G, block)
-    return dx_MI, _blocked_weight_grad(x_MI, dy_MO, group_sizes_G, block, w_GIO.dtype), None
+    """Both gradients in one loop, which reads every block of rows once; neither transposes an operand in memory."""
+    x_MI, weights, group_sizes_G = saved
+    num_tiles, tile_of = _tiles(group_sizes_G, x_MI.shape[0], block)
+    wide = jnp.promote_types(x_MI.dtype, jnp.float32)
+    borders = [sum(w.shape[2] for w in weights[:i]) for i in range(1, len(weights))]
+
+    def body(i, gradients):
+        dx_MI, dw = gradients
+        group, at, own = tile_of(i)
+        # both masked, as rows past the sum may hold anything, and 0 * inf is nan
+        x_tile = jnp.where(own, lax.dynamic_slice_in_dim(x_MI, at, block), 0)
+        dy_tile = jnp.where(own, lax.dynamic_slice_in_dim(dy_MO, at, block), 0)
+        dx_tile = lax.dot_general(dy_tile, _side_by_side(weights, group), (((1,), (1,)), ((), ())))
+        dw_IO = lax.dot_general(x_tile, dy_tile, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+        dw = tuple(d.at[group].add(part) for d, part in zip(dw, jnp.split(dw_IO, borders, 1), strict=True))
+        return _put(dx_MI, dx_tile, at, own), dw
+
+    zeros = jnp.zeros_like(x_MI), tuple(jnp.zeros_like(x_MI, shape=w.shape, dtype=wide) for w in weights)
+    dx_MI, dw = lax.fori_loop(0, num_tiles, body, zeros)
+    return dx_MI, tuple(d.astype(w.dtype) for d, w in zip(dw, weights, strict=True)), None
 
 
-_grouped_matmul.defvjp(_forward, _backward)
+_blocked.defvjp(_forward, _backward)
 
 
-def grouped_matmul(x_MI: jax.Array, w_GIO: jax.Array, group_sizes_G: jax.Array, block: int = BLOCK_ROWS) -> jax.Array:
+def _padded_blocked(x_MI, weights, group_sizes_G, block):
+    num_rows = x_MI.shape[0]
+    block = min(block, -(-num_rows // 8) * 8)
+    if num_rows >= block:
+        return _blocked(x_MI, weights, group_sizes_G, block)
+    return _blocked(jnp.pad(x_MI, ((0, block - num_rows), (0, 0))), weights, group_sizes_G, block)[:num_rows]
+
+
+def _zero_past_the_sum(y_MO, group_sizes_G):
+    return jnp.where((jnp.arange(y_MO.shape[0]) < group_sizes_G.sum())[:, None], y_MO, 0)
+
+
+def _ragged_dot(x_MI, weights, group_sizes_G):
+    # Masked on both sides: what `lax.ragged_dot` and its kernels leave in rows past the sum is theirs to choose.
+    x_MI = _zero_past_the_sum(x_MI, group_sizes_G)
+    return _zero_past_the_sum(lax.ragged_dot(x_MI, jnp.concatenate(weights, -1), group_sizes_G), group_sizes_G)
+
+
+def _tokamax(x_MI, weights, group_sizes_G):
+    try:
+        import tokamax
+        from absl import flags
+    except ImportError:
+        raise UserError(
+            "kernels.grouped_matmul = 'tokamax': needs tokamax (docs/experts.md says how to install it); "
+            "or use 'ragged_dot'"
+        ) from None
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # or it reads our command line as its own
+    x_MI = _zero_past_the_sum(x_MI, group_sizes_G)
+    # its kernels by name: left to itself it may fall back to `lax.ragged_dot` without a word
+    kernels = ("mosaic", "triton")
+    y_MO = tokamax.ragged_dot(x_MI, jnp.concatenate(weights, -1), group_sizes_G, implementation=kernels)
+    return _zero_past_the_sum(y_MO, group_sizes_G)
+
+
+def choose_grouped_matmul(kernels: KernelsConfig, platform: str) -> Implementation:
+    """The implementation that `kernels.grouped_matmul` means on a platform ("cpu", "gpu", "tpu")."""
+    if kernels.grouped_matmul != "auto":
+        return kernels.grouped_matmul
+    return "blocked" if platform == "cpu" else "ragged_dot"
+
+
+def grouped_matmul(
+    x_MI: jax.Array,
+    weights: Sequence[jax.Array],
+    group_sizes_G: jax.Array,
+    implementation: Implementation = "blocked",
+    block: int = BLOCK_ROWS,
+) -> jax.Array:
     """[M, I] x [G, I, O] -> [M, O]: the first group_sizes[0] rows use w[0], the next group_sizes[1] w[1], and so on.
 
-    group_sizes: int [G] with sum <= M; rows past the sum give zeros and take no part in gradients.
-    Weight gradients are summed in at least float32 whatever the dtype of x.
+    weights: one or several arrays [G, I, any]; the rows pass through all of them at once, the results stand side by
+    side. group_sizes: int [G] with sum <= M; rows past the sum give zeros and take no part in gradients.
+    Weight gradients are summed in at least float32 whatever the dtype of x. Raises UserError where tokamax is wanted
+    and not installed.
     """
-    return _grouped_matmul(x_MI, w_GIO, group_sizes_G, min(block, -(-x_MI.shape[0] // 8) * 8))
+    if implementation == "blocked":
+        return _padded_blocked(x_MI, tuple(weights), group_sizes_G, block)
+    return {"ragged_dot": _ragged_dot, "tokamax": _tokamax}[implementation](x_MI, weights, group_sizes_G)

@@ -31,7 +31,11 @@ def _backward(equation, out_spec, dtype, precision, saved, dy):
     operands, y_dims = equation.split("->")
     x_dims, w_dims = operands.split(",")
     dx = jnp.einsum(f"{y_dims},{w_dims}->{x_dims}", dy, w, out_sharding=_spec(x), precision=precision)
-    dw = jnp.einsum(f"{x_dims},{y_dims}->{w_dims}", x, dy, out_sharding=_spec(w), precision=precision)
+    # Devices that share w add up their parts in float32: bf16 loses more the more of them there are (docs/memory.md).
+    dw = jnp.einsum(
+        f"{x_dims},{y_dims}->{w_dims}", x, dy, out_sharding=_spec(w), precision=precision,
+        preferred_element_type=jnp.promote_types(dy.dtype, jnp.float32),
+    )  # fmt: skip
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 

@@ -1,27 +1,68 @@
-"""Causal attention that also returns each head's largest logit, which QK-Clip needs.
+"""Causal attention on a mesh, with each head's largest logit, which QK-Clip needs.
 
-B sequences, H heads, S queries, Z keys, K query and key dim, U value dim
+Queries stay where they are, cut over `context`; what keys and values are made of is gathered whole (of MLA it is
+kv_lora_rank + qk_rope_head_dim values a token), and each device makes its own heads' keys and values of it, a chunk at
+a time. B sequences, T, S, Z positions, H heads, K query and key dim, U value dim
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from k2jax.model.weights import wide
+from k2jax.config import KernelsConfig
+from k2jax.kernels.attention import Places, chunked_attention
+from k2jax.sharding.names import AXES
+from k2jax.sharding.rules import AXES_OF, on_mesh, spec, varying
+from k2jax.sharding.shared import shared
+
+# benchmarks/attention.py: of 64 to 512 the fastest on a CPU, to the noise. Longer sequences have longer chunks, so that
+# an accelerator's matmuls are large enough and the loop's own cost stays small.
+CHUNK_TO_LENGTH = ((256, 128), (4096, 256), (32_768, 512))
+LONGEST_CHUNK = 1024
+
+
+def chunk_tokens(length: int, kernels: KernelsConfig = KernelsConfig()) -> int:
+    """Queries, and keys, of a chunk for sequences of `length` tokens."""
+    if kernels.attention_chunk is not None:
+        return kernels.attention_chunk
+    return next((chunk for longest, chunk in CHUNK_TO_LENGTH if length <= longest), LONGEST_CHUNK)
 
 
 def attention(
-    q_BHSK: jax.Array, k_BHZK: jax.Array, v_BHZU: jax.Array, visible_BSZ: jax.Array, scale: float
+    q_BHSK: jax.Array,
+    sources: tuple,
+    weights: tuple,
+    make: Callable,
+    q_at: Places,
+    k_at: Places,
+    scale: float | jax.Array,
+    kernels: KernelsConfig = KernelsConfig(),
 ) -> tuple[jax.Array, jax.Array]:
     """Output [B, H, S, U] and the signed maximum [H] of the scaled logits over visible pairs (float32, no gradient).
 
-    Softmax in float32, normalised after the sum over values: one pass less over [B, H, S, Z], which is materialised.
-    Every query must see at least one key.
+    make(*sources, *weights) -> keys, values as in `chunked_attention`. sources: arrays [B, T, ...]; weights: arrays
+    [..., H, ...] whose dims are C, H and N or U. On a mesh sources are laid out as the residual stream is.
     """
-    dtype = wide(q_BHSK.dtype)
-    logit_BHSZ = jnp.einsum("BHSK,BHZK->BHSZ", q_BHSK, k_BHZK, preferred_element_type=dtype) * scale
-    logit_BHSZ = jnp.where(visible_BSZ[:, None], logit_BHSZ, -jnp.inf)
-    max_BHS = jax.lax.stop_gradient(logit_BHSZ).max(-1)
-    weight_BHSZ = jnp.exp(logit_BHSZ - max_BHS[..., None])
-    sum_BHS = weight_BHSZ.sum(-1)
-    out_BHSU = jnp.einsum("BHSZ,BHZU->BHSU", weight_BHSZ.astype(v_BHZU.dtype), v_BHZU, preferred_element_type=dtype)
-    return (out_BHSU / sum_BHS[..., None]).astype(v_BHZU.dtype), max_BHS.max((0, 2))
+    chunk, sources = chunk_tokens(k_at.index.shape[1], kernels), tuple(sources)
+
+    def local(q_BHSK, sources, weights, q_at, k_at, scale):
+        if on_mesh():
+            # Gathered here, so that their gradient comes back by a reduce-scatter; and said to vary before use, so that
+            # autodiff sums the gradients of what devices share.
+            sources = tuple(jax.lax.all_gather(x, AXES_OF["T"], axis=1, tiled=True) for x in sources)
+            q_BHSK, scale, sources = varying(q_BHSK, "BHSK"), varying(scale, ""), varying(sources, "BT")
+            q_at, k_at = varying(q_at, "BS"), varying(k_at, "BZ")
+            weights = tuple(shared(w, tuple(a for a in AXES if a not in AXES_OF["H"])) for w in weights)
+        out_BHSU, max_BHS = chunked_attention(q_BHSK, sources, weights, make, q_at, k_at, scale, (chunk, chunk))
+        max_H = jax.lax.stop_gradient(max_BHS).max((0, 2))
+        if on_mesh():
+            max_H = jax.lax.pmax(max_H, tuple(axis for axis in AXES if axis not in AXES_OF["H"]))
+        return out_BHSU, max_H
+
+    if on_mesh():
+        places = Places(spec("BS"), spec("BS")), Places(spec("BZ"), spec("BZ"))
+        in_specs = spec("BHSK"), (spec("BT"),) * len(sources), (spec("CHN"),) * len(weights), *places, spec("")
+        local = jax.shard_map(local, in_specs=in_specs, out_specs=(spec("BHSU"), spec("H")))
+        scale = jnp.asarray(scale)
+    return local(q_BHSK, sources, weights, q_at, k_at, scale)

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from k2jax.kernels.attention import Places
 from k2jax.kernels.project import project
 from k2jax.model.attention import attention
+from k2jax.model.remat import ATTENTION_OUT, KV_LATENT, Q_LATENT, named
 from k2jax.model.rope import Rope, apply_rope
 from k2jax.model.weights import Param, Stack, wide
 from k2jax.sharding.rules import out_spec, place
@@ -33,15 +35,28 @@ class Positions(NamedTuple):
 
     rope: Rope
     q_angles_BS: jax.Array  # [B, S, R / 2]
-    k_angles_BZ: jax.Array  # [B, Z, R / 2]
-    visible_BSZ: jax.Array  # bool: same document, and not in the future
+    k_angles_BT: jax.Array  # [B, T, R / 2]
+    q_at: Places  # [B, S]: place in the row, and document
+    k_at: Places  # [B, Z]
 
 
 class Latents(NamedTuple):
     """All that one layer keeps of the tokens it has seen: kv_lora_rank + qk_rope_head_dim values of each."""
 
-    latent_BZC: jax.Array
-    rope_key_BZR: jax.Array  # already turned
+    latent_BTC: jax.Array
+    rope_key_BTR: jax.Array  # already turned
+
+
+def keys_and_values(latent_BZC, rope_key_BZR, key_CHN, value_CHU) -> tuple[jax.Array, jax.Array]:
+    """Keys [B, H, Z, K] and values [B, H, Z, U] of any run of tokens; all heads share the rotary part of the key."""
+    key_BHZN = project("BZC,CHN->BHZN", latent_BZC, key_CHN)
+    rope_key_BHZR = jnp.broadcast_to(rope_key_BZR[:, None], (*key_BHZN.shape[:3], rope_key_BZR.shape[-1]))
+    return jnp.concatenate([key_BHZN, rope_key_BHZR], -1), project("BZC,CHU->BHZU", latent_BZC, value_CHU)
+
+
+def latents_as_keys(latent_BZC, rope_key_BZR) -> tuple[jax.Array, jax.Array]:
+    """Keys [B, 1, Z, C + R] and values [B, 1, Z, C] of attention between latents, of one head to look at."""
+    return jnp.concatenate([latent_BZC, rope_key_BZR], -1)[:, None], latent_BZC[:, None]
 
 
 class MLA(nnx.Module):
@@ -50,7 +65,7 @@ class MLA(nnx.Module):
     def __init__(self, stack: Stack):
         config = stack.config
         nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        self.config = config
+        self.config, self.kernels = config, stack.kernels
         q_powers = ((nope, 0.5), (rope, 1.0))
         if config.q_lora_rank is None:
             self.q = stack.weight("D>HK", "self_attn.q_proj.weight", qk_powers=q_powers)
@@ -70,7 +85,7 @@ class MLA(nnx.Module):
             q_BHSK = project("BSD,DHK->BHSK", place(x_BTD, "BSD"), self.q.use(dtype))
         else:
             # The latent is made where the tokens are, then moved: it is much smaller than x.
-            q_BTQ = project("BTD,DQ->BTQ", x_BTD, self.q_a.use(dtype))
+            q_BTQ = named(project("BTD,DQ->BTQ", x_BTD, self.q_a.use(dtype)), Q_LATENT)
             q_BSQ = place(rms_norm(q_BTQ, self.q_a_norm, LATENT_NORM_EPS), "BSQ")
             q_BHSK = project("BSQ,QHK->BHSK", q_BSQ, self.q_b.use(dtype))
         amplitude = positions.rope.amplitude
@@ -79,33 +94,34 @@ class MLA(nnx.Module):
 
     def _latents(self, x_BTD: jax.Array, positions: Positions) -> Latents:
         dtype, latent = x_BTD.dtype, self.config.kv_lora_rank
-        kv_BTJ = project("BTD,DJ->BTJ", x_BTD, self.kv_a.use(dtype))
+        kv_BTJ = named(project("BTD,DJ->BTJ", x_BTD, self.kv_a.use(dtype)), KV_LATENT)
         c_BTC = rms_norm(kv_BTJ[..., :latent], self.kv_a_norm, LATENT_NORM_EPS)
-        rope_key_BZR = apply_rope(
-            place(kv_BTJ[..., latent:], "BZR"), positions.k_angles_BZ, positions.rope.amplitude
-        ).astype(dtype)
-        return Latents(place(c_BTC, "BZC"), rope_key_BZR)
+        angles_BT, amplitude = positions.k_angles_BT, positions.rope.amplitude
+        return Latents(c_BTC, apply_rope(kv_BTJ[..., latent:], angles_BT, amplitude).astype(dtype))
 
+    @jax.named_scope("attention")
     def __call__(self, x_BTD: jax.Array, positions: Positions) -> tuple[jax.Array, jax.Array]:
         """Output [B, T, D] and the largest logit of each head [H]."""
         nope, dtype = self.config.qk_nope_head_dim, x_BTD.dtype
         q_BHSK = self._queries(x_BTD, positions)
-        c_BZC, rope_key_BZR = self._latents(x_BTD, positions)
-        kv_BHZG = project("BZC,CHG->BHZG", c_BZC, self.kv_b.use(dtype))
-        rope_key_BHZR = jnp.broadcast_to(rope_key_BZR[:, None], (*kv_BHZG.shape[:3], rope_key_BZR.shape[-1]))
+        kv_b_CHG = self.kv_b.use(dtype)
         out_BHSU, max_logit_H = attention(
             q_BHSK,
-            jnp.concatenate([kv_BHZG[..., :nope], place(rope_key_BHZR, "BHZR")], -1),
-            kv_BHZG[..., nope:],
-            positions.visible_BSZ,
-            scale=positions.rope.softmax_scale,
+            self._latents(x_BTD, positions),
+            (kv_b_CHG[..., :nope], kv_b_CHG[..., nope:]),
+            keys_and_values,
+            positions.q_at,
+            positions.k_at,
+            positions.rope.softmax_scale,
+            self.kernels,
         )
+        out_BHSU = named(out_BHSU, ATTENTION_OUT)
         return project("BHSU,HUD->BSD", out_BHSU, self.o.use(dtype), out_spec("BTD")), max_logit_H
 
     def decode(
         self, x_BTD: jax.Array, positions: Positions, slots_BS: jax.Array, past: Latents
     ) -> tuple[jax.Array, Latents]:
-        """Output [B, T, D] of new tokens, whose latents go to `slots` of `past`; visible is over the slots.
+        """Output [B, T, D] of new tokens, whose latents go to `slots` of `past`; positions.k_at is over the slots.
 
         Attention takes place between latents: W_kc joins the query and W_v the output (DeepSeek-V2 report 2.1.2), so
         that no key or value of a past token is ever made again. Without a mesh.
@@ -121,9 +137,10 @@ class MLA(nnx.Module):
         num_heads, num_new = latent_q_BHSC.shape[1:3]
         folded = x_BTD.shape[0], num_heads * num_new
         query = jnp.concatenate([latent_q_BHSC, q_BHSK[..., nope:]], -1).reshape(folded[0], 1, folded[1], -1)
-        visible = jnp.repeat(positions.visible_BSZ[:, None], num_heads, 1).reshape(*folded, -1)
-        keys, values = jnp.concatenate(past, -1)[:, None], past.latent_BZC[:, None]
-        seen, _ = attention(query, keys, values, visible, positions.rope.softmax_scale)
+        q_at = Places(*(jnp.repeat(x_BS[:, None], num_heads, 1).reshape(folded) for x_BS in positions.q_at))
+        seen, _ = attention(
+            query, past, (), latents_as_keys, q_at, positions.k_at, positions.rope.softmax_scale, self.kernels
+        )
         seen_BHSC = seen.reshape(latent_q_BHSC.shape)
         out_BHSU = jnp.einsum("BHSC,CHU->BHSU", seen_BHSC, value_CHU)
         return project("BHSU,HUD->BSD", out_BHSU, self.o.use(dtype)), past

@@ -4,17 +4,21 @@ E experts as owners of weights, X experts as the router's scores, A experts of a
 W rows that the experts of one device work on
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from k2jax.config import ModelConfig
-from k2jax.kernels.grouped_matmul import grouped_matmul
+from k2jax.kernels.grouped_matmul import choose_grouped_matmul, grouped_matmul
 from k2jax.kernels.project import project
+from k2jax.model.remat import DISPATCHED, EXPERT_CHOICE, EXPERT_DOWN, GATE_UP, ROUTER_LOGITS, named
 from k2jax.model.weights import RouterBias, Stack, wide
-from k2jax.sharding.exchange import exchange_experts
+from k2jax.sharding.exchange import choose_transport, exchange_experts
 from k2jax.sharding.names import AXES
-from k2jax.sharding.rules import on_mesh, spec
+from k2jax.sharding.rules import on_mesh, platform, spec
+from k2jax.sharding.shared import shared
 
 
 class SwiGLU(nnx.Module):
@@ -27,8 +31,8 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         dtype = x_BTD.dtype
-        gate_BTF = project("BTD,DF->BTF", x_BTD, self.gate.use(dtype))
-        up_BTF = project("BTD,DF->BTF", x_BTD, self.up.use(dtype))
+        gate_BTF = named(project("BTD,DF->BTF", x_BTD, self.gate.use(dtype)), GATE_UP)
+        up_BTF = named(project("BTD,DF->BTF", x_BTD, self.up.use(dtype)), GATE_UP)
         return project("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down.use(dtype))
 
 
@@ -51,7 +55,7 @@ def choose_experts(score_TX: jax.Array, bias_X: jax.Array, config: ModelConfig):
     DeepSeek-V3 report eq. 12-16: the bias only selects. Weights are renormalised to sum to routed_scaling_factor.
     """
     choice_TX = keep_best_groups(score_TX + bias_X, config.n_group, config.topk_group)
-    _, expert_TA = jax.lax.top_k(choice_TX, config.num_experts_per_tok)
+    expert_TA = named(jax.lax.top_k(choice_TX, config.num_experts_per_tok)[1], EXPERT_CHOICE)
     weight_TA = jnp.take_along_axis(score_TX, expert_TA, -1)
     return expert_TA, weight_TA / (weight_TA.sum(-1, keepdims=True) + 1e-20) * config.routed_scaling_factor
 
@@ -69,6 +73,14 @@ def sequence_balance(score_BTX: jax.Array, num_choices: int) -> jax.Array:
     return jnp.mean(jnp.sum(count_BX * share_BX, -1)) * (num_experts / (num_choices * num_tokens))
 
 
+class Routing(NamedTuple):
+    """What an MoE layer says of the whole batch."""
+
+    load_E: jax.Array  # int32: rows that the router chose for each expert
+    dropped: jax.Array  # int32: those that no expert worked on, for want of room in a bounded buffer
+    balance: jax.Array  # `sequence_balance`
+
+
 class MoE(nnx.Module):
     """Routed experts plus shared ones, which see every token and are not weighted."""
 
@@ -76,7 +88,7 @@ class MoE(nnx.Module):
         config = stack.config
         width = config.moe_intermediate_size
         routed = {"stack": "E", "F": width, "component": "routed experts"}
-        self.config = config
+        self.config, self.kernels = config, stack.kernels
         self.router = stack.weight("D>X", "mlp.gate.weight", component="router")
         self.bias = stack.weight(
             ">X", "mlp.gate.e_score_correction_bias", kind=RouterBias, init="zeros", group=None, component="router"
@@ -87,39 +99,53 @@ class MoE(nnx.Module):
         if config.n_shared_experts:
             self.shared = SwiGLU(stack, config.n_shared_experts * width, "shared experts", "mlp.shared_experts.")
 
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Output [B, T, D], the rows of the whole batch that each expert worked on (int32 [E]), `sequence_balance`."""
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Routing]:
+        """Output [B, T, D], and what is to be known of the whole batch's routing."""
         dtype = x_BTD.dtype
         # At least float32, and in full: bf16 logits, which accelerators make of float32 by default, would flip choices.
         router_DX = self.router.use(wide(dtype))
         logit_BTX = project("BTD,DX->BTX", x_BTD.astype(router_DX.dtype), router_DX, precision="highest")
-        weights = [w.use(dtype) for w in (self.gate, self.up, self.down)]
-        routed, in_dims = self._routed, ("BTD", "BTX", "X", "EDF", "EDF", "EFD")
-        if on_mesh():
-            routed = jax.shard_map(routed, in_specs=tuple(map(spec, in_dims)), out_specs=(spec("BTD"), spec("E")))
+        logit_BTX = named(logit_BTX, ROUTER_LOGITS)
         score_BTX = jax.nn.sigmoid(logit_BTX)
-        y_BTD, load_E = routed(x_BTD, score_BTX, self.bias[...], *weights)
+        y_BTD, load_E, dropped = self.routed(x_BTD, score_BTX)
         if self.config.n_shared_experts:
             y_BTD += self.shared(x_BTD)
-        return y_BTD, (load_E, sequence_balance(score_BTX, self.config.num_experts_per_tok))
+        return y_BTD, Routing(load_E, dropped, sequence_balance(score_BTX, self.config.num_experts_per_tok))
 
+    def routed(self, x_BTD: jax.Array, score_BTX: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The routed experts' part of the output, and the first two fields of `Routing`."""
+        weights = [w.use(x_BTD.dtype) for w in (self.gate, self.up, self.down)]
+        local, in_dims = self._routed, ("BTD", "BTX", "X", "EDF", "EDF", "EFD")
+        if on_mesh():
+            out_specs = spec("BTD"), spec("E"), spec("")
+            local = jax.shard_map(local, in_specs=tuple(map(spec, in_dims)), out_specs=out_specs)
+        return local(x_BTD, score_BTX, self.bias[...], *weights)
+
+    @jax.named_scope("experts")
     def _routed(self, x_BTD, score_BTX, bias_X, *weights):
         """The routed experts on the tokens of one device; every array here is local."""
-        config = self.config
+        config, kernels = self.config, self.kernels
         axis, num_shards = ("expert", jax.lax.axis_size("expert")) if on_mesh() else (None, 1)
-        if on_mesh():  # said before use, so that autodiff sums the weights' gradients over the devices that share them
-            weights = [jax.lax.pcast(w, tuple(a for a in AXES if a != "expert"), to="varying") for w in weights]
+        if on_mesh():
+            weights = [shared(w, tuple(a for a in AXES if a != "expert")) for w in weights]
         gate_EDF, up_EDF, down_EFD = weights
+        multiply = choose_grouped_matmul(kernels, platform())
 
         def experts(row_WD, group_sizes_E):
-            gate_WF = grouped_matmul(row_WD, gate_EDF, group_sizes_E)
-            up_WF = grouped_matmul(row_WD, up_EDF, group_sizes_E)
-            return grouped_matmul(jax.nn.silu(gate_WF) * up_WF, down_EFD, group_sizes_E)
+            row_WD = named(row_WD, DISPATCHED)
+            both = named(grouped_matmul(row_WD, (gate_EDF, up_EDF), group_sizes_E, multiply), GATE_UP)
+            gate_WF, up_WF = jnp.split(both, 2, 1)
+            y_WD = grouped_matmul(jax.nn.silu(gate_WF) * up_WF, (down_EFD,), group_sizes_E, multiply)
+            return named(y_WD, EXPERT_DOWN)
 
         score_TX = score_BTX.reshape(-1, score_BTX.shape[-1])
         expert_TA, weight_TA = choose_experts(score_TX, bias_X, config)
-        x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        y_TD, load_E = exchange_experts(x_TD, expert_TA, weight_TA, experts, config.n_routed_experts, axis, num_shards)
+        transport = choose_transport(kernels, platform(), num_shards, config.num_experts_per_tok)
+        y_TD, load_E, dropped = exchange_experts(
+            x_BTD.reshape(-1, x_BTD.shape[-1]), expert_TA, weight_TA, experts, config.n_routed_experts, axis,
+            num_shards, transport, kernels.expert_buffer,
+        )  # fmt: skip
         if on_mesh():
             load_E = jax.lax.psum(load_E, tuple(a for a in AXES if a != "expert"))
-        return y_TD.reshape(x_BTD.shape), load_E
+            dropped = jax.lax.psum(dropped, AXES)
+        return y_TD.reshape(x_BTD.shape), load_E, dropped

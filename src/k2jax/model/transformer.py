@@ -9,22 +9,28 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from k2jax.config import ModelConfig
+from k2jax.config import KernelsConfig, ModelConfig, Remat
+from k2jax.kernels.attention import Places
 from k2jax.kernels.project import project
+from k2jax.model.head import head_loss
 from k2jax.model.mla import MLA, Latents, Positions, rms_norm
-from k2jax.model.moe import MoE, SwiGLU
+from k2jax.model.moe import MoE, Routing, SwiGLU
+from k2jax.model.remat import ATTENDED, LAYER_INPUT, named, rematerialise
 from k2jax.model.rope import Rope, make_rope, rope_angles
 from k2jax.model.weights import Param, RouterBias, Stack, Weight, declare, dim_sizes, wide
+from k2jax.sharding.order import balanced
 from k2jax.sharding.rules import out_spec, place, whole
 
 
 class Output(NamedTuple):
     """What one forward pass gives; floats in at least float32."""
 
-    logits: jax.Array  # [B, T, V]
+    logits: jax.Array | None  # [B, T, V]; None where there were targets
     max_logits: jax.Array  # [layers, H]
-    expert_load: jax.Array  # [MoE layers, E] int32
+    expert_load: jax.Array  # [MoE layers, E] int32: rows that the router chose
     balance_loss: jax.Array  # [MoE layers]: moe.sequence_balance
+    rows_dropped: jax.Array  # [MoE layers] int32: rows that no expert worked on, for want of room
+    loss: jax.Array | None = None  # nats, summed over the targets
 
 
 class Cache(NamedTuple):
@@ -47,14 +53,16 @@ class Layer(nnx.Module):
     def _normed(self, x_BTD: jax.Array) -> jax.Array:
         return rms_norm(x_BTD, self.attention_norm, self.config.rms_norm_eps)
 
+    @jax.named_scope("ffn")
     def _feed_forward(self, x_BTD: jax.Array):
         normed_BTD = rms_norm(x_BTD, self.ffn_norm, self.config.rms_norm_eps)
         y_BTD, routing = self.ffn(normed_BTD) if isinstance(self.ffn, MoE) else (self.ffn(normed_BTD), None)
         return x_BTD + y_BTD, routing
 
     def __call__(self, x_BTD: jax.Array, positions: Positions):
+        x_BTD = named(x_BTD, LAYER_INPUT)
         attended_BTD, max_logit_H = self.attention(self._normed(x_BTD), positions)
-        x_BTD, routing = self._feed_forward(x_BTD + attended_BTD)
+        x_BTD, routing = self._feed_forward(named(x_BTD + attended_BTD, ATTENDED))
         return x_BTD, (max_logit_H, routing)
 
     def decode(self, x_BTD: jax.Array, positions: Positions, slots_BS: jax.Array, past: Latents):
@@ -62,65 +70,85 @@ class Layer(nnx.Module):
         return self._feed_forward(x_BTD + attended_BTD)[0], past
 
 
-def scan_layers(layers: Layer, x_BTD: jax.Array, positions: Positions, remat: bool):
+def scan_layers(layers: Layer, x_BTD: jax.Array, positions: Positions, remat: Remat):
     """Run a stack of equal layers in one scan, so that compile time does not grow with depth."""
     graph, weights = nnx.split(layers)
 
     def run(x_BTD, weights):
         return nnx.merge(graph, weights)(x_BTD, positions)
 
-    return jax.lax.scan(jax.checkpoint(run) if remat else run, x_BTD, weights)
+    with jax.named_scope("layers"):
+        return jax.lax.scan(rematerialise(run, remat), x_BTD, weights)
 
 
 def make_positions(positions_BT: jax.Array, segment_ids_BT: jax.Array, rope: Rope) -> Positions:
-    """Rotation angles, and who sees whom: same document, not in the future."""
+    """Rotation angles, and where tokens stand. On a mesh positions and segments are in `balanced` order."""
     angles_BT = rope_angles(positions_BT, rope)
-    index_S = jnp.arange(positions_BT.shape[1])
-    segment_BS, segment_BZ = place(segment_ids_BT, "BS"), place(segment_ids_BT, "BZ")
-    visible_BSZ = (segment_BS[:, :, None] == segment_BZ[:, None, :]) & (place(index_S, "S")[:, None] >= index_S)
-    return Positions(rope, place(angles_BT, "BSR"), place(angles_BT, "BZR"), visible_BSZ)
+    index_BZ = balanced(jnp.broadcast_to(jnp.arange(positions_BT.shape[1], dtype=jnp.int32), positions_BT.shape))
+    q_at, k_at = (Places(place(index_BZ, dims), place(segment_ids_BT, dims)) for dims in ("BS", "BZ"))
+    return Positions(rope, place(angles_BT, "BSR"), place(angles_BT, "BTR"), q_at, k_at)
 
 
 class Transformer(nnx.Module):
     """The whole model; parameters are declared here and have no values until `nnx.merge` brings some."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype = jnp.float32, remat: bool = False, rope: str = "plain"):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: jnp.dtype = jnp.float32,
+        remat: Remat = "none",
+        rope: str = "plain",
+        kernels: KernelsConfig = KernelsConfig(),
+    ):
         """rope: "plain" or "yarn", what calls use that bring no Rope."""
         num_dense = config.first_k_dense_replace
         num_moe = config.num_hidden_layers - num_dense
         sizes = dim_sizes(config)
         self.config, self.dtype, self.remat, self.rope = config, dtype, remat, rope
         self.embedding = declare(
-            "", "V", "D", sizes, "model.embed_tokens.weight", hf_as_declared=True, group="adamw", component="embedding"
+            "", "I", "D", sizes, "model.embed_tokens.weight", hf_as_declared=True, group="adamw", component="embedding"
         )
-        self.dense = Layer(Stack(config, 0, num_dense), is_moe=False) if num_dense else None
-        self.moe = Layer(Stack(config, num_dense, num_moe), is_moe=True) if num_moe else None
+        self.dense = Layer(Stack(config, 0, num_dense, kernels), is_moe=False) if num_dense else None
+        self.moe = Layer(Stack(config, num_dense, num_moe, kernels), is_moe=True) if num_moe else None
         self.norm = declare("", "", "D", sizes, "model.norm.weight", init="ones", group="adamw", component="norms")
         self.head = declare("", "D", "V", sizes, "lm_head.weight", group="adamw", component="head")
 
+    @jax.named_scope("embed")
     def _embed(self, tokens_BT: jax.Array) -> jax.Array:
         # Cast after the look-up: the gradient of a frequent token's row is a sum that bf16 cannot hold.
         rows_BTD = self.embedding.use(wide(self.dtype)).at[tokens_BT].get(out_sharding=out_spec("BTD"))
         return rows_BTD.astype(self.dtype)
 
-    def _logits(self, x_BTD: jax.Array) -> jax.Array:
-        x_BTD = rms_norm(x_BTD, self.norm, self.config.rms_norm_eps)
-        return project("BTD,DV->BTV", x_BTD, self.head.use(self.dtype), None, wide(self.dtype))
+    def _normed(self, x_BTD: jax.Array) -> jax.Array:
+        return rms_norm(x_BTD, self.norm, self.config.rms_norm_eps)
 
-    def __call__(self, tokens, positions=None, segment_ids=None, rope: Rope | None = None) -> Output:
+    def _logits(self, x_BSD: jax.Array) -> jax.Array:
+        return project("BSD,DV->BSV", self._normed(x_BSD), self.head.use(self.dtype), None, wide(self.dtype))
+
+    def _loss(self, x_BTD: jax.Array, target_BT: jax.Array) -> jax.Array:
+        # Or XLA gathers the head long before, and reduces its gradient long after: both are large, and the layers' turn
+        # lies between. The barrier acts in either direction.
+        x_BTD, stored_DV = jax.lax.optimization_barrier((self._normed(x_BTD), self.head[...]))
+        # The head in float32: its gradient is a sum over all tokens of the step.
+        return head_loss(x_BTD, place(stored_DV.astype(wide(self.dtype)), "DV"), target_BT)
+
+    def __call__(self, tokens, positions=None, segment_ids=None, rope: Rope | None = None, targets=None) -> Output:
         """tokens, positions, segment_ids: int32 [B, T]. Positions count from 0 and all is one document unless given.
 
         Positions enter the rotation alone: a token sees those before it in the row, whatever their positions are.
+        With targets [B, T] the loss takes the place of the logits, which are then never all there.
         """
-        wrong = [f"{x.shape}" for x in (tokens, positions, segment_ids) if x is not None and jnp.ndim(x) != 2]
+        wrong = [f"{x.shape}" for x in (tokens, positions, segment_ids, targets) if x is not None and jnp.ndim(x) != 2]
         if wrong:
-            raise ValueError(f"tokens, positions and segment_ids must be [B, T], got {', '.join(wrong)}")
-        tokens_BT = place(jnp.asarray(tokens), "BT")
+            raise ValueError(f"tokens, positions, segment_ids and targets must be [B, T], got {', '.join(wrong)}")
+        tokens = jnp.asarray(tokens)
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segment_ids is None:
-            segment_ids = jnp.zeros_like(tokens_BT)
-        positions_BT, segment_ids_BT = place(jnp.asarray(positions), "BT"), jnp.asarray(segment_ids)
+            segment_ids = jnp.zeros_like(tokens)
+        tokens_BT, positions_BT, segment_ids_BT = (
+            place(balanced(jnp.asarray(x)), "BT") for x in (tokens, positions, segment_ids)
+        )
         known = make_positions(positions_BT, segment_ids_BT, rope or make_rope(self.config, self.rope))
         x_BTD = self._embed(tokens_BT)
         max_logits, routing = [], []
@@ -128,10 +156,14 @@ class Transformer(nnx.Module):
             if layers is not None:
                 x_BTD, (max_logit_LH, routed) = scan_layers(layers, x_BTD, known, self.remat)
                 max_logits.append(whole(max_logit_LH))
-                routing += [tuple(map(whole, routed))] if routed is not None else []
-        no_routing = jnp.zeros((0, self.config.n_routed_experts), jnp.int32), jnp.zeros(0, wide(self.dtype))
-        load_LE, balance_L = routing[0] if routing else no_routing
-        return Output(self._logits(x_BTD), jnp.concatenate(max_logits), load_LE, balance_L)
+                routing += [Routing(*map(whole, routed))] if routed is not None else []
+        no_load = jnp.zeros((0, self.config.n_routed_experts), jnp.int32)
+        no_routing = Routing(no_load, jnp.zeros(0, jnp.int32), jnp.zeros(0, wide(self.dtype)))
+        load_LE, dropped_L, balance_L = routing[0] if routing else no_routing
+        seen = jnp.concatenate(max_logits), load_LE, balance_L, dropped_L
+        if targets is not None:
+            return Output(None, *seen, self._loss(x_BTD, place(balanced(jnp.asarray(targets)), "BT")))
+        return Output(self._logits(place(balanced(x_BTD, back=True), "BSD")), *seen)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` sequences of up to `length` tokens."""
@@ -156,8 +188,10 @@ class Transformer(nnx.Module):
         position_BS = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
         rope = make_rope(self.config, self.rope)
         angles_BS = rope_angles(position_BS, rope)
-        slot_Z = jnp.arange(cache.moe.latent_BZC.shape[2])
-        known = Positions(rope, angles_BS, angles_BS, position_BS[:, :, None] >= slot_Z)
+        slots = tokens_BT.shape[0], cache.moe.latent_BTC.shape[2]
+        slot_BZ = jnp.broadcast_to(jnp.arange(slots[1], dtype=position_BS.dtype), slots)
+        q_at, k_at = (Places(index, jnp.zeros_like(index)) for index in (position_BS, slot_BZ))
+        known = Positions(rope, angles_BS, angles_BS, q_at, k_at)
         x_BTD, stacks = self._embed(tokens_BT), []
         for layers, past in zip((self.dense, self.moe), cache, strict=True):
             if layers is not None:
@@ -193,11 +227,12 @@ def build_model(
     params: dict,
     router_bias: dict,
     dtype: jnp.dtype,
-    remat: bool = False,
+    remat: Remat = "none",
     rope: Literal["plain", "yarn"] = "plain",
+    kernels: KernelsConfig = KernelsConfig(),
 ) -> Transformer:
     """The model with these values: pytrees as `declarations` and `bias_declarations` shape them."""
-    graph, _, _ = nnx.split(Transformer(config, dtype, remat, rope), Param, RouterBias)
+    graph, _, _ = nnx.split(Transformer(config, dtype, remat, rope, kernels), Param, RouterBias)
     return nnx.merge(graph, params, router_bias)
 
 

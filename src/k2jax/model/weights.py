@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from k2jax.config import ModelConfig
+from k2jax.config import KernelsConfig, ModelConfig
 from k2jax.sharding.rules import place, stored_spec
 
 
@@ -103,6 +103,7 @@ def dim_sizes(config: ModelConfig) -> dict[str, int]:
         "E": config.n_routed_experts,
         "X": config.n_routed_experts,
         "V": config.vocab_size,
+        "I": config.vocab_size,
     }
 
 
@@ -113,6 +114,7 @@ class Stack:
     config: ModelConfig
     first_layer: int
     num_layers: int
+    kernels: KernelsConfig = KernelsConfig()
 
     def weight(
         self, equation: str, hf: str, stack: str = "", qk_powers=None, F: int = 0, kind=Param, **declaration

@@ -1,78 +1,94 @@
 """The expert exchange: every token's row goes to the devices that own its experts, and comes back.
 
-Runs inside `jax.shard_map`, on local arrays. Only indices are sorted; rows move by gathers whose
-transpose is again a gather, because every permutation's inverse is at hand: no float scatter either way.
-The transport is an all-to-all of fixed cells that hold the worst case, so no token is ever dropped.
+Runs inside `jax.shard_map`, on local arrays. What goes where follows from one small table that every shard knows, the
+rows that each shard has for each expert. The transports (transports.py) differ in how rows travel and in nothing else:
+the rows of an expert stand in the same order, and with a bounded buffer the same rows are dropped.
 
-    T tokens here, A experts per token, P shards of the expert axis, E experts here, W = P * cell slots
+    T tokens here, A experts per token, P shards of the expert axis, E experts of one shard, X = P * E experts,
+    S shards as senders, R rows that one shard works on
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from k2jax.config import KernelsConfig
+from k2jax.sharding.permute import combine_rows, inverse, take_rows
+from k2jax.sharding.transports import Route, dense, ragged, ring
+
+Transport = Literal["local", "ragged", "dense", "ring"]
+TRANSPORTS = {"ragged": ragged, "dense": dense, "ring": ring}
+RING_SHARDS = 16  # beyond, gathering all tokens moves more than an all-to-all does: docs/experts.md
 
 
-@jax.custom_vjp
-def take_rows(x: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
-    """y[i] = x[source[i]], zero where source[i] == len(x).
+class Exchanged(NamedTuple):
+    """What came back."""
 
-    `target` [len(x), n] lists the places that row j went to (len(y) for none), so that the gradient is a gather too.
+    y_TD: jax.Array  # weighted sum of each token's experts, in the dtype of x
+    load_E: jax.Array  # int32: rows that the tokens of all shards chose for each expert here, dropped ones too
+    dropped: jax.Array  # int32: rows that this shard's experts did not work on for want of room
+
+
+def choose_transport(kernels: KernelsConfig, platform: str, num_shards: int, num_choices: int) -> Transport:
+    """The transport that `kernels.exchange` means on a platform ("cpu", "gpu", "tpu") and an expert axis of this size.
+
+    A ring moves each token to every shard once, an all-to-all once per choice: on the links of a torus the ring is less
+    for more than 4 choices, until the axis is long. GPUs behind a switch gain nothing by it.
     """
-    del target
-    return x.at[source].get(mode="fill", fill_value=0)
+    if num_shards == 1:
+        return "local"
+    if kernels.exchange != "auto":
+        return kernels.exchange
+    if platform == "tpu":
+        return "ring" if num_choices > 4 and num_shards <= RING_SHARDS else "ragged"
+    return "ragged" if platform == "gpu" else "dense"
 
 
-def _take_forward(x, source, target):
-    return take_rows(x, source, target), (source, target)
+def buffer_rows(num_tokens: int, num_choices: int, num_experts: int, num_shards: int, buffer: float | None) -> int:
+    """Rows that one shard has room for: all that could come, or `buffer` times the balanced load where that is less."""
+    worst = num_shards * num_tokens * min(num_choices, num_experts // num_shards)
+    return worst if buffer is None else min(worst, int(-(-buffer * num_tokens * num_choices // 1)))
 
 
-def _take_backward(saved, dy):
-    _, target = saved
-    return dy.at[target].get(mode="fill", fill_value=0).sum(1), None, None
+def kept_rows(count_SPE: jax.Array, room: int, most: int) -> jax.Array:
+    """How many of the rows of each (sender, expert) each shard takes: the most even cut that fits its room.
+
+    min(count, level of the shard) with the highest level that fits, so that a hot expert gives way before any other,
+    and alike for all senders. most: no count is larger.
+    """
+    low_P = jnp.zeros_like(count_SPE[0, :, 0])  # like, as inside shard_map a carry must vary where its result does
+    high_P = low_P + most
+
+    def halve(_, bounds):
+        low_P, high_P = bounds
+        middle_P = (low_P + high_P + 1) // 2
+        fits_P = jnp.minimum(count_SPE, middle_P[:, None]).sum((0, 2)) <= room
+        return jnp.where(fits_P, middle_P, low_P), jnp.where(fits_P, high_P, middle_P - 1)
+
+    level_P, _ = lax.fori_loop(0, most.bit_length() + 1, halve, (low_P, high_P))
+    return jnp.minimum(count_SPE, level_P[:, None])
 
 
-take_rows.defvjp(_take_forward, _take_backward)
-
-
-def _inverse(order: jax.Array) -> jax.Array:
-    return jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
-
-
-class SendPlan(NamedTuple):
-    """Where each (token, choice) goes: slots are ordered by destination shard, then expert, then token."""
-
-    slot_of_choice_TA: jax.Array
-    choice_of_slot_W: jax.Array  # T * A where the slot is empty
-    counts_PE: jax.Array  # rows for each expert of each shard
-
-
-def plan_send(expert_TA: jax.Array, num_experts: int, num_shards: int) -> SendPlan:
-    """Plan for expert choices [T, A] (global ids, distinct per token)."""
-    num_tokens, num_choices = expert_TA.shape
-    per_shard = num_experts // num_shards
-    cell = num_tokens * min(num_choices, per_shard)
+def _sorted_choices(expert_TA: jax.Array, num_experts: int):
+    """Order of the choices by expert, the rank of each within its expert, and the counts [X]."""
     expert = expert_TA.reshape(-1)
     order = jnp.argsort(expert, stable=True)
-    counts_PE = jnp.sum(expert[:, None] == jnp.arange(num_experts), 0, dtype=jnp.int32).reshape(num_shards, per_shard)
-    count_P = counts_PE.sum(1)
-    start_P = jnp.cumsum(count_P) - count_P
-    shard = expert // per_shard
-    slot_of_choice = shard * cell + _inverse(order) - start_P[shard]
-    place = jnp.arange(cell)
-    filled = place < count_P[:, None]
-    sorted_index = jnp.where(filled, start_P[:, None] + place, 0)
-    choice_of_slot = jnp.where(filled, order[sorted_index], expert.size).reshape(-1)
-    return SendPlan(slot_of_choice.reshape(expert_TA.shape), choice_of_slot, counts_PE)
+    count_X = jnp.sum(expert[:, None] == jnp.arange(num_experts), 0, dtype=jnp.int32)
+    start_X = jnp.cumsum(count_X) - count_X
+    rank = inverse(order, expert.size, 0) - start_X[expert]
+    return order, rank.reshape(expert_TA.shape), count_X
 
 
-def _swap(x: jax.Array, axis: str | None, num_shards: int) -> jax.Array:
-    """All-to-all of the leading dim, seen as [P, ...]: cell p goes to shard p."""
-    if axis is None:
-        return x
-    cells = x.reshape(num_shards, -1, *x.shape[1:])
-    return jax.lax.all_to_all(cells, axis, split_axis=0, concat_axis=0).reshape(x.shape)
+def _local(x_TD, expert_TA, weight_TA, experts, num_experts):
+    """One shard owns all experts: rows are sorted by expert and that is all."""
+    order, rank_TA, load_E = _sorted_choices(expert_TA, num_experts)
+    place_TA = (jnp.cumsum(load_E) - load_E)[expert_TA] + rank_TA
+    rows_RD = take_rows(x_TD, order // expert_TA.shape[1], place_TA)
+    y_TD = combine_rows(experts(rows_RD, load_E), weight_TA, place_TA, order)
+    return Exchanged(y_TD.astype(x_TD.dtype), load_E, jnp.zeros_like(load_E[0]))
 
 
 def exchange_experts(
@@ -83,29 +99,23 @@ def exchange_experts(
     num_experts: int,
     axis: str | None,
     num_shards: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Weighted sum of each token's experts [T, D], and the rows that each expert here worked on [E].
+    transport: Transport = "dense",
+    buffer: float | None = None,
+) -> Exchanged:
+    """Weighted sum of each token's experts, over the mesh axis `axis` (None or one shard: no exchange).
 
-    experts(rows, group_sizes): the local experts on rows sorted by expert. weight_TA: float32 or wider.
-    `axis` None: one shard.
+    experts(rows [R, D], group_sizes [E]): the local experts on rows sorted by expert; rows past the sum may hold
+    anything finite. expert_TA: global ids, distinct per token; weight_TA: float32 or wider.
+    buffer: rows a shard has room for as a multiple of the balanced load, None for all that could come.
     """
-    plan = plan_send(expert_TA, num_experts, num_shards)
+    if axis is None or num_shards == 1:
+        return _local(x_TD, expert_TA, weight_TA, experts, num_experts)
     num_tokens, num_choices = expert_TA.shape
-    token_of_slot = plan.choice_of_slot_W // num_choices  # T * A // A = T, an empty slot's row of zeros
-    sent_WD = take_rows(x_TD, token_of_slot, plan.slot_of_choice_TA)
-    received_WD = _swap(sent_WD, axis, num_shards)
-    counts_PE = _swap(plan.counts_PE, axis, num_shards)
-
-    # Slots arrive ordered by expert within each cell; bring the cells together by expert, empty slots last.
-    place = jnp.arange(received_WD.shape[0] // num_shards)
-    expert_W = jnp.sum(place[:, None] >= jnp.cumsum(counts_PE, 1)[:, None, :], -1).reshape(-1)
-    order = jnp.argsort(expert_W, stable=True)
-    inverse = _inverse(order)
-    group_sizes_E = counts_PE.sum(0)
-    y_WD = experts(take_rows(received_WD, order, inverse[:, None]), group_sizes_E)
-    returned_WD = _swap(take_rows(y_WD, inverse, order[:, None]), axis, num_shards)
-
-    y_RD = take_rows(returned_WD, plan.slot_of_choice_TA.reshape(-1), plan.choice_of_slot_W[:, None])
-    y_TAD = y_RD.reshape(num_tokens, num_choices, -1)
-    y_TD = jnp.einsum("TA,TAD->TD", weight_TA, y_TAD, preferred_element_type=weight_TA.dtype)
-    return y_TD.astype(x_TD.dtype), group_sizes_E
+    order, rank_TA, count_X = _sorted_choices(expert_TA, num_experts)
+    room = buffer_rows(num_tokens, num_choices, num_experts, num_shards, buffer)
+    count_SPE = lax.all_gather(count_X, axis).reshape(num_shards, num_shards, -1)
+    kept_SPE = count_SPE if buffer is None else kept_rows(count_SPE, room, num_tokens)
+    route = Route(axis, lax.axis_index(axis), order, rank_TA, expert_TA, count_SPE, kept_SPE, room)
+    y_TD = TRANSPORTS[transport](x_TD, weight_TA, experts, route)
+    here_SE, kept_SE = count_SPE[:, route.here], kept_SPE[:, route.here]
+    return Exchanged(y_TD.astype(x_TD.dtype), here_SE.sum(0), (here_SE - kept_SE).sum())

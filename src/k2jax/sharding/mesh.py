@@ -1,5 +1,6 @@
 """The device mesh: five named axes, all Explicit, all always there."""
 
+import itertools
 import math
 
 import jax
@@ -9,10 +10,33 @@ from k2jax.config import MeshConfig, UserError
 from k2jax.sharding.names import AXES
 
 
+def nearest_on_torus(sizes: dict[str, int], torus: tuple[int, ...]) -> dict[str, int]:
+    """Sizes of the same axes that a torus can have: each the product of some of its dims, all of them used.
+
+    The nearest by their ratios; of axes that are 1 only where there is none larger.
+    """
+    axes = [axis for axis, size in sizes.items() if size > 1] or list(sizes)
+    found = []
+    for owners in itertools.product(axes, repeat=len(torus)):
+        own = {axis: math.prod(dim for dim, owner in zip(torus, owners) if owner == axis) for axis in axes}
+        found.append((sum(abs(math.log(own[axis] / sizes[axis])) for axis in axes), own))
+    return min(found, key=lambda entry: entry[0])[1]
+
+
+def _off_torus(sizes: dict[str, int], devices: list) -> UserError:
+    """What to say of a mesh whose axes would have to share a dim of the torus that TPUs stand in."""
+    torus = tuple(max(at) + 1 for at in zip(*(device.coords for device in devices), strict=True))
+    given = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items() if size > 1)
+    near = ", ".join(f"mesh.{axis} = {size}" for axis, size in nearest_on_torus(sizes, torus).items())
+    rule = f"each must be a product of some of the dims of the torus, {' x '.join(map(str, torus))}"
+    return UserError(f"{given}: {rule}, or neighbours in the mesh would not be neighbours; nearest: {near}")
+
+
 def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
     """The mesh of `config` over `devices` (all there are, by default).
 
-    Raises UserError where the axis sizes are below 1 or do not multiply to the number of devices.
+    Raises UserError where the axis sizes are below 1, do not multiply to the number of devices, or do not fit the torus
+    that TPUs stand in.
     """
     devices = jax.devices() if devices is None else devices
     shape = tuple(getattr(config, axis) for axis in AXES)
@@ -25,7 +49,10 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.M
             f"{product or 'the mesh (all axes 1)'}: needs {math.prod(shape)} devices, there are {len(devices)}; "
             f"change the axes, or on a CPU give --simulate {math.prod(shape)}"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    except NotImplementedError:  # jax's, for a torus alone
+        raise _off_torus(dict(zip(AXES, shape, strict=True)), devices) from None
 
 
 def mesh_of(**sizes: int) -> jax.sharding.Mesh:

@@ -1,7 +1,7 @@
 """The letters for array dims, used in einsum equations, variable suffixes and weight declarations alike.
 
 `axis` always means a mesh axis and `dim` an array dim. Some letters stand for the same size in two
-layouts: T, S and Z are all positions of a sequence, cut over different mesh axes (see rules.py).
+layouts: T, S and Z are all positions of a sequence, cut over different mesh axes (see rules.py), V and I both ids.
 """
 
 AXES = ("replica", "fsdp", "expert", "tensor", "context")
@@ -27,5 +27,6 @@ DIMS = {
     "E": "n_routed_experts, as owners of weights",
     "X": "n_routed_experts, as the router's scores",
     "A": "num_experts_per_tok",
-    "V": "vocab_size",
+    "V": "vocab_size, as the head's outputs",
+    "I": "vocab_size, as the embedding's rows",
 }

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import PartitionSpec as P
 
-from k2jax.sharding.names import DIMS
+from k2jax.sharding.names import AXES, DIMS
 
 AXES_OF = {
     "B": ("replica", "fsdp", "expert"),
@@ -21,6 +21,7 @@ AXES_OF = {
     "S": ("context",),
     "H": ("tensor",),
     "E": ("expert",),
+    "V": ("tensor",),
 }
 # At rest fsdp cuts the first of these that a matrix has; gains are small and stay whole.
 FSDP_DIMS = "DQC"
@@ -69,9 +70,25 @@ def on_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def platform() -> str:
+    """"cpu", "gpu" or "tpu": of the mesh that is set (which need not be of this machine), else of JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device if on_mesh() else None
+    name = device.platform if device is not None else jax.default_backend()
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
 def place(x: jax.Array, dims: str) -> jax.Array:
     """`x` with its dims laid out as the table says; moves data where the layout changes."""
     return jax.sharding.reshard(x, spec(dims)) if on_mesh() else x
+
+
+def varying(tree, dims: str):
+    """Inside `jax.shard_map`: local parts of arrays [dims], said to differ along the axes that do not cut them too.
+
+    Before use, so that autodiff sums their gradients over the devices that share them.
+    """
+    cut = {axis for axes in in_use_axes(dims) for axis in axes}
+    return jax.lax.pcast(tree, tuple(axis for axis in AXES if axis not in cut), to="varying")
 
 
 def whole(x: jax.Array) -> jax.Array:

@@ -1,0 +1,62 @@
+"""Which activations of a layer the backward pass finds, and which it makes again: their names, and the policies.
+
+A policy lists what is kept, not what is made again: a value that is made again under its name could still be found
+without it, one operation earlier, and nothing would be saved.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from k2jax.config import Remat
+
+# The residual stream where a layer begins.
+LAYER_INPUT = "layer_input"
+# The residual stream between attention and FFN.
+ATTENDED = "attended"
+# What the MLA up-projections read, before its norm; the rotary key is in the second.
+Q_LATENT, KV_LATENT = "q_latent", "kv_latent"
+# Attention's output, and what its backward pass needs beside it. An attention kernel names them in its forward rule.
+ATTENTION_OUT, ATTENTION_LSE = "attention_out", "attention_lse"
+# Scores of the router, and the experts that each token chose.
+ROUTER_LOGITS, EXPERT_CHOICE = "router_logits", "expert_choice"
+# Rows that the experts work on, as they came; inputs of SwiGLU in every FFN; what the experts' down-projection gives.
+DISPATCHED, GATE_UP, EXPERT_DOWN = "dispatched", "gate_up", "expert_down"
+
+# The K2 report (2.4.3) makes norms, SwiGLU, MLA up-projections and MoE down-projections again; these are the rest.
+KEPT_BY_K2 = (
+    LAYER_INPUT, ATTENDED, Q_LATENT, KV_LATENT, ATTENTION_OUT, ATTENTION_LSE, ROUTER_LOGITS, DISPATCHED, GATE_UP,
+)  # fmt: skip
+# Kept, on the device, whatever else is made again. Scores that differ in their last bit would choose other experts,
+# and the backward pass would be that of another function than the forward pass.
+ALWAYS_KEPT = (EXPERT_CHOICE,)
+
+
+def named(x: jax.Array, name: str) -> jax.Array:
+    """`x`, which policies know by `name`, one of the above."""
+    return checkpoint_name(x, name)
+
+
+def _policy(kept: tuple[str, ...], offloaded: tuple[str, ...]):
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=ALWAYS_KEPT + kept,
+        names_which_can_be_offloaded=offloaded,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+def rematerialise(layer: Callable, remat: Remat) -> Callable:
+    """`layer`, whose backward pass finds what the policy `remat` keeps and makes the rest again.
+
+    none: keeps all. k2: what K2 keeps. layer: the layer's input alone. k2-offload and offload: the same two, but what
+    is kept waits in the host's memory.
+    """
+    policies = {
+        "k2": _policy(KEPT_BY_K2, ()),
+        "k2-offload": _policy((), KEPT_BY_K2),
+        "layer": _policy((LAYER_INPUT,), ()),
+        "offload": _policy((), (LAYER_INPUT,)),
+    }
+    return layer if remat == "none" else jax.checkpoint(layer, policy=policies[remat])
