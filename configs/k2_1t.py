@@ -1,6 +1,7 @@
 """Kimi K2, 1.03T parameters, over its 15.5T tokens: 1,024 TPU v5p chips or 1,024 GPUs of 80 GB.
 
     k2jax inspect configs/k2_1t.py
+    k2jax plan configs/k2_1t.py --topology v5p:8x8x16     # does it fit? docs/planning.md
 
 Published: the model, the schedule, the batch, tau (K2 report 2.1, 2.3, 2.5). What is ours: docs/optimizer.md.
 Annealing (400B tokens at 4k, 60B at 32k) is on top of these tokens, and YaRN is for use beyond 32k.
@@ -9,6 +10,7 @@ Annealing (400B tokens at 4k, 60B at 32k) is on top of these tokens, and YaRN is
 from k2jax.config import (
     Config,
     DataConfig,
+    KernelsConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -66,6 +68,7 @@ def config() -> Config:
             balance_alpha=(1e-4, 1e-4),
         ),
         data=DataConfig(path="data/k2", sequence_length=4096, batch_sequences=16_384),
-        mesh=MeshConfig(fsdp=32, expert=32),
-        train=TrainConfig(run_dir="runs/k2_1t", num_steps=230_968, num_microbatches=16, eval_sequences=1024),
+        kernels=KernelsConfig(expert_buffer=1.5),  # all rows that could come are 48 times the balanced load
+        mesh=MeshConfig(fsdp=16, expert=64),  # the torus of 8 x 8 x 16 chips: experts over a plane, fsdp along the rest
+        train=TrainConfig(run_dir="runs/k2_1t", num_steps=230_968, num_microbatches=4, eval_sequences=1024),
     )

@@ -1,0 +1,216 @@
+"""The whole training step compiled for hardware that is not here: does it fit, and what does it communicate?
+
+The compiler is the real one, so the figures are evidence and no estimate; nothing is run, and no weight is made.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+
+import jax
+
+from k2jax.config import Config, RunFailed
+from k2jax.model.transformer import declarations
+from k2jax.optim.plans import Plan, make_plans
+from k2jax.optim.spread import chunks
+from k2jax.plan.hlo import Collective, collectives
+from k2jax.plan.topology import MEMORY_GIB
+from k2jax.sharding.rules import spec
+from k2jax.train.optimizer import make_optimizer
+from k2jax.train.state import TrainState, abstract_state, weight_leaves
+from k2jax.train.step import OPTIMIZER_SCOPE, Batch, make_train_step
+
+GIB = 2**30
+
+
+def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
+    """Shapes and shardings of one step's batch."""
+    microbatches = config.train.num_microbatches
+    shape = microbatches, config.data.batch_sequences // microbatches, config.data.sequence_length
+    rows = jax.ShapeDtypeStruct(shape, "int32", sharding=jax.NamedSharding(mesh, spec("MBT")))
+    return Batch(rows, rows, rows, rows)
+
+
+def lower_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, TrainState]:
+    """The step that a run of `config` would compile, and the shapes of its state, which is donated."""
+    with jax.set_mesh(mesh):
+        tx = make_optimizer(config, mesh)
+        state = abstract_state(config, tx, mesh)
+        step = jax.jit(make_train_step(config, tx), donate_argnums=0)
+        return step.lower(state, abstract_batch(config, mesh)), state
+
+
+def bytes_per_device(tree) -> int:
+    """Of a pytree of arrays or shapes that have shardings; without what the device's tiling adds."""
+    return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def memory_by_kind(state: TrainState, batch: Batch, compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes of one device. Kinds that XLA tells apart, with what the shapes say of them:
+
+    arguments = parameters + optimizer_state + other_state + batch + what tiling adds; temp = gradients + activations,
+    where gradients are one set in float32, laid out as the parameters, and activations all else. outputs: those that
+    do not take the place of a donated argument. total: all of it, the program too.
+    """
+    found = compiled.memory_analysis()
+    params, optimizer = bytes_per_device(state.params), bytes_per_device(state.opt_state)
+    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+    program = found.generated_code_size_in_bytes
+    return {
+        "parameters": params,
+        "optimizer_state": optimizer,
+        "other_state": bytes_per_device((state.step, state.router_bias, state.guard)),
+        "batch": bytes_per_device(batch),
+        "arguments": found.argument_size_in_bytes,
+        "gradients": params,
+        "activations": found.temp_size_in_bytes - params,
+        "temp": found.temp_size_in_bytes,
+        "outputs": outputs,
+        "program": program,
+        "host": found.host_temp_size_in_bytes + found.host_argument_size_in_bytes,
+        "total": found.argument_size_in_bytes + found.temp_size_in_bytes + outputs + program,
+    }
+
+
+def part_of(collective: Collective) -> str:
+    """Which part of the step a collective belongs to, by jax's name for it."""
+    if OPTIMIZER_SCOPE in collective.op_name:
+        return "optimizer"
+    if "transpose(jvp" in collective.op_name:
+        return "backward"
+    return "forward" if "jvp" in collective.op_name else "other"
+
+
+def communication(found: list[Collective]) -> list[dict]:
+    """JSON values: collectives by part of the step, kind and mesh axes.
+
+    instructions: in the program; runs: in one step, None where data decides; bytes: on one device, over all runs.
+    """
+    table = {}
+    for one in found:
+        row = table.setdefault((part_of(one), one.kind, one.axes), {"instructions": 0, "runs": 0, "bytes": 0})
+        row["instructions"] += 1
+        known = one.runs is not None and row["runs"] is not None
+        row["runs"] = row["runs"] + one.runs if known else None
+        row["bytes"] = row["bytes"] + one.runs * one.num_bytes if known else None
+    order = ("forward", "backward", "optimizer", "other")
+    keys = sorted(table, key=lambda key: (order.index(key[0]), key[2], key[1]))
+    return [{"part": key[0], "kind": key[1], "axes": list(key[2]), **table[key]} for key in keys]
+
+
+def expected_exchanges(config: Config, sizes: Mapping[str, int]) -> int:
+    """All-to-alls of the optimizer: one in and one out for each chunk of each leaf that is cut inside its matrices."""
+    weights = declarations(config.model)
+    plans = jax.tree.leaves(make_plans(weights, sizes), is_leaf=lambda x: isinstance(x, Plan))
+    shapes = [w.shape[w.num_stack :] for w in weight_leaves(weights) if w.group == "muon"]
+    size = {"bfloat16": 2, "float32": 4}[config.optim.ns_dtype]
+    return sum(
+        2 * len(list(chunks(plan, shape, size))) for plan, shape in zip(plans, shapes, strict=True) if plan.group > 1
+    )
+
+
+def beyond_exchanges(found: list[Collective], num_exchanges: int) -> list[str]:
+    """What the optimizer does to matrices beyond `num_exchanges` all-to-alls outside of loops; [] if nothing."""
+    problems = []
+    for one in found:
+        if one.has_matrix and one.kind != "all-to-all":
+            problems.append(f"{one.kind} of {one.result}")
+        if one.repeated:
+            problems.append(f"{one.kind} of {one.result} in a loop or branch")
+    count = sum(one.kind == "all-to-all" for one in found)
+    if count != num_exchanges:
+        problems.append(f"{count} all-to-alls, where the plans need {num_exchanges}")
+    return problems
+
+
+def compile_step(lowered: jax.stages.Lowered, options: Mapping[str, str] | None = None) -> jax.stages.Compiled:
+    """Raises RunFailed, with the compiler's list of what is large, where a device has not the memory."""
+    try:
+        return lowered.compile(compiler_options=dict(options or {}))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise RunFailed(f"does not fit: {error}") from None
+
+
+def describe_step(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str, str] | None = None) -> dict:
+    """JSON values: what `k2jax plan` prints. Raises RunFailed where the step does not fit a device of `mesh`."""
+    started = time.monotonic()
+    lowered, state = lower_step(config, mesh)
+    lower_seconds = time.monotonic() - started
+    compiled = compile_step(lowered, options)
+    compile_seconds = time.monotonic() - started - lower_seconds
+    found = collectives(compiled.as_text(), mesh.shape)
+    kind = mesh.devices.flat[0].device_kind
+    tokens = config.batch_tokens // config.train.num_microbatches // mesh.size
+    return {
+        "device_kind": kind,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "tokens_per_device_and_microbatch": tokens,
+        "lower_seconds": lower_seconds,
+        "compile_seconds": compile_seconds,
+        "memory": memory_by_kind(state, abstract_batch(config, mesh), compiled),
+        "memory_of_device": MEMORY_GIB.get(kind, 0) * GIB or None,
+        "communication": communication(found),
+        "optimizer_beyond_exchanges": beyond_exchanges(
+            [one for one in found if part_of(one) == "optimizer"], expected_exchanges(config, mesh.shape)
+        ),
+    }
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+MEMORY_ROWS = (
+    ("parameters", "parameters"),
+    ("optimizer_state", "optimizer's state"),
+    ("other_state", "router bias, guard, step"),
+    ("batch", "batch"),
+    ("arguments", "arguments: these, tiled"),
+    ("gradients", "gradients, float32"),
+    ("activations", "activations and all else"),
+    ("temp", "temporary: these two"),
+    ("outputs", "outputs beside the state"),
+    ("program", "program"),
+    ("total", "together"),
+    ("host", "in the host's memory"),
+)
+
+
+def plan_lines(found: dict) -> list[str]:
+    """`describe_step` as text."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1)
+    memory = [("per device", "bytes", "GiB")]
+    for key, name in MEMORY_ROWS:
+        size = found["memory"][key]
+        memory.append((name, f"{size:,}", f"{size / GIB:.2f}"))
+    if limit := found["memory_of_device"]:
+        memory.append(("a device has", f"{limit:,}", f"{limit / GIB:.2f}"))
+    traffic = [("part", "collective", "over", "instructions", "runs in a step", "GiB in a step")]
+    for row in found["communication"]:
+        runs, size = row["runs"], row["bytes"]
+        traffic.append(
+            (
+                row["part"],
+                row["kind"],
+                ", ".join(row["axes"]) or "itself",
+                str(row["instructions"]),
+                "as data decides" if runs is None else f"{runs:,}",
+                "" if size is None else f"{size / GIB:.3f}",
+            )
+        )
+    beyond = found["optimizer_beyond_exchanges"]
+    return [
+        f"{found['devices']:,} x {found['device_kind']}, {mesh or 'one device'}; "
+        f"{found['tokens_per_device_and_microbatch']:,} tokens per device and microbatch",
+        f"lowered in {found['lower_seconds']:.1f} s, compiled in {found['compile_seconds']:.0f} s",
+        "",
+        *_table(memory),
+        "",
+        *_table(traffic),
+        "",
+        "the optimizer's matrices: " + ("; ".join(beyond) or "all-to-all and nothing else"),
+    ]

@@ -1,0 +1,91 @@
+"""A mesh of TPUs that are not here: libtpu compiles for a topology by its name, on any machine."""
+
+import difflib
+import importlib.util
+import math
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+from k2jax.config import MeshConfig, UserError
+from k2jax.sharding.mesh import make_mesh
+from k2jax.sharding.names import AXES
+
+# libtpu's names, with the chips' dims: 2 of a torus in a plane, 3 in space.
+GENERATIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
+# Memory of one device, by jax's name of its kind; libtpu's own limit is a little below (it keeps some for itself).
+MEMORY_GIB = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}
+# What libtpu reads so as not to look for the machine that it is told to compile for.
+NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def _cube(num_chips: int, num_dims: int) -> str:
+    """The dims, small ones first, of the most even torus of so many chips: 1024 -> 8x8x16."""
+    if num_dims == 1:
+        return str(num_chips)
+    side = max(d for d in range(1, int(num_chips ** (1 / num_dims) + 1e-9) + 1) if num_chips % d == 0)
+    return f"{side}x{_cube(num_chips // side, num_dims - 1)}"
+
+
+def _check_name(name: str) -> str:
+    """The generation of a topology's name. Raises UserError for what is none."""
+    generation, _, dims = name.partition(":")
+    problem = f"--topology {name}: must be GENERATION:AxBxC"
+    if generation not in GENERATIONS:
+        near = difflib.get_close_matches(generation, GENERATIONS, n=1, cutoff=0.5)
+        raise UserError(f"{problem} with one of {', '.join(GENERATIONS)}" + "; nearest: " * bool(near) + "".join(near))
+    count = GENERATIONS[generation]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", dims) or len(dims.split("x")) != count:
+        numbers = [max(int(n), 1) for n in re.findall(r"\d+", dims)]
+        near = _cube(math.prod(numbers), count) if numbers else "x".join(["4"] * count)
+        raise UserError(f"{problem}, {count} numbers for {generation}; nearest: {generation}:{near}")
+    return generation
+
+
+def topology_devices(name: str) -> list:
+    """The devices of a topology such as v5p:8x8x16, for compiling alone.
+
+    Raises UserError for a name that libtpu does not know, and where it is not installed.
+    """
+    _check_name(name)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("libtpu, which compiles for TPUs, is not installed: pip install 'k2jax[tpu-compiler]'")
+    for key, value in NO_TPU_HERE.items():
+        os.environ.setdefault(key, value)
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--topology {name}: libtpu refuses it: {str(error).splitlines()[0]}") from None
+
+
+def _mismatch(config: MeshConfig, name: str, num_devices: int) -> str:
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    needed = math.prod(sizes.values())
+    product = " * ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items() if size > 1)
+    generation, rest = name.split(":")[0], needed // config.fsdp
+    count = num_devices // math.prod(int(d) for d in name.split(":")[1].split("x"))  # devices of a chip
+    near = []
+    if num_devices % rest == 0:
+        near.append(f"mesh.fsdp = {num_devices // rest}")
+    if needed % count == 0:
+        near.append(f"--topology {generation}:{_cube(needed // count, GENERATIONS[generation])}")
+    has = f"--topology {name} has {num_devices}"
+    return f"{product or 'the mesh (all axes 1)'}: needs {needed} devices, {has}; nearest: {' or '.join(near)}"
+
+
+def topology_mesh(config: MeshConfig, name: str) -> jax.sharding.Mesh:
+    """The mesh of a config over a topology, laid out as on the machine itself.
+
+    Raises UserError as `topology_devices` does, and for a mesh of another number of devices.
+    """
+    devices = topology_devices(name)
+    if math.prod(getattr(config, axis) for axis in AXES) != len(devices):
+        raise UserError(_mismatch(config, name, len(devices)))
+    return make_mesh(config, devices)

@@ -1,0 +1,53 @@
+"""What a user hears of topologies that do not exist, do not fit, or cannot be compiled for. Nothing is compiled."""
+
+import importlib.util
+
+import pytest
+
+from k2jax.config import MeshConfig, UserError
+from k2jax.launch.cli import main
+from k2jax.plan import topology
+
+
+def refusal(function, *arguments) -> str:
+    with pytest.raises(UserError) as error:
+        function(*arguments)
+    return "\n".join(error.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("v5p:8x128", "v5p:8x8x16"),
+        ("v6e:4x4x4", "v6e:8x8"),
+        ("v5p", "v5p:4x4x4"),
+        ("v5:8x8", "v5"),
+        ("v6e:4x", "v6e:2x2"),
+    ],
+)
+def test_a_wrong_name(name, near):
+    message = refusal(topology.topology_devices, name)
+    assert message.startswith(f"--topology {name}: must be") and f"nearest: {near}" in message
+
+
+def test_without_libtpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'k2jax[tpu-compiler]'" in refusal(topology.topology_devices, "v5p:2x2x1")
+
+
+def test_a_mesh_of_another_size(monkeypatch):
+    monkeypatch.setattr(topology, "topology_devices", lambda name: [None] * 64)
+    message = refusal(topology.topology_mesh, MeshConfig(fsdp=16, expert=64), "v5p:4x4x4")
+    assert message == (
+        "mesh.fsdp = 16 * mesh.expert = 64: needs 1024 devices, --topology v5p:4x4x4 has 64; "
+        "nearest: mesh.fsdp = 1 or --topology v5p:8x8x16"
+    )
+    message = refusal(topology.topology_mesh, MeshConfig(expert=3), "v5p:4x4x4")
+    assert "--topology v5p:1x1x3" in message and "mesh.fsdp" not in message
+
+
+def test_the_command_says_it_all_at_once(capsys, monkeypatch):
+    monkeypatch.setattr("k2jax.launch.commands.use_cpu_devices", lambda count: None)
+    assert main(["plan", "configs/tiny.py", "--topology", "v5q:2x2"]) == 2
+    error = capsys.readouterr().err
+    assert "v5p" in error and "Traceback" not in error
