@@ -8,7 +8,7 @@ VENV := .venv-$(VERSION)
 BIN := $(VENV)/bin
 STDLIB = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 
-.PHONY: train test test-fast test-interop test-tpu env data clean
+.PHONY: train test test-fast test-interop test-tpu test-kernels test-data env data comparators bench clean
 
 env: $(VENV)/ready
 
@@ -38,7 +38,7 @@ test: env
 
 # What every change must pass on the other Python: all but the tests that train in processes of their own.
 test-fast: env
-	$(BIN)/python -m pytest -m 'not slow and not interop and not tpu'
+	$(BIN)/python -m pytest -m 'not slow and not interop and not tpu and not kernels and not data'
 
 # Against the libraries that read what k2jax exports: transformers, mlx-lm, lm-eval. Installs PyTorch.
 test-interop: env
@@ -49,7 +49,32 @@ test-interop: env
 # libtpu makes every later start of JAX look for a TPU; `make clean` or pip uninstall removes it.
 test-tpu: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-$(VERSION).txt -e '.[test,tpu-compiler]'
-	$(BIN)/python -m pytest -m tpu tests/optim
+	$(BIN)/python -m pytest -m tpu tests/optim tests/sharding tests/plan
+
+# tokamax's kernels, interpreted. An environment of its own: tokamax pins typeguard 2, tyro wants 4.
+test-kernels:
+	test -d .venv-kernels || $(PYTHON) -m venv .venv-kernels
+	.venv-kernels/bin/python -m pip install --quiet --disable-pip-version-check tokamax==0.0.12 jax==0.10.2 jaxlib==0.10.2 \
+		pytest
+	PYTHONPATH=src .venv-kernels/bin/python -m pytest -m kernels tests/kernels
+
+# What benchmarks/whole_step.py is compared with, in an environment of its own.
+comparators: .venv-comparators/ready
+
+.venv-comparators/ready: benchmarks/comparators/requirements.txt
+	$(PYTHON) -m venv --clear .venv-comparators
+	.venv-comparators/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	.venv-comparators/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchtitan==0.3.0
+	touch $@
+
+# Every benchmark that a CPU finishes in minutes, on an otherwise idle machine; the figures of README's table.
+bench: env
+	$(BIN)/python benchmarks/all.py
+
+# Preparation on a Ray cluster of this machine alone. Installs Ray.
+test-data: env
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-$(VERSION).txt -e '.[test,ray]'
+	$(BIN)/python -m pytest -m data tests/data
 
 clean:
 	rm -rf .venv-* data runs build

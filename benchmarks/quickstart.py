@@ -18,14 +18,14 @@ import numpy as np
 from k2jax.launch.commands import use_cpu_devices
 
 
-def bigram_bits(store, rows: np.ndarray) -> float:
+def bigram_bits(corpus, rows: np.ndarray) -> float:
     """Bits per predicted token of rows [n, T + 1] under a bigram model of the training split, counts + 0.01."""
-    size = store.manifest["tokenizer"]["vocab_size"]
-    counts = np.zeros(size * size)
-    total, chunk = store.num_tokens("train"), 2**22
-    for start in range(0, total - 1, chunk):
-        tokens = store.read("train", start, min(start + chunk + 1, total)).astype(np.int64)
-        counts += np.bincount(tokens[:-1] * size + tokens[1:], minlength=size * size)
+    size = corpus.vocab_size
+    counts, chunk = np.zeros(size * size), 2**22
+    for stream in corpus.streams["train"].values():
+        for start in range(0, stream.num_tokens - 1, chunk):
+            tokens = stream.read(start, min(start + chunk + 1, stream.num_tokens)).astype(np.int64)
+            counts += np.bincount(tokens[:-1] * size + tokens[1:], minlength=size * size)
     table = counts.reshape(size, size) + 0.01
     bits = -np.log2(table / table.sum(1, keepdims=True))
     return float(bits[rows[:, :-1], rows[:, 1:]].mean())
@@ -69,14 +69,14 @@ def readable_lines(text: str) -> int:
     return best
 
 
-def copied_lines(text: str, store, length: int = 60) -> list[str]:
+def copied_lines(text: str, corpus, length: int = 60) -> list[str]:
     """Lines of the sample with `length` or more characters that stand in the training text as they are."""
     wanted = {line.strip().encode() for line in text.splitlines() if len(line.strip()) >= length}
     if not wanted:
         return []
-    training = store.read("train", 0, store.num_tokens("train"))
-    training = np.where(training < 256, training, 10).astype(np.uint8).tobytes()
-    return sorted(line.decode() for line in wanted if line in training)
+    streams = [stream.read(0, stream.num_tokens) for stream in corpus.streams["train"].values()]
+    training = [np.where(tokens < 256, tokens, 10).astype(np.uint8).tobytes() for tokens in streams]
+    return sorted(line.decode() for line in wanted if any(line in text for text in training))
 
 
 def clip_figures(records: list[dict], tau: float) -> dict:
@@ -98,7 +98,7 @@ def main() -> int:
     args = parser.parse_args()
     use_cpu_devices(1)
     from k2jax.data.batches import validation_batches
-    from k2jax.data.tokens import TokenStore
+    from k2jax.data.corpus import open_data
     from k2jax.train.evaluate import bits_per_byte
     from k2jax.train.generate import generate
     from k2jax.train.loaded import load_run
@@ -106,17 +106,17 @@ def main() -> int:
 
     config, records = read_run(args.run)
     _, unclipped = read_run(args.unclipped)
-    store, tau = TokenStore(config.data.path), config.optim.qk_clip_tau
+    corpus, tau = open_data(config), config.optim.qk_clip_tau
 
     def rows(count):
-        return np.concatenate([b["tokens"] for b in validation_batches(store, config.data, count, 16)])
+        return np.concatenate([b["tokens"] for b in validation_batches(corpus, config.data, count, 16)])
 
-    bigram = bits_per_byte(bigram_bits(store, rows(config.train.eval_sequences)) * math.log(2), store)
+    bigram = bits_per_byte(bigram_bits(corpus, rows(config.train.eval_sequences)) * math.log(2), corpus)
     model = next(r["validation_bits_per_byte"] for r in reversed(records) if "validation_bits_per_byte" in r)
     intact, shuffled = last_token_bits(args.run, rows(args.windows))
     sample = generate(load_run(args.run), [""], 2000, temperature=0.7, seed=1)[0]
     Path(args.run, "sample.txt").write_text(sample, encoding="utf-8")
-    copies, lines = copied_lines(sample, store), readable_lines(sample)
+    copies, lines = copied_lines(sample, corpus), readable_lines(sample)
     clip, lost = clip_figures(records, tau), max(r["max_logit"] for r in unclipped) / tau
     picture = str(Path(args.run, "curves.png"))
     plot_runs([args.run, args.unclipped], picture)

@@ -84,13 +84,15 @@ def config(data: str, num_steps: int) -> Config:
     )
 
 
-def soft_capped(q_BHSK, k_BHZK, v_BHZU, visible_BSZ, scale: float):
+def soft_capped(q_BHSK, sources, weights, make, q_at, k_at, scale, kernels):
     """In attention's place: logits go through cap * tanh(logit / cap) (Gemma 2 report, 2); maxima before that."""
     import jax
     import jax.numpy as jnp
 
+    k_BHZK, v_BHZU = make(*sources, *weights)
     logit_BHSZ = jnp.einsum("BHSK,BHZK->BHSZ", q_BHSK, k_BHZK) * scale
-    visible_B1SZ = visible_BSZ[:, None]
+    visible_BSZ = q_at.segment[:, :, None] == k_at.segment[:, None]
+    visible_B1SZ = (visible_BSZ & (q_at.index[:, :, None] >= k_at.index[:, None]))[:, None]
     max_H = jnp.where(visible_B1SZ, jax.lax.stop_gradient(logit_BHSZ), -jnp.inf).max((0, 2, 3))
     capped_BHSZ = jnp.where(visible_B1SZ, CAP * jnp.tanh(logit_BHSZ / CAP), -jnp.inf)
     return jnp.einsum("BHSZ,BHZU->BHSU", jax.nn.softmax(capped_BHSZ), v_BHZU), max_H
