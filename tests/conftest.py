@@ -10,8 +10,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
-@pytest.fixture
-def tiny() -> ModelConfig:
+def tiny_model() -> ModelConfig:
     """One dense and two MoE layers; every size differs where it can, so that a swapped dim is an error."""
     return ModelConfig(
         vocab_size=50,
@@ -28,6 +27,11 @@ def tiny() -> ModelConfig:
         n_routed_experts=8,
         num_experts_per_tok=2,
     )
+
+
+@pytest.fixture
+def tiny() -> ModelConfig:
+    return tiny_model()
 
 
 @pytest.fixture

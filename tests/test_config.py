@@ -72,6 +72,13 @@ def test_off_is_none_only_where_it_may_be():
     assert message == "optim.momentum = None: must be a finite number\ntrain.num_steps = None: must be an integer"
 
 
+def test_a_buffer_holds_at_least_the_balanced_load():
+    assert error_of(Config().replace({"kernels.expert_buffer": 0.5}).validate) == (
+        "kernels.expert_buffer = 0.5: must be at least 1, the balanced load, or None for no bound; nearest: 1.0"
+    )
+    Config().replace({"kernels.expert_buffer": 1}).validate()
+
+
 def test_json_round_trip():
     changes = {"model.rope.rope_theta": 10_000, "optim.qk_clip_tau": None, "mesh.expert": 4, "train.run_dir": "a/b"}
     config = Config().replace(changes)
@@ -91,7 +98,8 @@ def test_json_with_unknown_and_missing_fields():
     values["zebra"] = {"stripes": 2}
     assert error_of(lambda: Config.from_json(json.dumps(values))) == (
         "optim.learning_rat: no such field; did you mean optim.learning_rate or optim.final_learning_rate?\n"
-        "zebra.stripes: no such field; sections are model, optim, guard, stages, data, mesh, train, checkpoint\n"
+        "zebra.stripes: no such field; sections are model, optim, guard, stages, kernels, data, mixture, mesh, train, "
+        "checkpoint\n"
         "optim.learning_rate: is missing"
     )
 
@@ -115,6 +123,35 @@ def test_sections_stay_small():
     sections = [name.rsplit(".", 1)[0] for name in field_types()]
     assert all(sections.count(section) < 25 for section in sections)
     assert len(sections) == len(field_types()) > 50
+
+
+def test_mixture_and_data_rules():
+    config = Config().replace(
+        {
+            "mixture.weights": ("web=3 code=1", "web=0", "web:3", "natural"),
+            "mixture.epochs": "web=0 wiki=2",
+            "data.fim_rate": 0.1,
+            "data.skip_steps": ("7-5", "10-19", "15-30"),
+            "model.vocab_size": 500,
+        }
+    )
+    assert error_of(config.validate).split("\n") == [
+        "mixture.weights = ('web=3 code=1', 'web=0', 'web:3', 'natural'): has 4 entries, must have 1 or 2, one per stage, as "
+        "stages.start_tokens has",
+        "mixture.weights: 'web=0' adds up to 0, must be 1 to 1,000,000",
+        "mixture.weights: 'web:3' must be pairs source=integer with spaces between, such as 'web=70 code=30', or 'natural'",
+        "mixture.epochs = 'web=0 wiki=2': must be at least 1 of each source; a weight of 0 leaves it out",
+        "data.fim_rate, data.fim_tokens: must be given together, or neither",
+        "data.skip_steps: '7-5' must be FIRST-LAST, two steps that rise, such as '1200-1219'",
+        "data.skip_steps: 15-30 must come after 10-19, and not meet it",
+    ]
+    config = Config().replace({"data.fim_rate": 0.1, "data.fim_tokens": (1, 1, 999), "model.vocab_size": 500})
+    assert error_of(config.validate).split("\n") == [
+        "data.fim_tokens = (1, 1, 999): must be three different ids, before prefix, suffix and middle",
+        "data.fim_tokens: 999 must be below model.vocab_size = 500",
+    ]
+    good = {"mixture.weights": ("a=1", "natural"), "data.fim_rate": 0.1, "data.fim_tokens": (0, 1, 2), "data.skip_steps": ("3-3",)}
+    assert Config.from_json(Config().replace(good).to_json()) == Config().replace(good)
 
 
 def test_stages_are_columns_of_one_length():

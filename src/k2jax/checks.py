@@ -35,15 +35,37 @@ def describe_type(kind: object) -> str:
     ]
 
 
+MAX_WEIGHTS = 1_000_000  # a stage's pattern of sources is a table of so many rows
+
+
+def read_shares(text: str) -> dict[str, int]:
+    """{"web": 70, "code": 30} of "web=70 code=30". ValueError with the rule that it breaks."""
+    pairs = [pair.partition("=") for pair in text.split()]
+    if not pairs or not all(name and number.isascii() and number.isdigit() for name, _, number in pairs):
+        raise ValueError("must be pairs source=integer with spaces between, such as 'web=70 code=30'")
+    shares = {name: int(number) for name, _, number in pairs}
+    if len(shares) < len(pairs):
+        raise ValueError("must name each source once")
+    return shares
+
+
+def read_steps(text: str) -> tuple[int, int]:
+    """(1200, 1220) of "1200-1219": the first step, and the first one after. ValueError with the rule."""
+    first, dash, last = text.partition("-")
+    if not (dash and first.isdecimal() and last.isdecimal()) or int(first) > int(last):
+        raise ValueError("must be FIRST-LAST, two steps that rise, such as '1200-1219'")
+    return int(first), int(last) + 1
+
+
 # Fields that may be zero; every other number must be positive.
 _MAY_BE_ZERO = {
     "model.first_k_dense_replace", "model.n_shared_experts", "optim.final_learning_rate", "optim.warmup_tokens",
     "optim.weight_decay", "optim.momentum", "optim.adam_b1", "optim.adam_b2", "model.rope.mscale_all_dim",
     "stages.start_tokens", "stages.router_bias_rate", "stages.balance_alpha", "data.seed",
-    "data.read_threads", "train.seed",
+    "data.read_threads", "data.fim_rate", "data.fim_tokens", "data.max_bad_rows", "train.seed",
 }  # fmt: skip
 # (jax.random.key would drop the higher bits of a seed)
-_BELOW = {"optim.momentum": 1, "optim.adam_b1": 1, "optim.adam_b2": 1, "train.seed": 2**32}
+_BELOW = {"data.fim_rate": 1, "optim.momentum": 1, "optim.adam_b1": 1, "optim.adam_b2": 1, "train.seed": 2**32}
 
 
 def _own_problems(values: dict, kinds: dict) -> dict[str, str]:
@@ -70,6 +92,7 @@ _MULTIPLES = [
     ("model.n_routed_experts", ["mesh.expert"]),
     ("model.n_routed_experts", ["model.n_group"]),
     ("model.num_attention_heads", ["mesh.tensor"]),
+    ("model.vocab_size", ["mesh.tensor"]),
     ("model.hidden_size", ["mesh.fsdp"]),
     ("model.q_lora_rank", ["mesh.fsdp"]),
     ("model.kv_lora_rank", ["mesh.fsdp"]),
@@ -102,8 +125,13 @@ def _fit_problems(values: dict):
     for name, limit in _AT_MOST:
         if name in values and limit in values and values[name] > values[limit]:
             yield f"{name} = {values[name]}: must be at most {limit} = {values[limit]}"
+    if (values.get("kernels.expert_buffer") or 1) < 1:
+        rule = "must be at least 1, the balanced load, or None for no bound"
+        yield f"kernels.expert_buffer = {values['kernels.expert_buffer']}: {rule}; nearest: 1.0"
     yield from _group_problems(values)
     yield from _stage_problems(values)
+    yield from _mixture_problems(values)
+    yield from _data_problems(values)
 
 
 def _group_problems(values: dict):
@@ -137,6 +165,46 @@ def _stage_problems(values: dict):
     stretched = "yarn" in values.get("stages.rope", ())
     if stretched and values.get("model.rope.factor", 1) is None:
         yield "stages.rope: 'yarn' needs model.rope.factor, which is None; give the factor or use 'plain'"
+
+
+def _mixture_problems(values: dict):
+    stages, weights = values.get("stages.start_tokens", ()), values.get("mixture.weights", ())
+    if weights and stages and len(weights) not in (1, len(stages)):
+        rule = f"has {len(weights)} entries, must have 1 or {len(stages)}, one per stage, as stages.start_tokens has"
+        yield f"mixture.weights = {weights!r}: {rule}"
+    for text in weights:
+        try:
+            shares = {} if text == "natural" else read_shares(text)
+        except ValueError as rule:
+            yield f"mixture.weights: {text!r} {rule}, or 'natural'"
+            continue
+        if shares and not 0 < sum(shares.values()) <= MAX_WEIGHTS:
+            yield f"mixture.weights: {text!r} adds up to {sum(shares.values())}, must be 1 to {MAX_WEIGHTS:,}"
+    if epochs := values.get("mixture.epochs"):
+        try:
+            if 0 in read_shares(epochs).values():
+                yield f"mixture.epochs = {epochs!r}: must be at least 1 of each source; a weight of 0 leaves it out"
+        except ValueError as rule:
+            yield f"mixture.epochs = {epochs!r}: {rule}"
+
+
+def _data_problems(values: dict):
+    if (values.get("data.fim_rate") is None) != (values.get("data.fim_tokens") is None):
+        yield "data.fim_rate, data.fim_tokens: must be given together, or neither"
+    if (tokens := values.get("data.fim_tokens")) is not None and len({*tokens}) != 3:
+        yield f"data.fim_tokens = {tokens!r}: must be three different ids, before prefix, suffix and middle"
+    for token in tokens or ():
+        if token >= values.get("model.vocab_size", math.inf):
+            yield f"data.fim_tokens: {token} must be below model.vocab_size = {values['model.vocab_size']}"
+    ranges = []
+    for text in values.get("data.skip_steps") or ():
+        try:
+            ranges.append(read_steps(text))
+        except ValueError as rule:
+            yield f"data.skip_steps: {text!r} {rule}"
+    for (first, last), (start, stop) in itertools.pairwise(ranges):
+        if start < last:
+            yield f"data.skip_steps: {start}-{stop - 1} must come after {first}-{last - 1}, and not meet it"
 
 
 def problems(values: dict[str, object], kinds: dict[str, object]) -> Iterator[str]:

@@ -16,6 +16,10 @@ from typing import Literal
 from k2jax import checks
 
 
+# What the backward pass finds of a layer: model/remat.py.
+Remat = Literal["none", "k2", "k2-offload", "layer", "offload"]
+
+
 class UserError(Exception):
     """A mistake that the user can mend: every problem found, one line each. The CLI prints them and exits with 2."""
 
@@ -118,15 +122,44 @@ class StagesConfig:
 
 
 @dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementation does the heavy work. "auto" chooses by platform and mesh, and the banner says what."""
+
+    exchange: Literal["auto", "ragged", "dense", "ring"] = "auto"  # how tokens reach their experts: docs/experts.md
+    expert_buffer: float | None = None  # rows that a device may receive, in balanced loads; None: all, none is dropped
+    grouped_matmul: Literal["auto", "blocked", "ragged_dot", "tokamax"] = "auto"  # the experts' matmul
+    attention_chunk: int | None = None  # queries, and keys, that attention takes at a time; None: by sequence length
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Which tokens, in which order, in which portions."""
 
-    path: str = "data/tokens"  # a token store made by `k2jax prepare`
+    path: str = "data/tokens"  # token stores, folders or URLs, or .idx files of Megatron; joined by commas
+    validation_path: str | None = None  # where the held-out text is; None: in the stores of `path`
+    tokenizer: str | None = None  # of .idx files, which do not say: as in `k2jax prepare`
     sequence_length: int = 4096
     batch_sequences: int = 16_384
     seed: int = 0
+    mask_documents: bool = True  # a token sees its own document alone, and positions begin with each; else the sequence
+    packing: Literal["windows", "best_fit"] = "windows"  # slices of the stream, or few cuts: as many whole documents
+    fim_rate: float | None = None  # share of documents shown as prefix, suffix, middle; DeepSeek-V3: 0.1
+    fim_tokens: tuple[int, ...] | None = None  # the ids that stand before prefix, suffix and middle
+    skip_steps: tuple[str, ...] | None = None  # steps of data never to be read: "1200-1219", both ends included
+    max_bad_rows: int = 0  # rows of the run that may be replaced for damage or unknown ids; each is in ledger.jsonl
+    index_dir: str = "data/indexes"  # what is computed once for a store: packings, digests of .idx files
     read_threads: int = 4
-    prefetch_sequences: int = 64
+    prefetch_sequences: int = 256
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """How many rows of which source. A source that runs out begins again, in a new order."""
+
+    # Of each stage, or one for all: "web=70 code=30", integers; or "natural", as many as each source has tokens.
+    weights: tuple[str, ...] = ("natural",)
+    epochs: str | None = None  # most passes over a source: "web=1 wiki=10"; None: as many as the run takes
+    max_repeats: int | None = None  # most times that any document is seen, its rephrased variants counted
 
 
 @dataclass(frozen=True)
@@ -150,7 +183,9 @@ class TrainConfig:
     init_from: str | None = None  # another run, or an imported one, whose newest model is the start
     seed: int = 0
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    remat: Literal["none", "layer"] = "layer"
+    remat: Remat = "layer"  # what the backward pass does not make again: docs/memory.md
+    compile_cache: str | None = "compiled"  # folder of compiled programs, seen from run_dir; None: none is kept
+    self_check: Literal["auto", "on", "off"] = "auto"  # kernels and exchange, at the start; auto: if many processes
     log_every: int = 1  # steps between plain progress lines; metrics.jsonl has every step
     eval_every: int | None = None  # steps between validations; the end is always validated
     eval_sequences: int = 256
@@ -173,7 +208,9 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     stages: StagesConfig = field(default_factory=StagesConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -60,7 +60,7 @@ def test_all_wrong_arguments_at_once(place, capsys):
         "  mesh.exprt: no such field; did you mean mesh.expert?\n"
         "  optim.momentum = 'high': must be a finite number\n"
         "  data.seed = '4.5': must be an integer\n"
-        "  train.remat: needs a value, one of 'none', 'layer'\n"
+        "  train.remat: needs a value, one of 'none', 'k2', 'k2-offload', 'layer', 'offload'\n"
         "  model.num_attention_heads = 4: must be a multiple of mesh.tensor = 3; nearest: 3 or 6\n"
         "  data.sequence_length = 32: must be a multiple of mesh.context * mesh.tensor = 3; nearest: 30 or 33\n"
     )
@@ -83,7 +83,7 @@ def test_config_files_that_are_none(place, capsys):
 def test_empty_source(place, capsys):
     (place / "nothing").mkdir()
     message = refusal(capsys, "prepare", "nothing", "--out", "store", "--tokenizer", "byte")
-    assert message.startswith("k2jax prepare: 1 problem\n  source = ['nothing']: no document")
+    assert message.startswith("k2jax prepare: 1 problem\n  source = 'nothing': no document")
     assert sorted(p.name for p in place.iterdir()) == ["nothing"]
 
 

@@ -70,7 +70,7 @@ def build(tiny, name, tau=None):
         ("unlabelled", None, "head"),
         ("masked", None, "moe.ffn.gate is given its bare gradient: no transform of the chain has this parameter"),
         ("unclipped", 5.0, "optim.qk_clip_tau = 5.0: the chain of .* has no qk_clip"),
-        ("adamw", None, "NoneType"),
+        ("adamw", None, "tau = None: must be a number"),
     ],
 )
 def test_mistakes_are_named(tiny, chains, function, tau, message):

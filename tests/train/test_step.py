@@ -18,6 +18,7 @@ from k2jax.model.rope import make_rope
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import Weight
 from k2jax.sharding.mesh import make_mesh
+from k2jax.sharding.order import balanced
 from k2jax.sharding.rules import spec
 from k2jax.train.optimizer import make_optimizer
 from k2jax.train.state import abstract_state
@@ -31,13 +32,28 @@ MESHES = [
     {"fsdp": 2, "expert": 4},
     {"fsdp": 2, "expert": 2, "tensor": 2},
     {"context": 4, "tensor": 2},
+    {"context": 2, "expert": 4},
 ]
 # One of each in every suite, the whole grid where there is time.
-QUICK = [({}, 4), ({"fsdp": 8}, 1), ({"expert": 8}, 1), ({"fsdp": 2, "expert": 2, "tensor": 2}, 2), (MESHES[-1], 1)]
+QUICK = [({}, 4), ({"fsdp": 8}, 1), ({"expert": 8}, 1), ({"fsdp": 2, "expert": 2, "tensor": 2}, 2), (MESHES[-2], 1)]
 LAYOUTS = [
-    pytest.param(axes, count, marks=() if (axes, count) in QUICK else pytest.mark.slow, id=f"{axes}-{count}")
+    pytest.param(axes, count, {}, marks=() if (axes, count) in QUICK else pytest.mark.slow, id=f"{axes}-{count}")
     for axes, count in itertools.product(MESHES, (1, 2, 4))
     if axes or count > 1
+]
+# The same for what is chosen instead of the defaults of a CPU, which are the dense exchange and the blocked matmul.
+EXPERTS_TOO = [
+    ({"context": 2, "expert": 4}, 1, {"exchange": "ring"}),
+    ({"context": 2, "expert": 4}, 2, {"exchange": "ring", "grouped_matmul": "ragged_dot"}),
+    ({"context": 2, "expert": 4}, 4, {"exchange": "ring"}),
+    ({"context": 2, "expert": 4}, 1, {"grouped_matmul": "ragged_dot"}),
+    ({"fsdp": 2, "expert": 2, "tensor": 2}, 1, {"exchange": "ring"}),
+    ({"expert": 8}, 1, {"exchange": "ring", "expert_buffer": 8.0}),
+    ({}, 1, {"grouped_matmul": "ragged_dot"}),
+]
+LAYOUTS += [
+    pytest.param(*case, marks=pytest.mark.slow if index else (), id="-".join(map(str, (*case[:2], *case[2].values()))))
+    for index, case in enumerate(EXPERTS_TOO)
 ]
 
 
@@ -80,7 +96,7 @@ def routing_in_balance_loss(bias):
 
     def balance_and_routing(score_BTX, num_choices):
         _, expert_BTA = jax.lax.top_k(jax.lax.stop_gradient(score_BTX) + bias[0], num_choices)
-        chosen_BTX = (expert_BTA[..., None] == jnp.arange(bias.shape[-1])).any(-2)
+        chosen_BTX = balanced((expert_BTA[..., None] == jnp.arange(bias.shape[-1])).any(-2), back=True)
         return sequence_balance(score_BTX, num_choices) + jnp.sum(jnp.mean(chosen_BTX * weight_TX, (0, 1)))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -89,9 +105,13 @@ def routing_in_balance_loss(bias):
 
 
 @functools.cache
-def one_step(model, axes, num_microbatches, ns_dtype="float32"):
-    """(state before, state after, metrics, compiled text) on the mesh of `axes`, a tuple of items; one compile each."""
+def one_step(model, axes, num_microbatches, ns_dtype="float32", kernels=()):
+    """(state before, state after, metrics, compiled text) on the mesh of `axes`, a tuple of items; one compile each.
+
+    kernels: items too, of KernelsConfig.
+    """
     config = make_config(model, num_microbatches).replace({"optim.ns_dtype": ns_dtype})
+    config = config.replace({f"kernels.{name}": value for name, value in kernels}).validate()
     params, bias, batch = make_values(config)
     mesh = make_mesh(MeshConfig(**dict(axes)), jax.devices()[: math.prod(dict(axes).values())])
     with jax.set_mesh(mesh):
@@ -118,14 +138,17 @@ def assert_close(got, want, rtol, path=()):
     np.testing.assert_allclose(got, want, rtol=0, atol=rtol * np.abs(want).max(), err_msg=name)
 
 
-@pytest.mark.parametrize(("axes", "num_microbatches"), LAYOUTS)
-def test_step_is_the_same_everywhere(tiny, axes, num_microbatches):
+@pytest.mark.parametrize(("axes", "num_microbatches", "kernels"), LAYOUTS)
+def test_step_is_the_same_everywhere(tiny, axes, num_microbatches, kernels):
     """Against one device and one microbatch: losses, routing, gradients (as momentum), update, clip, bias, norm.
 
     Float32 sums in another order; 485 times that after Newton-Schulz.
     """
     before, after, metrics, _ = one_step(tiny, (), 1)
-    _, got_after, got_metrics, _ = one_step(tiny, tuple(axes.items()), num_microbatches)
+    _, got_after, got_metrics, _ = one_step(
+        tiny, tuple(axes.items()), num_microbatches, kernels=tuple(kernels.items())
+    )
+    assert got_metrics.rows_dropped.tolist() == [0]
     for name in ("loss", "balance_loss", "grad_norm", "learning_rate", "max_logits", "router_bias"):
         assert_close(getattr(got_metrics, name), getattr(metrics, name), 2e-6, (jax.tree_util.GetAttrKey(name),))
     np.testing.assert_array_equal(got_metrics.expert_load, metrics.expert_load)

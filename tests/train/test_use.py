@@ -15,7 +15,7 @@ from k2jax.data.batches import validation_batches
 from k2jax.data.prepare import prepare
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.data.tokenizer_folder import save_tokenizer
-from k2jax.data.tokens import TokenStore
+from k2jax.data.corpus import open_corpus
 from k2jax.files import write_atomic
 from k2jax.launch.cli import main
 from k2jax.model.rope import make_rope
@@ -118,7 +118,7 @@ def test_stop_token_ends_a_row_alone(loaded):
 
 def test_perplexity_by_hand(place, loaded):
     """Window by window in float64 from the plain forward pass."""
-    store, state = TokenStore(place / "store"), loaded.state
+    store, state = open_corpus(str(place / "store")), loaded.state
     found = perplexity(loaded, store, 24)
     total = 0.0
     for batch in validation_batches(store, loaded.config.data, 24, 8):
@@ -136,7 +136,7 @@ def test_perplexity_by_hand(place, loaded):
 
 def test_perplexity_of_other_lengths(place, loaded):
     """A longer window sees more; the same tokens are counted."""
-    store = TokenStore(place / "store")
+    store = open_corpus(str(place / "store"))
     one, other = (perplexity(loaded, store, count, length) for count, length in ((4, 16), (8, 8)))
     assert (one.tokens, other.tokens) == (64, 64) and one.nats_per_token != other.nats_per_token
     with pytest.raises(UserError, match="--length 0"):
@@ -150,14 +150,14 @@ def test_ids_beyond_the_embedding_are_refused(loaded):
 
 
 def test_perplexity_refuses(place, loaded, tmp_path):
-    store = TokenStore(place / "store")
+    store = open_corpus(str(place / "store"))
     with pytest.raises(UserError, match="--sequences 1000000: the validation split"):
         perplexity(loaded, store, 10**6)
     (tmp_path / "text").mkdir()
     for i in range(40):
         (tmp_path / "text" / f"{i}.txt").write_text(f"some text {i} " * 50)
     prepare(str(tmp_path / "text"), str(tmp_path / "other"), "train:300", validation_fraction=0.5)
-    other = TokenStore(tmp_path / "other")
+    other = open_corpus(str(tmp_path / "other"))
     with pytest.raises(UserError, match="written by another tokenizer"):
         perplexity(loaded, other, None)
     with pytest.raises(UserError, match="has ids up to 2.., the embedding of .* has 258 rows"):

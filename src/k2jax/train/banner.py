@@ -7,7 +7,10 @@ import platform
 import jax
 
 from k2jax.config import Config
+from k2jax.kernels.grouped_matmul import choose_grouped_matmul
+from k2jax.model.attention import chunk_tokens
 from k2jax.model.flops import count_parameters, flops_per_token
+from k2jax.sharding.exchange import choose_transport
 from k2jax.train.state import TrainState, weight_leaves
 
 LIBRARIES = ("k2jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
@@ -31,6 +34,15 @@ def _device_bytes(tree) -> int:
     return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
+def describe_experts(config: Config, mesh: jax.sharding.Mesh) -> str:
+    """Which exchange and which grouped matmul the routed experts use on `mesh`."""
+    device, num_shards, kernels = mesh.devices.flat[0].platform, mesh.shape["expert"], config.kernels
+    transport = choose_transport(kernels, device, num_shards, config.model.num_experts_per_tok)
+    room = "room for all rows" if kernels.expert_buffer is None else f"room for {kernels.expert_buffer} balanced loads"
+    exchange = "no exchange, one shard" if transport == "local" else f"exchange {transport} x {num_shards}, {room}"
+    return f"{exchange}; grouped matmul {choose_grouped_matmul(kernels, device)}"
+
+
 def banner(
     config: Config, weights, abstract: TrainState, mesh: jax.sharding.Mesh, optimizer_groups: dict[str, int]
 ) -> str:
@@ -48,9 +60,11 @@ def banner(
         ("mesh", "  ".join(f"{axis} {size}" for axis, size in mesh.shape.items())),
         ("parameters", f"{_si(total)} total, {_si(active)} activated per token ({total:,} / {active:,})"),
         ("", ", ".join(f"{name} {_si(c[0])}" for name, c in counts.items())),
+        ("experts", describe_experts(config, mesh)),
         ("optimizer", f"{config.optim.optimizer}: {groups} parameters; QK-Clip tau {config.optim.qk_clip_tau}"),
         ("per device", f"{_si(_device_bytes(abstract.params))}B parameters, "
                        f"{_si(_device_bytes(abstract.opt_state))}B optimizer state"),
+        ("attention", f"chunks of {chunk_tokens(config.data.sequence_length, config.kernels)} queries and keys"),
         ("per token", f"{_si(flops)}FLOP forward and backward"),
         ("batch", f"{config.data.batch_sequences} x {config.data.sequence_length} = {config.batch_tokens:,} tokens, "
                   f"{config.train.num_microbatches} microbatches; {config.train.num_steps:,} steps, "

@@ -56,11 +56,11 @@ class Display:
 
     @contextlib.contextmanager
     def phase(self, name: str):
-        """A named part of the start-up, with its time; a spinner on a terminal."""
-        started = time.monotonic()
+        """A named part of the start-up, with its time and what is appended to the list; a spinner on a terminal."""
+        started, notes = time.monotonic(), []
         with self._console.status(name) if self._console.is_terminal else contextlib.nullcontext():
-            yield
-        self.say(f"{name}: {time.monotonic() - started:.1f} s")
+            yield notes
+        self.say(", ".join([f"{name}: {time.monotonic() - started:.1f} s", *notes]))
 
     def step(self, record: dict) -> None:
         self._started = self._started or time.monotonic() - record["seconds"]
@@ -72,6 +72,8 @@ class Display:
             self.say(
                 f"step {done}/{self._num_steps}  validation {record['validation_bits_per_byte']:.4f} bits per byte"
             )
+        if record["rows_dropped"]:
+            self.say(f"step {done}/{self._num_steps}  {record['rows_dropped']:,} rows dropped for want of room")
         if record["skipped"]:
             self.say(
                 f"step {done}/{self._num_steps}  SKIPPED, {record['skipped_so_far']} so far: {describe(record, 60)}"

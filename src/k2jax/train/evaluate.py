@@ -10,8 +10,8 @@ import numpy as np
 
 from k2jax.config import Config, UserError
 from k2jax.data.batches import num_windows, validation_batches
+from k2jax.data.corpus import Corpus
 from k2jax.data.tokenizer import Tokenizer
-from k2jax.data.tokens import TokenStore
 from k2jax.sharding.mesh import single_device_mesh
 from k2jax.sharding.rules import spec
 from k2jax.train.loaded import Loaded
@@ -30,13 +30,14 @@ def split_rows(rows: dict[str, np.ndarray], num_microbatches: int, mesh: jax.sha
     )
 
 
-def bits_per_byte(nats_per_token: float, store: TokenStore) -> float:
-    """Nats per predicted token as bits per byte of the validation split's text."""
-    return nats_per_token / math.log(2) * store.num_tokens("validation") / store.text_bytes("validation")
+def bits_per_byte(nats_per_token: float, corpus: Corpus, source: str | None = None) -> float:
+    """Nats per predicted token as bits per byte of the validation split's text, or of one source's share of it."""
+    tokens, text_bytes = corpus.num_tokens("validation", source), corpus.text_bytes("validation", source)
+    return nats_per_token / math.log(2) * tokens / text_bytes
 
 
-def make_evaluator(config: Config, store: TokenStore, mesh: jax.sharding.Mesh) -> Callable:
-    """evaluate(state) -> validation loss in nats per token, over the same sequences every time."""
+def make_evaluator(config: Config, corpus: Corpus, mesh: jax.sharding.Mesh, source: str | None = None) -> Callable:
+    """evaluate(state) -> validation loss in nats per token, over the same sequences, of `source` alone, every time."""
     loss_fn = make_loss(config)
     rows = config.data.batch_sequences // config.train.num_microbatches
     rows = math.gcd(rows, config.train.eval_sequences)  # both are multiples of the batch axes, so their gcd is
@@ -48,7 +49,7 @@ def make_evaluator(config: Config, store: TokenStore, mesh: jax.sharding.Mesh) -
 
     def evaluate(state: TrainState) -> float:
         total = 0.0
-        for batch in validation_batches(store, config.data, config.train.eval_sequences, rows):
+        for batch in validation_batches(corpus, config.data, config.train.eval_sequences, rows, source):
             total += float(
                 jax.device_get(loss_sum(state.params, state.router_bias, state.step, split_rows(batch, 1, mesh)))
             )
@@ -66,21 +67,25 @@ class Perplexity(NamedTuple):
     tokens: int
 
 
-def writes_alike(tokenizer: Tokenizer, store: TokenStore, num_documents: int = 32) -> bool:
+def writes_alike(tokenizer: Tokenizer, corpus: Corpus, num_documents: int = 32) -> bool:
     """Whether `tokenizer` is the store's, or gives the same ids for its first held-out documents."""
-    own = store.tokenizer()
-    if tokenizer.digest == own.digest:
+    own = corpus.tokenizer()
+    if own is None or tokenizer.digest == own.digest:
         return True
-    borders = store.borders("validation")[: num_documents + 1].astype(int)
-    for start, stop in itertools.pairwise(borders):
-        bos, *ids, eos = store.read("validation", start, stop).tolist()
+    streams = corpus.streams["validation"].values()
+    borders = [(stream, stream.borders(0, min(num_documents, stream.num_documents))) for stream in streams]
+    spans = [(stream, *span) for stream, ends in borders for span in itertools.pairwise(ends.tolist())]
+    for stream, start, stop in spans[:num_documents]:
+        bos, *ids, eos = stream.read(start, stop).tolist()
         if [bos, eos] != [tokenizer.bos, tokenizer.eos] or tokenizer.encode(own.decode(ids)).tolist() != ids:
             return False
     return True
 
 
-def perplexity(loaded: Loaded, store: TokenStore, num_sequences: int | None, length: int | None = None) -> Perplexity:
-    """Over the first `num_sequences` windows of the validation split's shuffle; None: over all of them.
+def perplexity(
+    loaded: Loaded, corpus: Corpus, num_sequences: int | None, length: int | None = None, source: str | None = None
+) -> Perplexity:
+    """Over the first `num_sequences` windows of the validation split's shuffle, or of one source's; None: over all.
 
     length: tokens of a window, by default what the model was trained to see. Raises UserError where the store has
     fewer windows or was written by another tokenizer than the model's.
@@ -88,18 +93,21 @@ def perplexity(loaded: Loaded, store: TokenStore, num_sequences: int | None, len
     length = loaded.window if length is None else length
     if length < 1:
         raise UserError(f"--length {length}: must be at least 1")
-    if loaded.tokenizer is not None and not writes_alike(loaded.tokenizer, store):
+    if source is not None and source not in corpus.streams["validation"]:
+        there = ", ".join(corpus.streams["validation"]) or "none"
+        raise UserError(f"--source {source}: {corpus.path} has no held-out text of it; there is that of {there}")
+    if loaded.tokenizer is not None and not writes_alike(loaded.tokenizer, corpus):
         raise UserError(
-            f"{store.path}: was written by another tokenizer than that of {loaded.source}; give a store of its own"
+            f"{corpus.path}: was written by another tokenizer than that of {loaded.source}; give a store of its own"
         )
-    rows, ids = loaded.config.model.vocab_size, store.manifest["tokenizer"]["vocab_size"]
+    rows, ids = loaded.config.model.vocab_size, corpus.vocab_size
     if ids > rows:
-        raise UserError(f"{store.path}: has ids up to {ids - 1}, the embedding of {loaded.source} has {rows} rows")
-    available = num_windows(store, "validation", length)
+        raise UserError(f"{corpus.path}: has ids up to {ids - 1}, the embedding of {loaded.source} has {rows} rows")
+    available = num_windows(corpus, "validation", length, source)
     count = available if num_sequences is None else num_sequences
     if not 0 < count <= available:
         raise UserError(
-            f"--sequences {count}: the validation split of {store.path} has {available} whole sequences of "
+            f"--sequences {count}: the validation split of {corpus.path} has {available} whole sequences of "
             f"{length} tokens; must be 1 to that"
         )
     changes = {
@@ -111,5 +119,5 @@ def perplexity(loaded: Loaded, store: TokenStore, num_sequences: int | None, len
     config, mesh = loaded.config.replace(changes), single_device_mesh()
     with jax.set_mesh(mesh):
         state = jax.device_put(loaded.state, jax.NamedSharding(mesh, jax.P()))
-        nats = make_evaluator(config, store, mesh)(state)
-    return Perplexity(nats, math.exp(nats), bits_per_byte(nats, store), count * length)
+        nats = make_evaluator(config, corpus, mesh, source)(state)
+    return Perplexity(nats, math.exp(nats), bits_per_byte(nats, corpus, source), count * length)

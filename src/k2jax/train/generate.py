@@ -27,7 +27,7 @@ class Decoder:
         dtype = jnp.dtype(config.train.compute_dtype)
 
         def model(values):
-            return build_model(config.model, *values, dtype, rope=rope)
+            return build_model(config.model, *values, dtype, rope=rope, kernels=config.kernels)
 
         def choose(logits_BV, key):
             if temperature == 0:

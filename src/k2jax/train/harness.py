@@ -28,9 +28,8 @@ class Scorer:
 
         @jax.jit
         def score(values, tokens_BT, targets_BT):
-            logits_BTV = build_model(config.model, *values, jnp.dtype(config.train.compute_dtype), rope=rope)(
-                tokens_BT
-            ).logits
+            dtype = jnp.dtype(config.train.compute_dtype)
+            logits_BTV = build_model(config.model, *values, dtype, rope=rope, kernels=config.kernels)(tokens_BT).logits
             chosen = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)
             greedy_BT = jnp.argmax(logits_BTV, -1) == targets_BT
             return chosen[..., 0] - jax.nn.logsumexp(logits_BTV, -1), greedy_BT

@@ -10,22 +10,27 @@ from pathlib import Path
 import jax
 
 from k2jax.config import Config
-from k2jax.data.batches import check_store, data_position, train_batches
+from k2jax.data.batches import data_position, train_batches
+from k2jax.data.corpus import open_data
+from k2jax.data.plan import describe_mixture, plan_run
+from k2jax.data.rows import RowReader
 from k2jax.data.tokenizer_folder import save_tokenizer
-from k2jax.data.tokens import TokenStore
 from k2jax.files import write_atomic
 from k2jax.model.transformer import declarations
 from k2jax.sharding.mesh import make_mesh
 from k2jax.train.banner import banner, versions
-from k2jax.train.checkpoint import Saver
+from k2jax.train.checkpoint import Saver, newest_step
+from k2jax.train.compile_cache import cache_notes, compile_cache
 from k2jax.train.display import Display
 from k2jax.train.evaluate import bits_per_byte, make_evaluator, split_rows
 from k2jax.train.metrics import TensorBoard, check_health, make_record
 from k2jax.train.optimizer import make_optimizer
 from k2jax.train.run_dir import MetricsFile, lock_run
-from k2jax.train.start import check_resume, check_run_dir, check_source, make_run_dir, start_state
+from k2jax.train.self_check import is_on, self_check
+from k2jax.train.start import check_kernels, check_resume, check_run_dir, check_source, make_run_dir, start_state
 from k2jax.train.state import TrainState, abstract_state, weight_leaves
 from k2jax.train.step import make_train_step
+from k2jax.train.timeline_file import Ledger, read_plan, write_plan
 
 
 class StopRequest:
@@ -62,45 +67,54 @@ def describe_run(config: Config, tx, mesh: jax.sharding.Mesh) -> str:
     return banner(config, weights, abstract_state(config, tx, mesh), mesh, groups)
 
 
-def run(config: Config) -> Result:
+def run(config: Config, change_mixture: bool = False) -> Result:
     """Train `config` to its last step, from wherever its run directory stands.
 
+    change_mixture: the sources, their weights and epochs may be others than those the run had until now.
     Raises UserError for what a user can mend before the first step, RunFailed where the run itself went wrong.
     """
     config.validate()
     mesh = make_mesh(config.mesh)
+    check_kernels(config, mesh)
     check_run_dir(config)  # before anything is written, and again below when nobody else can write
-    store = TokenStore(config.data.path)
-    check_store(store, config)
-    check_source(config, store)
+    corpus, folder = open_data(config), Path(config.train.run_dir)
+    plan_run(corpus, config, read_plan(folder), newest_step(folder / "checkpoints") or 0, change_mixture)
+    check_source(config, corpus)
     tx = make_optimizer(config, mesh)
-    folder = Path(config.train.run_dir)
     make_run_dir(folder)
     with lock_run(folder), jax.set_mesh(mesh):
-        step, notes = check_resume(config, store)
+        step, timeline, notes = check_resume(config, corpus, change_mixture)
+        write_plan(folder, timeline.plan)
         write_atomic(folder / "config.json", config.to_json())
-        save_tokenizer(store.tokenizer(), folder / "tokenizer")
+        if (tokenizer := corpus.tokenizer()) is not None:
+            save_tokenizer(tokenizer, folder / "tokenizer")
         write_atomic(folder / "env.txt", "".join(f"{name} {version}\n" for name, version in versions().items()))
         saver = Saver(folder / "checkpoints", config.checkpoint)
         display = Display(step or 0, config.train.num_steps, config.train.log_every)
-        display.say("\n".join([describe_run(config, tx, mesh), *notes]))
+        display.say("\n".join([describe_run(config, tx, mesh), describe_mixture(timeline, config), *notes]))
+        if is_on(config):
+            display.say(self_check(config, mesh))
         stop = StopRequest()
         try:
-            state = start_state(config, tx, step, store, mesh, saver, display)
-            return train(config, tx, store, mesh, state, saver, display, stop)
+            with compile_cache(config.train):
+                state = start_state(config, tx, step, timeline, mesh, saver, display)
+                return train(config, tx, corpus, timeline, mesh, state, saver, display, stop)
         finally:
             stop.restore()
             display.close()
             saver.join()  # a failure elsewhere loses no save that had begun
 
 
-def train(config, tx, store, mesh, state: TrainState, saver: Saver, display: Display, stop: StopRequest) -> Result:
+def train(
+    config, tx, corpus, timeline, mesh, state: TrainState, saver: Saver, display: Display, stop: StopRequest
+) -> Result:
     """The loop itself, from `state` to the last step or the first signal."""
     folder, num_steps = Path(config.train.run_dir), config.train.num_steps
     first = int(jax.device_get(state.step))
     metrics_file, board = MetricsFile(folder / "metrics.jsonl", first), TensorBoard(folder / "tb", first)
-    evaluate = make_evaluator(config, store, mesh)
-    batches = train_batches(store, config.data, first)
+    ledger = Ledger(folder / "ledger.jsonl", RowReader(corpus, timeline, config), config, first)
+    evaluate = make_evaluator(config, corpus, mesh)
+    batches = train_batches(corpus, timeline, config, first)
     pending, validation, step, last_time = None, None, first, time.monotonic()
 
     def write_pending():
@@ -130,13 +144,23 @@ def train(config, tx, store, mesh, state: TrainState, saver: Saver, display: Dis
         write_pending()
         metrics_file.sync()  # a committed step's past is on the disk
         with untimed():
-            saver.save(step, state, config, data_position(store, config, step))
+            saver.save(step, state, config, data_position(timeline, config, step))
+
+    def draw():
+        """The rows of step `step`, the replaced ones entered in the ledger."""
+        rows = next(batches)
+        if "replaced" in rows:
+            ledger.enter(step, rows["replaced"])
+        return rows
 
     if step < num_steps and stop.signal is None:
-        rows = next(batches)
-        with display.phase("compile"):
+        rows = draw()
+        with display.phase("compile") as said:
             batch = split_rows(rows, config.train.num_microbatches, mesh)
-            compiled = jax.jit(make_train_step(config, tx), donate_argnums=0).lower(state, batch).compile()
+            with cache_notes() as notes:
+                # The only one of a run: a `Compiled` takes arrays of these shapes and layouts or raises.
+                compiled = jax.jit(make_train_step(config, tx), donate_argnums=0).lower(state, batch).compile()
+            said += notes
         last_time = time.monotonic()
     with jax.transfer_guard("disallow"):
         while step < num_steps and stop.signal is None:
@@ -144,7 +168,7 @@ def train(config, tx, store, mesh, state: TrainState, saver: Saver, display: Dis
                 if step % config.checkpoint.save_every == 0:
                     save()
                 # Nothing may come between a save and the next batch: the data position is the step alone.
-                batch = split_rows(next(batches), config.train.num_microbatches, mesh)
+                batch = split_rows(draw(), config.train.num_microbatches, mesh)
             state, metrics = compiled(state, batch)
             write_pending()
             step += 1
@@ -152,7 +176,7 @@ def train(config, tx, store, mesh, state: TrainState, saver: Saver, display: Dis
             if step == num_steps or (config.train.eval_every and step % config.train.eval_every == 0):
                 jax.block_until_ready(metrics)
                 with untimed():
-                    validation = bits_per_byte(evaluate(state), store)
+                    validation = bits_per_byte(evaluate(state), corpus)
                 extra = {"validation_bits_per_byte": validation}
             pending = (step - 1, metrics, extra)
             saver.poll()

@@ -23,7 +23,7 @@ def make_record(step: int, metrics: Metrics, config: Config, seconds: float) -> 
     """
     tau, skipped = config.optim.qk_clip_tau, bool(metrics.skipped_in_a_row)
     clipped = np.argwhere(metrics.max_logits > tau) if tau is not None and not skipped else []
-    load, num_choices = metrics.expert_load, config.model.num_experts_per_tok
+    load = metrics.expert_load
     over_mean = load.max(-1) / load.mean(-1) if load.size else np.zeros(0)
     low, high = metrics.router_bias if load.size else (0.0, 0.0)
     lost = {
@@ -48,7 +48,7 @@ def make_record(step: int, metrics: Metrics, config: Config, seconds: float) -> 
         "expert_load_max_over_mean_by_layer": [float(layer) for layer in over_mean],
         "router_bias_min": float(low),
         "router_bias_max": float(high),
-        "rows_dropped": len(load) * config.batch_tokens * num_choices - int(load.sum(dtype=np.int64)),
+        "rows_dropped": int(metrics.rows_dropped.sum(dtype=np.int64)),
         "skipped": skipped,
         "skipped_in_a_row": int(metrics.skipped_in_a_row),
         "skipped_so_far": int(metrics.skipped),

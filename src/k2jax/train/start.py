@@ -7,8 +7,10 @@ import jax
 
 from k2jax.config import Config, UserError, differences
 from k2jax.data.batches import check_position, data_position
+from k2jax.data.corpus import Corpus
+from k2jax.data.mixture import Timeline
+from k2jax.data.plan import plan_run
 from k2jax.data.tokenizer_folder import open_tokenizer
-from k2jax.data.tokens import TokenStore
 from k2jax.train.checkpoint import (
     Saver,
     committed_steps,
@@ -26,13 +28,18 @@ from k2jax.train.display import Display
 from k2jax.train.evaluate import writes_alike
 from k2jax.train.run_dir import read_config
 from k2jax.train.state import TrainState, abstract_state, init_state
+from k2jax.train.timeline_file import read_plan
 
 # Fields that a resumed run may change: no later state depends on how it is cut, shown, read and kept; and where the
-# guard has ended a run, only another rule for its steps lets it go on.
+# guard has ended a run, only another rule for its steps lets it go on. timeline.json and the data position keep the
+# mixture, the stores and the skipped steps of what has been done from changing.
 FREE_ON_RESUME = (
-    "mesh.", "checkpoint.", "data.path", "data.read_threads", "data.prefetch_sequences", "train.run_dir",
+    "mesh.", "kernels.", "checkpoint.", "mixture.", "train.run_dir",
+    "data.path", "data.validation_path", "data.read_threads", "data.prefetch_sequences", "data.index_dir",
+    "data.skip_steps", "data.max_bad_rows",
     "train.num_steps", "guard.loss_zscore", "guard.grad_norm_zscore", "guard.max_skips",
-    "train.log_every", "train.eval_every", "train.eval_sequences", "train.remat",
+    "train.log_every", "train.eval_every", "train.eval_sequences", "train.remat", "train.self_check",
+    "train.compile_cache",
 )  # fmt: skip
 
 
@@ -72,7 +79,7 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
     return changes
 
 
-def check_source(config: Config, store: TokenStore) -> None:
+def check_source(config: Config, corpus: Corpus) -> None:
     """Raise UserError where train.init_from is no run with a sound model of the same shape and tokenizer."""
     source = config.train.init_from
     if source is None or (Path(config.train.run_dir) / "config.json").exists():  # a run that has begun needs it no more
@@ -87,9 +94,21 @@ def check_source(config: Config, store: TokenStore) -> None:
         for name, (old, new) in differences(other, config).items()
         if name == "model.rope.rope_theta" or (name.startswith("model.") and name not in free)  # YaRN may come later
     ]
-    if (folder / "tokenizer").is_dir() and not writes_alike(open_tokenizer(folder / "tokenizer"), store):
-        problems.append(f"data.path = {str(store.path)!r}: was written by another tokenizer than that of {source!r}")
+    if (folder / "tokenizer").is_dir() and not writes_alike(open_tokenizer(folder / "tokenizer"), corpus):
+        problems.append(f"data.path = {corpus.path!r}: was written by another tokenizer than that of {source!r}")
     if problems := problems + damage(folder / "checkpoints", step):
+        raise UserError(*problems)
+
+
+def check_kernels(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Raise UserError where `kernels` names what the mesh's devices do not have."""
+    kernels, platform = config.kernels, mesh.devices.flat[0].platform
+    problems = []
+    if kernels.exchange == "ragged" and platform == "cpu" and mesh.shape["expert"] > 1:
+        problems.append("kernels.exchange = 'ragged': CPUs have no such collective; use 'dense', 'ring' or 'auto'")
+    if kernels.grouped_matmul == "tokamax" and platform == "cpu":
+        problems.append("kernels.grouped_matmul = 'tokamax': has no kernel for CPUs; use 'blocked' or 'auto'")
+    if problems:
         raise UserError(*problems)
 
 
@@ -100,8 +119,8 @@ def make_run_dir(folder: Path) -> None:
         raise UserError(f"train.run_dir = {str(folder)!r}: cannot be made: {error.strerror}; give another") from None
 
 
-def check_resume(config: Config, store: TokenStore) -> tuple[int | None, list[str]]:
-    """The step that the run goes on from (None: a new run), and what to tell its user.
+def check_resume(config: Config, corpus: Corpus, change_mixture: bool) -> tuple[int | None, Timeline, list[str]]:
+    """The step that the run goes on from (None: a new run), its timeline, and what to tell its user.
 
     Raises UserError where it may not go on.
     """
@@ -112,9 +131,10 @@ def check_resume(config: Config, store: TokenStore) -> tuple[int | None, list[st
     if damaged := set_damaged_aside(folder / "checkpoints"):
         notes += [*damaged, f"moved to {folder / 'damaged'}"]
     step = newest_step(folder / "checkpoints")
+    timeline, changed = plan_run(corpus, config, read_plan(folder), step or 0, change_mixture)
     if step is not None:
-        check_position(restore_run(folder / "checkpoints", step)["data_position"], store, config, step)
-    return step, notes
+        check_position(restore_run(folder / "checkpoints", step)["data_position"], timeline, config, step)
+    return step, timeline, notes + changed
 
 
 def with_model_of(source: str, state: TrainState) -> TrainState:
@@ -124,7 +144,7 @@ def with_model_of(source: str, state: TrainState) -> TrainState:
     return dataclasses.replace(state, **restore_model(folder, newest_step(folder), layout))
 
 
-def start_state(config: Config, tx, step: int | None, store, mesh, saver: Saver, display: Display) -> TrainState:
+def start_state(config: Config, tx, step: int | None, timeline, mesh, saver: Saver, display: Display) -> TrainState:
     """The state committed at `step`, or for None a new one, committed as step 0 before the first step."""
     folder = Path(config.train.run_dir) / "checkpoints"
     if removed := remove_leftovers(folder):
@@ -134,7 +154,7 @@ def start_state(config: Config, tx, step: int | None, store, mesh, saver: Saver,
             state = init_state(config, tx)
             if config.train.init_from is not None:
                 state = with_model_of(config.train.init_from, state)
-            saver.save(0, state, config, data_position(store, config, 0))
+            saver.save(0, state, config, data_position(timeline, config, 0))
             saver.wait()
         return state
     with display.phase(f"restore step {step}"):

@@ -16,10 +16,11 @@ from k2jax.optim.build import map_weights
 from k2jax.optim.rounding import lost_updates
 from k2jax.optim.schedule import learning_rate_of_step
 from k2jax.train.guard import after_step, is_good
-from k2jax.train.loss import cross_entropy_sum
 from k2jax.train.optimizer import call_update
 from k2jax.train.stages import stage_of, stage_rope, stage_value
 from k2jax.train.state import TrainState
+
+OPTIMIZER_SCOPE = "optimizer"  # in the name of every operation of the update: what a compiled step says of itself
 
 
 class Batch(NamedTuple):
@@ -40,7 +41,8 @@ class Metrics(NamedTuple):
     param_norm: jax.Array  # after the update: not finite where the new state is broken
     learning_rate: jax.Array
     max_logits: jax.Array  # [layers, H]
-    expert_load: jax.Array  # [MoE layers, E] rows
+    expert_load: jax.Array  # [MoE layers, E] rows that the router chose
+    rows_dropped: jax.Array  # [MoE layers] int32: those that no expert worked on, for want of room
     router_bias: jax.Array  # [2]: smallest and largest after the update; no MoE layer, no entries
     lost_updates: dict[str, dict[str, jax.Array]]  # {dtype: {group: share}}, of a skipped step without meaning
     skipped: jax.Array  # bad steps so far
@@ -54,6 +56,7 @@ class Losses(NamedTuple):
     balance_loss: jax.Array  # [MoE layers], mean over sequences
     max_logits: jax.Array  # [layers, H]
     expert_load: jax.Array  # [MoE layers, E]
+    rows_dropped: jax.Array  # [MoE layers]
 
 
 def make_loss(config: Config) -> Callable:
@@ -61,9 +64,9 @@ def make_loss(config: Config) -> Callable:
     dtype = jnp.dtype(config.train.compute_dtype)
 
     def loss_fn(params, router_bias, batch: Batch, rope: Rope) -> Losses:
-        model = build_model(config.model, params, router_bias, dtype, remat=config.train.remat == "layer")
-        out = model(batch.inputs, batch.positions, batch.segment_ids, rope)
-        return Losses(cross_entropy_sum(out.logits, batch.targets), out.balance_loss, out.max_logits, out.expert_load)
+        model = build_model(config.model, params, router_bias, dtype, config.train.remat, kernels=config.kernels)
+        out = model(batch.inputs, batch.positions, batch.segment_ids, rope, batch.targets)
+        return Losses(out.loss, out.balance_loss, out.max_logits, out.expert_load, out.rows_dropped)
 
     return loss_fn
 
@@ -84,7 +87,9 @@ def accumulate(
 
     def one(total, microbatch):
         total_losses, total_grads = total
-        (_, losses), grads = jax.value_and_grad(objective, has_aux=True)(params, microbatch)
+        # Or XLA gathers the embedding and the head before the first microbatch, and keeps them for all.
+        now, microbatch = jax.lax.optimization_barrier((params, microbatch))
+        (_, losses), grads = jax.value_and_grad(objective, has_aux=True)(now, microbatch)
         summed = jax.tree.map(jnp.add, total_losses, losses)
         summed = summed._replace(max_logits=jnp.maximum(total_losses.max_logits, losses.max_logits))
         return (summed, jax.tree.map(jnp.add, total_grads, grads)), None
@@ -110,6 +115,7 @@ def make_update(tx: optax.GradientTransformation, labels: optax.Params) -> Calla
         new = optax.apply_updates(params, updates), new_state
         return jax.tree.map(partial(jnp.where, good), new, (params, opt_state)), lost
 
+    @jax.named_scope(OPTIMIZER_SCOPE)
     def on_mesh(good, losses: Losses, grads, opt_state, params):
         specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (params, opt_state))
         run = jax.sharding.auto_axes(update, out_sharding=(specs, jax.P()))

@@ -1,0 +1,113 @@
+"""One run, in this process: what it compiles and when, the cache of compiled programs, and the transfer guard."""
+
+import os
+from pathlib import Path
+
+import jax
+import micro
+import pytest
+
+from k2jax.config import UserError
+from k2jax.data.prepare import prepare
+from k2jax.sharding.mesh import single_device_mesh
+from k2jax.train import loop
+from k2jax.train.run_dir import MetricsFile
+
+BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture(scope="module")
+def patch():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_mesh", lambda config: single_device_mesh())
+        before = jax.config.jax_persistent_cache_min_compile_time_secs
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        yield patch
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, patch):
+    folder = tmp_path_factory.mktemp("loop")
+    source = str(Path(os.__file__).parent / "json")
+    prepare(source, str(folder / "store"), "byte", pattern="*.py", validation_fraction=0.5)
+    values = {"run_dir": str(folder / "run"), "eval_every": 2, "num_steps": 5, "log_every": 100}
+    changes = {f"train.{name}": value for name, value in values.items()}
+    return micro.config().replace(changes | {"data.path": str(folder / "store"), "checkpoint.save_every": 2})
+
+
+def start(config) -> list:
+    """Train and say what happened in which order: names of compiled programs, and numbers of recorded steps."""
+    events, write = [], MetricsFile.write
+
+    def listen(event: str, duration: float, **known) -> None:
+        if event == BACKEND_COMPILE:
+            events.append(known["fun_name"])
+
+    def recorded(self, record):
+        events.append(record["step"])
+        write(self, record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricsFile, "write", recorded)
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            loop.run(config)
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+    return events
+
+
+@pytest.fixture(scope="module")
+def starts(config):
+    """Events of a run that validates and saves twice, and of its resume; and what both said."""
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Display, "say", lambda self, text: said.append(text))
+        first = start(config)
+        second = start(config.replace({"train.num_steps": 10}))
+    return first, second, [text for text in said if text.startswith("compile:")]
+
+
+def test_one_compile_a_run(starts):
+    """The step compiles once a start; after the first validation and save nothing compiles at all."""
+    for events, steps in zip(starts[:2], (range(5), range(5, 10)), strict=True):
+        assert [e for e in events if isinstance(e, int)] == list(steps)
+        assert sum("train_step" in str(e) for e in events) == 1, events
+        settled = events.index(steps[3])
+        assert not [e for e in events[settled:] if isinstance(e, str)], events
+        assert [e for e in events[:settled] if isinstance(e, str)]
+
+
+def test_second_start_finds_the_compiled_step(config, starts):
+    first, second = starts[2]
+    folder = Path(config.train.run_dir) / "compiled"
+    assert first.endswith(f" s, not in the cache, {folder}") and second.endswith(f" s, found in the cache, {folder}")
+    assert any("train_step" in entry.name for entry in folder.iterdir())
+    assert jax.config.jax_compilation_cache_dir is None  # other work of this process goes on without
+
+
+def test_a_cache_that_cannot_be_made_is_the_users_mistake(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    changes = {"train.compile_cache": str(tmp_path / "file" / "cache"), "train.run_dir": str(tmp_path / "run")}
+    with pytest.raises(UserError, match="train.compile_cache = .*: Not a directory; give another, or none"):
+        loop.run(config.replace(changes))
+
+
+# a run that fails leaves the closing of its files to the end of the process
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_hidden_transfer_fails(config, starts, patch):
+    """A batch that is still on the host: each step would wait for it."""
+    split = loop.split_rows
+    calls = []
+
+    def on_the_host(rows, *rest):
+        calls.append(rows)
+        batch = split(rows, *rest)
+        return batch if len(calls) == 1 else jax.device_get(batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "split_rows", on_the_host)
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+            loop.run(config.replace({"train.num_steps": 13}))
+    assert len(calls) == 2
