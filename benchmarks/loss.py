@@ -9,7 +9,6 @@ import statistics
 import sys
 
 import jax
-import jax.numpy as jnp
 from measure import matmul_rate, report, timed
 
 from k2jax.launch.commands import use_cpu_devices

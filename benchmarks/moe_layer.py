@@ -9,13 +9,13 @@ Exits with 1 where a bound is missed. --blocks compares block sizes of the group
 import argparse
 import statistics
 import sys
-import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from measure import report as show_line
+from measure import timed
 
 from k2jax.kernels.grouped_matmul import BLOCK_ROWS, grouped_matmul
 from k2jax.launch.commands import use_cpu_devices
@@ -69,22 +69,15 @@ def both_passes(layer, expert_TA):
     return partial(forward, expert_TA), partial(both, expert_TA)
 
 
-def timed(function, arguments) -> tuple[float, float]:
-    """Seconds of wall clock and of CPU time."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
 def measure(candidates: dict[str, tuple], arguments, slow=()) -> dict[str, np.ndarray]:
     """{name: [rounds, (forward, both), (wall, CPU)]} seconds, taken in turn; a candidate of `slow` in fewer rounds."""
     for forward, both in candidates.values():
-        timed(forward, arguments), timed(both, arguments)
+        timed(forward, *arguments), timed(both, *arguments)
     times = {name: [] for name in candidates}
     for index in range(ROUNDS):
         for name, functions in candidates.items():
             if name not in slow or index < SLOW_ROUNDS:
-                times[name].append([timed(f, arguments) for f in functions])
+                times[name].append([timed(f, *arguments) for f in functions])
     return {name: np.array(rounds) for name, rounds in times.items()}
 
 
@@ -92,8 +85,8 @@ def matmul_rate() -> tuple[float, float]:
     """FLOP per second of wall clock and per CPU-second; called where the candidates run, before and after."""
     a = jnp.ones((2048, 2048))
     dot = jax.jit(jnp.dot)
-    timed(dot, (a, a))
-    return tuple(2 * 2048**3 / min(column) for column in zip(*(timed(dot, (a, a)) for _ in range(10)), strict=True))
+    timed(dot, a, a)
+    return tuple(2 * 2048**3 / min(column) for column in zip(*(timed(dot, a, a) for _ in range(10)), strict=True))
 
 
 def ratio(times, name, other, column) -> tuple[float, float]:

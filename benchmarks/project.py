@@ -5,21 +5,15 @@ this machine's matmul rate.
 """
 
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
+from measure import matmul_rate, timed
 
 from k2jax.kernels.project import project
 from k2jax.launch.commands import use_cpu_devices
 
 BATCH, LENGTH, HIDDEN, WIDTH, PAIRS = 16, 256, 128, 512, 15
-
-
-def seconds(function, *arguments) -> float:
-    started = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - started
 
 
 def layer_gradient(multiply):
@@ -34,16 +28,13 @@ def layer_gradient(multiply):
 
 def main() -> None:
     use_cpu_devices(1)
-    keys = jax.random.split(jax.random.key(0), 5)
-    square = jax.random.normal(keys[4], (2048, 2048))
-    dot = jax.jit(jnp.dot)
-    dot(square, square)
-    rate = 2 * 2048**3 / min(seconds(dot, square, square) for _ in range(10))
+    keys = jax.random.split(jax.random.key(0), 4)
+    rate = matmul_rate()
     shapes = ((BATCH, LENGTH, HIDDEN), (HIDDEN, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN))
-    arguments = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=False)]
+    arguments = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
     ours, plain = layer_gradient(project), layer_gradient(jnp.einsum)
-    seconds(ours, *arguments), seconds(plain, *arguments)
-    pairs = [(seconds(ours, *arguments), seconds(plain, *arguments)) for _ in range(PAIRS)]
+    timed(ours, *arguments), timed(plain, *arguments)
+    pairs = [(timed(ours, *arguments)[0], timed(plain, *arguments)[0]) for _ in range(PAIRS)]
     flops = 3 * 3 * 2 * BATCH * LENGTH * HIDDEN * WIDTH
     print(f"einsum / project: {statistics.median(b / a for a, b in pairs):.2f} (median of {PAIRS} pairs)")
     shares = [f"{name} {flops / min(times) / rate:.0%}" for name, times in zip(("project", "einsum"), zip(*pairs))]

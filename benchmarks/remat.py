@@ -24,14 +24,15 @@ from k2jax.launch.commands import use_cpu_devices
 from k2jax.model.flops import flops_per_token
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import Weight
+from k2jax.plan.aot import lower_step
+from k2jax.plan.topology import topology_devices
 from k2jax.sharding.mesh import make_mesh
 from k2jax.sharding.rules import spec
 from k2jax.train.optimizer import make_optimizer
-from k2jax.train.state import abstract_state, init_state, weight_leaves
-from k2jax.train.step import Batch, make_train_step
+from k2jax.train.state import init_state, weight_leaves
+from k2jax.train.step import Batch
 
 POLICIES = typing.get_args(Remat)
-FIELDS = len(Batch._fields)
 
 
 def config(remat: str, tpu: bool) -> Config:
@@ -48,16 +49,6 @@ def config(remat: str, tpu: bool) -> Config:
         mesh=MeshConfig(fsdp=4 if tpu else 1),
         train=TrainConfig(compute_dtype="bfloat16" if tpu else "float32", remat=remat),
     ).validate()  # fmt: skip
-
-
-def compiled_step(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
-    """The step that the trainer compiles; its state is donated."""
-    shape = config.train.num_microbatches, config.data.batch_sequences, config.data.sequence_length
-    batch = Batch(*[jax.ShapeDtypeStruct(shape, "int32", sharding=jax.NamedSharding(mesh, spec("MBT")))] * FIELDS)
-    with jax.set_mesh(mesh):
-        tx = make_optimizer(config, mesh)
-        step = jax.jit(make_train_step(config, tx), donate_argnums=0)
-        return step.lower(abstract_state(config, tx, mesh), batch).compile()
 
 
 def stepper(config: Config, mesh: jax.sharding.Mesh, compiled: jax.stages.Compiled) -> Callable[[], float]:
@@ -106,16 +97,6 @@ def share_repeated(remat: str) -> float:
     return flops / flops_per_token(weights, model, 4096)
 
 
-def tpu_devices() -> list:
-    os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }  # fmt: skip
-    from jax.experimental import topologies
-
-    return list(topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices)
-
-
 def times(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
     """Median over the rounds of a policy's CPU time over that of "none" in the same round."""
     found = [{remat: step() for remat, step in steps.items()} for _ in range(rounds)]
@@ -128,11 +109,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="steps of each policy on the CPU (default: %(default)s)")
     args = parser.parse_args()
     use_cpu_devices(1)
-    devices = tpu_devices() if args.tpu else jax.devices()
+    devices = topology_devices("v5p:2x2x1") if args.tpu else jax.devices()
     memory, steps = {}, {}
     for remat in POLICIES:
         mesh = make_mesh(config(remat, args.tpu).mesh, devices)
-        compiled = compiled_step(config(remat, args.tpu), mesh)
+        compiled = lower_step(config(remat, args.tpu), mesh)[0].compile()
         sizes = compiled.memory_analysis()
         memory[remat] = sizes.temp_size_in_bytes, sizes.host_temp_size_in_bytes
         print(f"{remat}: compiled", file=sys.stderr, flush=True)

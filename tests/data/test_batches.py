@@ -1,6 +1,5 @@
 """Batches against slices of the whole token stream, and the contract of a resume."""
 
-import dataclasses
 import itertools
 import json
 

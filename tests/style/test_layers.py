@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2] / "src" / "k2jax"
 # Lowest first; packages of one row are siblings. sharding reads config, kernels read nothing.
 LAYERS = [
     {"checks"},
-    {"config", "files"},
+    {"config", "files", "dtypes"},
     {"sharding", "kernels"},
     {"model"},
     {"optim"},

@@ -13,11 +13,8 @@ import jax
 
 import k2jax
 from k2jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from k2jax.plan.aot import lower_step
 from k2jax.plan.hlo import Collective, collectives
-from k2jax.sharding.rules import spec
-from k2jax.train.optimizer import make_optimizer
-from k2jax.train.state import abstract_state
-from k2jax.train.step import Batch, make_train_step
 
 FOLDER = Path(__file__).parent / "golden"
 MESHES = [
@@ -55,13 +52,7 @@ def count(model: ModelConfig, axes: dict[str, int]) -> list[dict]:
         train=TrainConfig(num_microbatches=NUM_MICROBATCHES, compute_dtype="float32", remat="layer"),
     ).replace({"optim.ns_dtype": "float32"})
     mesh = k2jax.mesh_of(**axes)
-    shape = NUM_MICROBATCHES, 8, config.data.sequence_length
-    row = jax.ShapeDtypeStruct(shape, "int32", sharding=jax.NamedSharding(mesh, spec("MBT")))
-    with jax.set_mesh(mesh):
-        tx = make_optimizer(config, mesh)
-        step = jax.jit(make_train_step(config, tx), donate_argnums=0)
-        lowered = step.lower(abstract_state(config, tx, mesh), Batch(*[row] * len(Batch._fields)))
-    compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+    compiled = lower_step(config, mesh)[0].compile(compiler_options={"xla_backend_optimization_level": 0})
     return counted(collectives(compiled.as_text(), mesh.shape))
 
 

@@ -10,11 +10,8 @@ import re
 import jax
 
 from k2jax.config import Config, DataConfig, TrainConfig
+from k2jax.plan.aot import lower_step
 from k2jax.sharding.mesh import single_device_mesh
-from k2jax.sharding.rules import spec
-from k2jax.train.optimizer import make_optimizer
-from k2jax.train.state import abstract_state
-from k2jax.train.step import Batch, make_train_step
 
 
 @functools.cache
@@ -25,12 +22,7 @@ def lowered(model, num_layers: int) -> jax.stages.Lowered:
         data=DataConfig(sequence_length=16, batch_sequences=4),
         train=TrainConfig(num_microbatches=2),
     )
-    mesh = single_device_mesh()
-    row = jax.ShapeDtypeStruct((2, 2, 16), "int32", sharding=jax.NamedSharding(mesh, spec("MBT")))
-    with jax.set_mesh(mesh):
-        tx = make_optimizer(config, mesh)
-        step = jax.jit(make_train_step(config, tx), donate_argnums=0)
-        return step.lower(abstract_state(config, tx, mesh), Batch(*[row] * len(Batch._fields)))
+    return lower_step(config, single_device_mesh())[0]
 
 
 def operations(model, num_layers: int) -> list[str]:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from k2jax.dtypes import wide
+
 UNSEEN = jnp.iinfo(jnp.int32).max  # index of a key that no query sees; a query at -1 sees none
 
 
@@ -23,10 +25,6 @@ class Places(NamedTuple):
 
     index: jax.Array
     segment: jax.Array
-
-
-def _wide(dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _pad(x: jax.Array, dim: int, chunk: int, value: int = 0) -> jax.Array:
@@ -72,7 +70,7 @@ def _loop(start, stop, body: Callable, carry):
 
 def _logits(q_BHSK, k_BHZK, q_at: Places, k_at: Places, scale):
     """Scaled logits in at least float32, -inf where the query does not see the key."""
-    dtype = _wide(q_BHSK.dtype)
+    dtype = wide(q_BHSK.dtype)
     logit_BHSZ = jnp.einsum("BHSK,BHZK->BHSZ", q_BHSK, k_BHZK, preferred_element_type=dtype) * scale
     seen_BSZ = (q_at.segment[:, :, None] == k_at.segment[:, None]) & (q_at.index[:, :, None] >= k_at.index[:, None])
     return jnp.where(seen_BSZ[:, None], logit_BHSZ, -jnp.inf)
@@ -109,7 +107,7 @@ def _prepare(q_BHSK, sources, q_at, k_at, chunks) -> _Task:
 def _attend(make, chunks, q_BHSK, sources, weights, q_at, k_at, scale):
     """Output, log-sum-exp [B, H, S] and largest logit [B, H, S] of every query."""
     num_queries, task = q_BHSK.shape[2], _prepare(q_BHSK, sources, q_at, k_at, chunks)
-    dtype = _wide(q_BHSK.dtype)
+    dtype = wide(q_BHSK.dtype)
 
     def keys_turn(j, carry):
         k_BHZK, v_BHZU = make(*_part(task.sources, j, chunks[1], 1), *weights)
@@ -159,7 +157,7 @@ def _backward(make, chunks, saved, cotangents):
     q_BHSK, sources, weights, q_at, k_at, scale, out_BHSU, lse_BHS = saved
     dout_BHSU = cotangents[0]
     num_queries, num_keys = q_BHSK.shape[2], k_at.index.shape[1]
-    task, dtype = _prepare(q_BHSK, sources, q_at, k_at, chunks), _wide(q_BHSK.dtype)
+    task, dtype = _prepare(q_BHSK, sources, q_at, k_at, chunks), wide(q_BHSK.dtype)
     mean_BHS = jnp.einsum("BHSU,BHSU->BHS", dout_BHSU, out_BHSU, preferred_element_type=dtype)
     of_query = jax.tree.map(lambda x: _pad(x, 2, chunks[0]), (dout_BHSU, lse_BHS, mean_BHS))
 
@@ -188,7 +186,7 @@ def _backward(make, chunks, saved, cotangents):
         dsources = _set_part(dsources, dpart, j, chunks[1], 1)
         return dq_BHSK, dsources, jax.tree.map(jnp.add, dweights, dweights_part)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=_wide(x.dtype)), (task.q_BHSK, weights))
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=wide(x.dtype)), (task.q_BHSK, weights))
     start = zeros[0], jax.tree.map(jnp.zeros_like, task.sources), zeros[1]
     dq_BHSK, dsources, dweights = _loop(0, task.num[1], keys_turn, start)
     dsources = jax.tree.map(lambda x: x[:, :num_keys], dsources)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from k2jax.dtypes import wide
+
 BLOCK_IDS = 8192  # of a block: 8 MiB of head at hidden size 256; benchmarks/loss.py
 LEAST_LOGITS = 1 << 22  # of a chunk: with a small vocabulary the loop over chunks is not what takes the time
 
@@ -22,10 +24,6 @@ def cross_entropy_sum(logits: jax.Array, targets: jax.Array) -> jax.Array:
     # A comparison instead of a gather: it needs no index and no scatter in the gradient, on any sharding.
     is_target = targets[..., None] == jnp.arange(logits.shape[-1])
     return jnp.sum(jax.nn.logsumexp(logits, -1) - jnp.sum(jnp.where(is_target, logits, 0), -1))
-
-
-def _wide(dtype) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _chunk_tokens(num_tokens: int, hidden: int, num_ids: int) -> int:
@@ -74,7 +72,7 @@ def _head(x_TD, w_DV, axis) -> _Head:
 
 def _share(head: _Head, x_TD, target_T):
     """Losses [T] of a chunk, its log-sum-exp [T], and its logits [J, T, V]."""
-    dtype = _wide(x_TD.dtype)
+    dtype = wide(x_TD.dtype)
 
     def turn(carry, j):
         old_max_T, old_sum_T, target_logit_T = carry
@@ -104,7 +102,7 @@ def _loss(x_TD, w_DV, target_T, axis):
 
 
 def _forward(x_TD, w_DV, target_T, axis):
-    head, dtype = _head(x_TD, w_DV, axis), _wide(w_DV.dtype)
+    head, dtype = _head(x_TD, w_DV, axis), wide(w_DV.dtype)
 
     def chunk_turn(dw_DV, part):
         x_part_TD, target_part_T = part
@@ -121,7 +119,7 @@ def _forward(x_TD, w_DV, target_T, axis):
             sum_DV = jax.lax.dynamic_slice_in_dim(dw_DV, start, part_DV.shape[1], 1) + part_DV
             return jax.lax.dynamic_update_slice_in_dim(dw_DV, sum_DV, start, 1), dx_TD
 
-        zeros_TD = jnp.zeros_like(x_part_TD, dtype=_wide(x_part_TD.dtype)) + jnp.zeros_like(w_DV[0, 0])
+        zeros_TD = jnp.zeros_like(x_part_TD, dtype=wide(x_part_TD.dtype)) + jnp.zeros_like(w_DV[0, 0])
         dw_DV, dx_TD = jax.lax.fori_loop(0, head.num_blocks, block_turn, (dw_DV, zeros_TD))
         return dw_DV, (loss_T.sum(), dx_TD.astype(x_part_TD.dtype))
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from k2jax.config import KernelsConfig, UserError
+from k2jax.dtypes import wide
 
 BLOCK_ROWS = 256  # benchmarks/moe_layer.py --blocks measures others
 Implementation = Literal["blocked", "ragged_dot", "tokamax"]
@@ -76,7 +77,7 @@ def _backward(block, saved, dy_MO):
     """Both gradients in one loop, which reads every block of rows once; neither transposes an operand in memory."""
     x_MI, weights, group_sizes_G = saved
     num_tiles, tile_of = _tiles(group_sizes_G, x_MI.shape[0], block)
-    wide = jnp.promote_types(x_MI.dtype, jnp.float32)
+    dtype = wide(x_MI.dtype)
     borders = [sum(w.shape[2] for w in weights[:i]) for i in range(1, len(weights))]
 
     def body(i, gradients):
@@ -86,11 +87,11 @@ def _backward(block, saved, dy_MO):
         x_tile = jnp.where(own, lax.dynamic_slice_in_dim(x_MI, at, block), 0)
         dy_tile = jnp.where(own, lax.dynamic_slice_in_dim(dy_MO, at, block), 0)
         dx_tile = lax.dot_general(dy_tile, _side_by_side(weights, group), (((1,), (1,)), ((), ())))
-        dw_IO = lax.dot_general(x_tile, dy_tile, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+        dw_IO = lax.dot_general(x_tile, dy_tile, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
         dw = tuple(d.at[group].add(part) for d, part in zip(dw, jnp.split(dw_IO, borders, 1), strict=True))
         return _put(dx_MI, dx_tile, at, own), dw
 
-    zeros = jnp.zeros_like(x_MI), tuple(jnp.zeros_like(x_MI, shape=w.shape, dtype=wide) for w in weights)
+    zeros = jnp.zeros_like(x_MI), tuple(jnp.zeros_like(x_MI, shape=w.shape, dtype=dtype) for w in weights)
     dx_MI, dw = lax.fori_loop(0, num_tiles, body, zeros)
     return dx_MI, tuple(d.astype(w.dtype) for d, w in zip(dw, weights, strict=True)), None
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from k2jax.dtypes import wide
+
 
 def _spec(x: jax.Array) -> P | None:
     """The explicit sharding of x, None without a mesh."""
@@ -34,7 +36,7 @@ def _backward(equation, out_spec, dtype, precision, saved, dy):
     # Devices that share w add up their parts in float32: bf16 loses more the more of them there are (docs/memory.md).
     dw = jnp.einsum(
         f"{x_dims},{y_dims}->{w_dims}", x, dy, out_sharding=_spec(w), precision=precision,
-        preferred_element_type=jnp.promote_types(dy.dtype, jnp.float32),
+        preferred_element_type=wide(dy.dtype),
     )  # fmt: skip
     return dx.astype(x.dtype), dw.astype(w.dtype)
 

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 
 from k2jax.config import KernelsConfig
 from k2jax.kernels.attention import Places, chunked_attention
-from k2jax.sharding.names import AXES
-from k2jax.sharding.rules import AXES_OF, on_mesh, spec, varying
+from k2jax.sharding.rules import AXES_OF, on_mesh, spec, uncut_axes, varying
 from k2jax.sharding.shared import shared
 
 # benchmarks/attention.py: of 64 to 512 the fastest on a CPU, to the noise. Longer sequences have longer chunks, so that
@@ -53,11 +52,11 @@ def attention(
             sources = tuple(jax.lax.all_gather(x, AXES_OF["T"], axis=1, tiled=True) for x in sources)
             q_BHSK, scale, sources = varying(q_BHSK, "BHSK"), varying(scale, ""), varying(sources, "BT")
             q_at, k_at = varying(q_at, "BS"), varying(k_at, "BZ")
-            weights = tuple(shared(w, tuple(a for a in AXES if a not in AXES_OF["H"])) for w in weights)
+            weights = tuple(shared(w, uncut_axes("CHN")) for w in weights)
         out_BHSU, max_BHS = chunked_attention(q_BHSK, sources, weights, make, q_at, k_at, scale, (chunk, chunk))
         max_H = jax.lax.stop_gradient(max_BHS).max((0, 2))
         if on_mesh():
-            max_H = jax.lax.pmax(max_H, tuple(axis for axis in AXES if axis not in AXES_OF["H"]))
+            max_H = jax.lax.pmax(max_H, uncut_axes("H"))
         return out_BHSU, max_H
 
     if on_mesh():

@@ -6,8 +6,7 @@ B sequences, T, S positions, D hidden, V vocabulary
 import jax
 
 from k2jax.kernels.cross_entropy import linear_cross_entropy_sum
-from k2jax.sharding.names import AXES
-from k2jax.sharding.rules import on_mesh, place, spec, varying
+from k2jax.sharding.rules import on_mesh, place, spec, uncut_axes, varying
 
 
 def head_loss(x_BTD: jax.Array, w_DV: jax.Array, target_BT: jax.Array) -> jax.Array:
@@ -20,7 +19,7 @@ def head_loss(x_BTD: jax.Array, w_DV: jax.Array, target_BT: jax.Array) -> jax.Ar
         x_BTD = jax.lax.all_gather(x_BTD, "tensor", axis=1, tiled=True)
         w_DV = varying(w_DV, "DV")
         loss = linear_cross_entropy_sum(x_BTD.reshape(-1, x_BTD.shape[-1]), w_DV, target_BS.reshape(-1), "tensor")
-        return jax.lax.psum(loss, tuple(a for a in AXES if a != "tensor"))
+        return jax.lax.psum(loss, uncut_axes("V"))
 
     if on_mesh():
         local = jax.shard_map(local, in_specs=(spec("BTD"), spec("DV"), spec("BS")), out_specs=spec(""))

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from k2jax.config import ModelConfig
+from k2jax.dtypes import wide
 from k2jax.kernels.grouped_matmul import choose_grouped_matmul, grouped_matmul
 from k2jax.kernels.project import project
 from k2jax.model.remat import DISPATCHED, EXPERT_CHOICE, EXPERT_DOWN, GATE_UP, ROUTER_LOGITS, named
-from k2jax.model.weights import RouterBias, Stack, wide
+from k2jax.model.weights import RouterBias, Stack
 from k2jax.sharding.exchange import choose_transport, exchange_experts
 from k2jax.sharding.names import AXES
-from k2jax.sharding.rules import on_mesh, platform, spec
+from k2jax.sharding.rules import on_mesh, platform, spec, uncut_axes
 from k2jax.sharding.shared import shared
 
 
@@ -127,7 +128,7 @@ class MoE(nnx.Module):
         config, kernels = self.config, self.kernels
         axis, num_shards = ("expert", jax.lax.axis_size("expert")) if on_mesh() else (None, 1)
         if on_mesh():
-            weights = [shared(w, tuple(a for a in AXES if a != "expert")) for w in weights]
+            weights = [shared(w, uncut_axes("EDF")) for w in weights]
         gate_EDF, up_EDF, down_EFD = weights
         multiply = choose_grouped_matmul(kernels, platform())
 
@@ -146,6 +147,6 @@ class MoE(nnx.Module):
             num_shards, transport, kernels.expert_buffer,
         )  # fmt: skip
         if on_mesh():
-            load_E = jax.lax.psum(load_E, tuple(a for a in AXES if a != "expert"))
+            load_E = jax.lax.psum(load_E, uncut_axes("E"))
             dropped = jax.lax.psum(dropped, AXES)
         return y_TD.reshape(x_BTD.shape), load_E, dropped

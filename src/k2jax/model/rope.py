@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from k2jax.config import ModelConfig, RopeConfig
-from k2jax.model.weights import wide
+from k2jax.dtypes import wide
 
 
 class Rope(NamedTuple):

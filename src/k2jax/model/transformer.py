@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from k2jax.config import KernelsConfig, ModelConfig, Remat
+from k2jax.dtypes import wide
 from k2jax.kernels.attention import Places
 from k2jax.kernels.project import project
 from k2jax.model.head import head_loss
@@ -17,7 +18,7 @@ from k2jax.model.mla import MLA, Latents, Positions, rms_norm
 from k2jax.model.moe import MoE, Routing, SwiGLU
 from k2jax.model.remat import ATTENDED, LAYER_INPUT, named, rematerialise
 from k2jax.model.rope import Rope, make_rope, rope_angles
-from k2jax.model.weights import Param, RouterBias, Stack, Weight, declare, dim_sizes, wide
+from k2jax.model.weights import Param, RouterBias, Stack, Weight, declare, dim_sizes
 from k2jax.sharding.order import balanced
 from k2jax.sharding.rules import out_spec, place, whole
 

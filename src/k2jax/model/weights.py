@@ -67,11 +67,6 @@ class Weight:
         return stored_spec(self.dims, self.inputs + self.outputs if self.inputs else "", self.shape, sizes)
 
 
-def wide(dtype: jnp.dtype) -> jnp.dtype:
-    """float32 where `dtype` is narrower: for sums over many tokens, norms, softmax and the router."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 class Param(nnx.Param):
     """A parameter that knows its declaration, and is taken for use through `use`."""
 

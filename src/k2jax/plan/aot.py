@@ -3,7 +3,6 @@
 The compiler is the real one, so the figures are evidence and no estimate; nothing is run, and no weight is made.
 """
 
-import math
 import time
 from collections.abc import Mapping
 
@@ -16,6 +15,7 @@ from k2jax.optim.spread import chunks
 from k2jax.plan.hlo import Collective, collectives
 from k2jax.plan.topology import MEMORY_GIB
 from k2jax.sharding.rules import spec
+from k2jax.train.banner import bytes_per_device
 from k2jax.train.optimizer import make_optimizer
 from k2jax.train.state import TrainState, abstract_state, weight_leaves
 from k2jax.train.step import OPTIMIZER_SCOPE, Batch, make_train_step
@@ -38,11 +38,6 @@ def lower_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowe
         state = abstract_state(config, tx, mesh)
         step = jax.jit(make_train_step(config, tx), donate_argnums=0)
         return step.lower(state, abstract_batch(config, mesh)), state
-
-
-def bytes_per_device(tree) -> int:
-    """Of a pytree of arrays or shapes that have shardings; without what the device's tiling adds."""
-    return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
 def memory_by_kind(state: TrainState, batch: Batch, compiled: jax.stages.Compiled) -> dict[str, int]:

@@ -8,14 +8,12 @@ No float is ever scattered, forward or backward, and no array of one row per cho
 import jax
 import jax.numpy as jnp
 
+from k2jax.dtypes import wide
+
 
 def _rows(x, index):
     """x[index], zero where index == len(x)."""
     return x.at[index].get(mode="fill", fill_value=0)
-
-
-def _wide(x):
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 @jax.custom_vjp
@@ -35,7 +33,7 @@ def _take_forward(x_TD, source_W, target_TA):
 def _take_backward(target_TA, dy_WD):
     if target_TA.shape[1] == 1:
         return _rows(dy_WD, target_TA[:, 0]), None, None
-    dx_TD = sum(_rows(dy_WD, target_TA[:, a]).astype(_wide(dy_WD)) for a in range(target_TA.shape[1]))
+    dx_TD = sum(_rows(dy_WD, target_TA[:, a]).astype(wide(dy_WD.dtype)) for a in range(target_TA.shape[1]))
     return dx_TD.astype(dy_WD.dtype), None, None
 
 

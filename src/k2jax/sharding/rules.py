@@ -82,13 +82,18 @@ def place(x: jax.Array, dims: str) -> jax.Array:
     return jax.sharding.reshard(x, spec(dims)) if on_mesh() else x
 
 
+def uncut_axes(dims: str) -> tuple[str, ...]:
+    """The mesh axes along which arrays with these dims are the same, in use."""
+    cut = {axis for axes in in_use_axes(dims) for axis in axes}
+    return tuple(axis for axis in AXES if axis not in cut)
+
+
 def varying(tree, dims: str):
     """Inside `jax.shard_map`: local parts of arrays [dims], said to differ along the axes that do not cut them too.
 
     Before use, so that autodiff sums their gradients over the devices that share them.
     """
-    cut = {axis for axes in in_use_axes(dims) for axis in axes}
-    return jax.lax.pcast(tree, tuple(axis for axis in AXES if axis not in cut), to="varying")
+    return jax.lax.pcast(tree, uncut_axes(dims), to="varying")
 
 
 def whole(x: jax.Array) -> jax.Array:

@@ -3,7 +3,8 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
+
+from k2jax.dtypes import wide
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -20,7 +21,7 @@ def _forward(w, axes):
 
 
 def _backward(axes, _, dw):
-    return (jax.lax.psum(dw.astype(jnp.promote_types(dw.dtype, jnp.float32)), axes).astype(dw.dtype),)
+    return (jax.lax.psum(dw.astype(wide(dw.dtype)), axes).astype(dw.dtype),)
 
 
 shared.defvjp(_forward, _backward)

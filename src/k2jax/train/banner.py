@@ -29,8 +29,8 @@ def _si(value: float) -> str:
     return f"{value:.4g} "
 
 
-def _device_bytes(tree) -> int:
-    """Bytes that one device holds of a pytree of ShapeDtypeStructs with shardings."""
+def bytes_per_device(tree) -> int:
+    """Of a pytree of arrays or ShapeDtypeStructs that have shardings; without what the device's tiling adds."""
     return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
@@ -62,8 +62,8 @@ def banner(
         ("", ", ".join(f"{name} {_si(c[0])}" for name, c in counts.items())),
         ("experts", describe_experts(config, mesh)),
         ("optimizer", f"{config.optim.optimizer}: {groups} parameters; QK-Clip tau {config.optim.qk_clip_tau}"),
-        ("per device", f"{_si(_device_bytes(abstract.params))}B parameters, "
-                       f"{_si(_device_bytes(abstract.opt_state))}B optimizer state"),
+        ("per device", f"{_si(bytes_per_device(abstract.params))}B parameters, "
+                       f"{_si(bytes_per_device(abstract.opt_state))}B optimizer state"),
         ("attention", f"chunks of {chunk_tokens(config.data.sequence_length, config.kernels)} queries and keys"),
         ("per token", f"{_si(flops)}FLOP forward and backward"),
         ("batch", f"{config.data.batch_sequences} x {config.data.sequence_length} = {config.batch_tokens:,} tokens, "
