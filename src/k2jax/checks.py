@@ -78,10 +78,13 @@ def _own_problems(values: dict, kinds: dict) -> dict[str, str]:
             problems[name] = f"must be {describe_type(kind)}"
             continue
         if name == "optim.optimizer" and value != "muonclip" and not all(value.rpartition(":")):
-            problems[name] = "must be 'muonclip', 'FILE.py:function' or 'module:function'"
+            example = "such as 'docs/chains.py:adamw' (docs/own_optimizer.md)"
+            problems[name] = f"must be 'muonclip', 'FILE.py:function' or 'module:function', {example}"
         numbers = [v for v in (value if isinstance(value, tuple) else [value]) if type(v) in (int, float)]
         if any(v < 0 or (v == 0 and name not in _MAY_BE_ZERO) for v in numbers):
             problems[name] = f"must be {least}"
+        elif name == "guard.window" and value < 2:
+            problems[name] = "must be at least 2, since one step has no deviation"
         elif any(v >= _BELOW.get(name, math.inf) for v in numbers):
             problems[name] = f"must be below {_BELOW[name]}"
     return {name: f"{name} = {values[name]!r}: {rule}" for name, rule in problems.items()}

@@ -1,9 +1,18 @@
-"""docs/adamw_with_qk_clip.py does what it says."""
+"""docs/adamw_with_qk_clip.py and the snippet of docs/optimizer.md do what they say."""
 
+import re
 import runpy
 from pathlib import Path
 
-EXAMPLE = Path(__file__).parents[2] / "docs" / "adamw_with_qk_clip.py"
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from k2jax.optim import muonclip
+
+DOCS = Path(__file__).parents[2] / "docs"
+EXAMPLE = DOCS / "adamw_with_qk_clip.py"
 
 
 def test_adamw_with_qk_clip_on_a_model_of_ones_own():
@@ -13,3 +22,37 @@ def test_adamw_with_qk_clip_on_a_model_of_ones_own():
     assert losses[-1] < 0.05 and free_losses[-1] < 0.05
     assert max(free_maxima) > 5 * example["TAU"]
     assert max(maxima) < 2 * example["TAU"] and max(maxima[-50:]) < 1.3 * example["TAU"]
+
+
+def snippet() -> tuple[dict, str]:
+    """What docs/optimizer.md's code leaves behind, and the page."""
+    page = (DOCS / "optimizer.md").read_text()
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1), names)
+    return names, page
+
+
+def test_the_snippet_of_the_page():
+    """A head at 250 with tau = 100 takes the root of 0.4 in q and in k: the new weights are the old ones times it."""
+    names, _ = snippet()
+    params, max_logits = names["params"], jnp.full((1, 4), 250.0)
+    tx, free = names["tx"], muonclip(2e-4, names["labels"], dimension_numbers=names["views"])
+    expected, _ = free.update(params, free.init(params), params)
+    updates, _ = tx.update(params, tx.init(params), params, max_logits=max_logits)
+    for name in ("q", "k"):
+        np.testing.assert_allclose(params[name] + updates[name], 0.4**0.5 * (params[name] + expected[name]), rtol=1e-5)
+    assert jax.tree.map(jnp.shape, names["updates"]) == jax.tree.map(jnp.shape, params)
+
+
+def test_inject_hyperparams_with_the_pages_static_arguments():
+    names, page = snippet()
+    static = eval(re.search(r"static_args=(\(.*?\))", page).group(1))
+    params, rest = names["params"], dict(dimension_numbers=names["views"])
+    tx = optax.inject_hyperparams(muonclip, static_args=static)(2e-4, names["labels"], names["parts"], **rest)
+    state, maxima = tx.init(params), jnp.full((1, 4), 250.0)
+    assert {"learning_rate", "tau", "momentum", "rms", "weight_decay"} <= set(state.hyperparams)
+    updates, state = jax.jit(tx.update)(params, state, params, max_logits=maxima)
+    for name in params:
+        np.testing.assert_allclose(updates[name], names["updates"][name], rtol=1e-5)
+    state.hyperparams["tau"] = jnp.float32(1e9)
+    assert not np.allclose(tx.update(params, state, params, max_logits=maxima)[0]["q"], updates["q"])

@@ -137,6 +137,9 @@ def test_mistakes_of_the_call():
         scale_by_muon(dtype=jnp.float16)
     with pytest.raises(ValueError, match="coefficients = 'kimi'"):
         scale_by_muon(coefficients="kimi")
+    for wrong in (dict(momentum=1.0), dict(momentum=-0.1), dict(momentum=float("nan")), dict(rms=0.0), dict(rms=-1)):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} = .*: must be"):
+            scale_by_muon(**wrong)
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])

@@ -26,3 +26,10 @@ def test_bfloat16_weights_stand_still_under_small_updates():
     labels = {"w": "muon"}
     stored = {"w": params["w"].astype(jnp.bfloat16)}
     assert lost_updates(stored, updates, labels)["muon"] > 0.85 > 0.05 > lost_updates(params, updates, labels)["muon"]
+
+
+def test_labels_of_another_shape_are_an_error():
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    for labels in ({"a": "muon"}, {"a": "muon", "c": "muon"}, "muon"):
+        with pytest.raises(ValueError, match="labels are not shaped alike"):
+            lost_updates(params, params, labels)

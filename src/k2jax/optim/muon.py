@@ -107,11 +107,17 @@ def scale_by_muon(
     parameters are; the update has the gradient's dtype.
     dimension_numbers: None (all leaves are matrices), a MatrixView or an optax.contrib.MuonDimensionNumbers for all
     leaves, a pytree of these, or a function of the updates that gives one. A parameter with further dims is a stack of
-    matrices, each orthogonalised by itself. Raises ValueError for unknown coefficients and for float16, which gradients
-    would over- and underflow; in init() for leaves that have no matrix view.
+    matrices, each orthogonalised by itself. Raises ValueError for unknown coefficients, a momentum outside [0, 1), an rms
+    that is not positive, and for float16, which gradients would over- and underflow; in init() for leaves that have no
+    matrix view.
     """
 
     coefficients_of(coefficients, ns_steps)  # for its errors
+    # optax.inject_hyperparams traces these
+    if not isinstance(momentum, jax.core.Tracer) and not 0 <= momentum < 1:
+        raise ValueError(f"scale_by_muon: {momentum = }: must be at least 0 and below 1")
+    if not isinstance(rms, jax.core.Tracer) and not rms > 0:
+        raise ValueError(f"scale_by_muon: {rms = }: must be greater than 0")
     if jnp.finfo(dtype).maxexp < jnp.finfo(jnp.float32).maxexp:
         raise ValueError(f"scale_by_muon: dtype = {jnp.dtype(dtype)}: must be bfloat16, float32 or float64")
 

@@ -19,9 +19,12 @@ def lost_updates(
 
     labels: pytree like the parameters. dtype: of the copy that is looked at; None: as the parameter is stored. A share
     near 1 says that training in this dtype stands still: bfloat16 has 8 bits, so an update below 2^-9 of its weight is
-    lost. A group without an update has share 0.
+    lost. A group without an update has share 0. Raises ValueError where the three are not shaped alike.
     """
-    counts = jax.tree.map(lambda p, u: _counts(p, u, dtype or p.dtype), params, updates)
+    try:
+        counts = jax.tree.map(lambda p, u, _: _counts(p, u, dtype or p.dtype), params, updates, labels)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"lost_updates: params, updates and labels are not shaped alike: {error}") from None
     totals: dict[str, jax.Array] = {}
     for label, count in zip(jax.tree.leaves(labels), jax.tree.leaves(counts), strict=True):
         totals[label] = totals.get(label, 0) + count
