@@ -8,6 +8,9 @@ VENV := .venv-$(VERSION)
 BIN := $(VENV)/bin
 STDLIB = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 
+# XLA on a CPU takes its temporary memory anew each step; in pages of 2 MiB that is a tenth of the step faster.
+train bench: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
+
 .PHONY: train test test-fast test-interop test-tpu test-kernels test-data env data comparators bench clean
 
 env: $(VENV)/ready

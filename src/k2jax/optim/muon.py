@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -91,6 +92,31 @@ def _views(dimension_numbers, updates) -> list:
     return views
 
 
+def _orthogonal(x: jax.Array, view: MatrixView | MuonDimensionNumbers, iterate: Callable) -> jax.Array:
+    """Every matrix of x through iterate([..., n, m]); same shape."""
+    if isinstance(view, MuonDimensionNumbers):
+        order, view = _order(view, x.ndim)
+        back = [order.index(d) for d in range(x.ndim)]
+        return _orthogonal(x.transpose(order), view, iterate).transpose(back)
+    size = matrix_shape(x.shape, view)
+
+    def whole(some: jax.Array) -> jax.Array:
+        """Of [any stack..., inputs..., outputs...], every matrix whole."""
+        matrices = some.reshape(*some.shape[: some.ndim - x.ndim + view.num_stack], *size)
+        return iterate(matrices).reshape(some.shape)
+
+    return (spread(whole, view.plan) if view.plan else whole)(x)
+
+
+def _scaled(x: jax.Array, grad: jax.Array, view: MatrixView | MuonDimensionNumbers, rms: float) -> jax.Array:
+    """x * rms * sqrt(max(n, m)) of its matrices, in the gradient's dtype."""
+    shape = x.shape
+    if isinstance(view, MuonDimensionNumbers):
+        order, view = _order(view, x.ndim)
+        shape = tuple(shape[d] for d in order)
+    return rms * math.sqrt(max(matrix_shape(shape, view))) * x.astype(grad.dtype)
+
+
 def scale_by_muon(
     momentum: float = 0.95,
     nesterov: bool = True,
@@ -107,11 +133,10 @@ def scale_by_muon(
     parameters are; the update has the gradient's dtype.
     dimension_numbers: None (all leaves are matrices), a MatrixView or an optax.contrib.MuonDimensionNumbers for all
     leaves, a pytree of these, or a function of the updates that gives one. A parameter with further dims is a stack of
-    matrices, each orthogonalised by itself. Raises ValueError for unknown coefficients, a momentum outside [0, 1), an rms
-    that is not positive, and for float16, which gradients would over- and underflow; in init() for leaves that have no
-    matrix view.
+    matrices, each orthogonalised by itself. Raises ValueError for unknown coefficients, a momentum outside [0, 1), an
+    rms that is not positive, and for float16, which gradients would over- and underflow; in init() for leaves that have
+    no matrix view.
     """
-
     coefficients_of(coefficients, ns_steps)  # for its errors
     # optax.inject_hyperparams traces these
     if not isinstance(momentum, jax.core.Tracer) and not 0 <= momentum < 1:
@@ -120,27 +145,7 @@ def scale_by_muon(
         raise ValueError(f"scale_by_muon: {rms = }: must be greater than 0")
     if jnp.finfo(dtype).maxexp < jnp.finfo(jnp.float32).maxexp:
         raise ValueError(f"scale_by_muon: dtype = {jnp.dtype(dtype)}: must be bfloat16, float32 or float64")
-
-    def orthogonalise(x: jax.Array, view: MatrixView | MuonDimensionNumbers) -> jax.Array:
-        if isinstance(view, MuonDimensionNumbers):
-            order, view = _order(view, x.ndim)
-            return orthogonalise(x.transpose(order), view).transpose([order.index(d) for d in range(x.ndim)])
-
-        size = matrix_shape(x.shape, view)
-
-        def whole(some: jax.Array) -> jax.Array:
-            """Of [any stack..., inputs..., outputs...], every matrix whole."""
-            matrices = some.reshape(*some.shape[: some.ndim - x.ndim + view.num_stack], *size)
-            return newton_schulz(matrices, ns_steps, dtype, coefficients).reshape(some.shape)
-
-        return (spread(whole, view.plan) if view.plan else whole)(x)
-
-    def scaled(x: jax.Array, grad: jax.Array, view: MatrixView | MuonDimensionNumbers) -> jax.Array:
-        shape = x.shape
-        if isinstance(view, MuonDimensionNumbers):
-            order, view = _order(view, x.ndim)
-            shape = tuple(shape[d] for d in order)
-        return rms * math.sqrt(max(matrix_shape(shape, view))) * x.astype(grad.dtype)
+    iterate = partial(newton_schulz, steps=ns_steps, dtype=dtype, coefficients=coefficients)
 
     def moved(buffer: jax.Array, grad: jax.Array) -> jax.Array:
         return (momentum * buffer + grad).astype(buffer.dtype)  # of one dtype for good, as scans and jit want it
@@ -157,15 +162,15 @@ def scale_by_muon(
         ours = [i for i, grad in enumerate(grads) if not _is_masked(grad)]
         for before, i in zip([None, *ours], ours, strict=False):
             # One leaf after the other, or XLA would hold what is handed round of all of them at once. And the momentum
-            # by itself, or XLA would make it together with `low`, and so not in the place of the old one.
+            # by itself, or XLA would make it along with what is handed round, and so not in the place of the old one.
             ready = () if before is None else orthogonal[before]
             buffers[i], ready = jax.lax.optimization_barrier((moved(buffers[i], grads[i]), ready))
             if before is not None:
                 orthogonal[before] = ready
             target = momentum * buffers[i] + grads[i] if nesterov else buffers[i]
-            orthogonal[i] = orthogonalise(target.astype(dtype), views[i])  # half the bytes to hand round
+            orthogonal[i] = _orthogonal(target.astype(dtype), views[i], iterate)  # half the bytes to hand round
         for i in ours:
-            orthogonal[i] = scaled(orthogonal[i], grads[i], views[i])
+            orthogonal[i] = _scaled(orthogonal[i], grads[i], views[i], rms)
         return tree.unflatten(orthogonal), MuonState(tree.unflatten(buffers))
 
     return optax.GradientTransformation(init, update)
