@@ -58,12 +58,42 @@ def test_all_violations_at_once():
             "model.qk_rope_head_dim = 7: must be a multiple of 2 = 2; nearest: 6 or 8",
             "data.batch_sequences = 16384: must be a multiple of train.num_microbatches * mesh.replica * mesh.fsdp"
             " * mesh.expert = 120; nearest: 16320 or 16440",
-            "train.eval_sequences = 256: must be a multiple of mesh.replica * mesh.fsdp * mesh.expert = 40;"
+            "train.eval_sequences = 256: must be a multiple of mesh.replica * mesh.stage * mesh.fsdp * mesh.expert = 40;"
             " nearest: 240 or 280",
             "model.num_experts_per_tok = 400: must be at most model.n_routed_experts = 384",
             "optim.warmup_tokens = 20000000000000: must be at most optim.constant_until_tokens = 10000000000000",
         ]
     )
+
+
+def test_stages_share_the_moe_layers_out():
+    """60 of K2's do not go into 16; stages need whole groups of microbatches, and go with fsdp and expert alone."""
+    mesh = {"mesh.stage": 16, "mesh.tensor": 2, "mesh.context": 2}
+    config = Config().replace(mesh | {"train.num_microbatches": 24, "data.batch_sequences": 24_000})
+    assert error_of(config.validate) == "\n".join(
+        [
+            "train.num_microbatches = 24: must be a multiple of mesh.stage = 16; nearest: 16 or 32",
+            "mesh.stage = 16: must divide the 60 MoE layers, of which each stage has as many; nearest: 15 or 20",
+            "mesh.tensor = 2: must be 1 with mesh.stage = 16; use fsdp or expert",
+            "mesh.context = 2: must be 1 with mesh.stage = 16; use fsdp or expert",
+        ]
+    )
+    message = error_of(Config().replace({"mesh.stage": 64, "train.num_microbatches": 64}).validate)
+    assert message == "mesh.stage = 64: must divide the 60 MoE layers, of which each stage has as many; nearest: 60"
+    dense = {"mesh.stage": 2, "train.num_microbatches": 2, "model.first_k_dense_replace": 61}
+    message = error_of(Config().replace(dense).validate)
+    assert message == "mesh.stage = 2: must divide the 0 MoE layers, of which each stage has as many; nearest: 1"
+    counts = {"mesh.stage": 4, "train.num_microbatches": 8, "train.microbatches_together": 6}
+    assert error_of(Config().replace(counts).validate) == "\n".join(
+        [
+            "train.num_microbatches = 8: must be a multiple of train.microbatches_together = 6; nearest: 6 or 12",
+            "train.microbatches_together = 6: must be a multiple of mesh.stage = 4; nearest: 4 or 8",
+        ]
+    )
+    message = error_of(Config().replace({"train.microbatches_together": 1}).validate)
+    assert message == "train.microbatches_together = 1: must be None without pipeline stages (mesh.stage = 1)"
+    rows = {"train.num_microbatches": 15, "data.batch_sequences": 15 * 1024, "train.eval_sequences": 240}
+    Config().replace({"mesh.stage": 15, "mesh.expert": 16} | rows).validate()
 
 
 def test_off_is_none_only_where_it_may_be():

@@ -102,7 +102,10 @@ _MULTIPLES = [
     ("model.qk_rope_head_dim", [2]),  # RoPE turns pairs
     ("data.sequence_length", ["mesh.context", "mesh.tensor"]),
     ("data.batch_sequences", ["train.num_microbatches", "mesh.replica", "mesh.fsdp", "mesh.expert"]),
-    ("train.eval_sequences", ["mesh.replica", "mesh.fsdp", "mesh.expert"]),
+    ("train.num_microbatches", ["mesh.stage"]),
+    ("train.num_microbatches", ["train.microbatches_together"]),
+    ("train.microbatches_together", ["mesh.stage"]),
+    ("train.eval_sequences", ["mesh.replica", "mesh.stage", "mesh.fsdp", "mesh.expert"]),
 ]
 # (a field, the field it must not exceed)
 _AT_MOST = [
@@ -131,10 +134,30 @@ def _fit_problems(values: dict):
     if (values.get("kernels.expert_buffer") or 1) < 1:
         rule = "must be at least 1, the balanced load, or None for no bound"
         yield f"kernels.expert_buffer = {values['kernels.expert_buffer']}: {rule}; nearest: 1.0"
+    yield from _pipeline_problems(values)
     yield from _group_problems(values)
     yield from _stage_problems(values)
     yield from _mixture_problems(values)
     yield from _data_problems(values)
+
+
+def _pipeline_problems(values: dict):
+    """Whether the MoE layers can be dealt out to pipeline stages, and the other axes go with them."""
+    names = "mesh.stage", "model.num_hidden_layers", "model.first_k_dense_replace"
+    stages, layers, dense = map(values.get, names)
+    if (together := values.get("train.microbatches_together")) is not None and stages == 1:
+        yield f"train.microbatches_together = {together}: must be None without pipeline stages (mesh.stage = 1)"
+    if None in (stages, layers, dense) or stages == 1:
+        return
+    if (moe := layers - dense) < 1 or moe % stages:
+        divisors = [n for n in range(1, moe + 1) if moe % n == 0]
+        below, above = [n for n in divisors if n < stages], [n for n in divisors if n > stages]
+        near = [*(below[-1:] or [1]), *above[:1]]
+        rule = f"must divide the {max(moe, 0)} MoE layers, of which each stage has as many"
+        yield f"mesh.stage = {stages}: {rule}; nearest: {' or '.join(map(str, near))}"
+    for axis in ("tensor", "context"):
+        if values.get(f"mesh.{axis}", 1) > 1:
+            yield f"mesh.{axis} = {values[f'mesh.{axis}']}: must be 1 with mesh.stage = {stages}; use fsdp or expert"
 
 
 def _group_problems(values: dict):

@@ -167,6 +167,7 @@ class MeshConfig:
     """Devices along each mesh axis; all axes are always there."""
 
     replica: int = 1  # copies of the model, over the slow network
+    stage: int = 1  # pipeline stages: the MoE layers, in their order
     fsdp: int = 1  # cuts every matrix at rest
     expert: int = 1  # experts
     tensor: int = 1  # attention heads; tokens elsewhere
@@ -180,6 +181,7 @@ class TrainConfig:
     run_dir: str = "runs/k2"
     num_steps: int = 230_968
     num_microbatches: int = 1
+    microbatches_together: int | None = None  # that pass through the pipeline's stages in one go; None: all of a step
     init_from: str | None = None  # another run, or an imported one, whose newest model is the start
     seed: int = 0
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"

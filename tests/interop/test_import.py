@@ -256,9 +256,12 @@ def test_bf16_and_the_router_bias(tmp_path, tensors):
 
 
 def test_mesh_that_does_not_fit(tmp_path, tensors, mesh_of):
+    folder = write(tmp_path, tensors)
     with pytest.raises(UserError) as error:
-        load_hf(write(tmp_path, tensors), mesh=mesh_of(tensor=8))
+        load_hf(folder, mesh=mesh_of(tensor=8))
     assert error.value.problems == ("model.num_attention_heads = 4: must be a multiple of mesh.tensor = 8; nearest: 8",)
+    with pytest.raises(UserError, match="^mesh.stage = 2: must be 1 for a model to call"):
+        load_hf(folder, mesh=mesh_of(stage=2))
 
 
 def test_mesh_of_other_axes(tmp_path, tensors):

@@ -44,8 +44,8 @@ def test_load_by_hand():
     load = load_per_device([pair, single], [10, 1], CUBE)
     assert load.shape == tuple(CUBE.values())
     # [fsdp, tensor], the same along expert: device 3 of the group is (1, 1), the next (0, 0)
-    np.testing.assert_array_equal(load[0, :, 0, :, 0], [[10, 1], [0, 11]])
-    np.testing.assert_array_equal(load[:, :, 0], load[:, :, 1])
+    np.testing.assert_array_equal(load[0, 0, :, 0, :, 0], [[10, 1], [0, 11]])
+    np.testing.assert_array_equal(load[:, :, :, 0], load[:, :, :, 1])
 
 
 def test_offsets_are_nearly_the_best():

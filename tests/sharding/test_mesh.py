@@ -24,9 +24,9 @@ def test_wrong_number_of_devices_names_the_axes_and_both_numbers():
 def test_all_axes_are_there_and_explicit():
     """Devices are counted along the axes in the order of AXES, the last fastest."""
     mesh = make_mesh(MeshConfig(fsdp=2, context=4))
-    assert dict(mesh.shape) == {"replica": 1, "fsdp": 2, "expert": 1, "tensor": 1, "context": 4}
-    assert mesh.axis_types == (AxisType.Explicit,) * 5
-    assert mesh.devices[0, 1, 0, 0].tolist() == jax.devices()[4:]
+    assert dict(mesh.shape) == {"replica": 1, "stage": 1, "fsdp": 2, "expert": 1, "tensor": 1, "context": 4}
+    assert mesh.axis_types == (AxisType.Explicit,) * 6
+    assert mesh.devices[0, 0, 1, 0, 0].tolist() == jax.devices()[4:]
     assert single_device_mesh().axis_names == AXES
     assert single_device_mesh().size == 1
 

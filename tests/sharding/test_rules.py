@@ -62,6 +62,12 @@ def test_specs_at_rest_by_hand():
     assert at_rest("ID", "ID", (50, 42), fsdp=2, expert=4) == P(None, "fsdp")  # nothing to divide by 4: copied
     assert at_rest("LD", "", (60, 7168), **many) == P(None, None)
     assert at_rest("LEDF", "DF", (60, 384, 7168, 2048), replica=2) == P(None, "expert", "fsdp", None)
+    # stages have whole layers where their number allows it, else parts of a matrix as any other axis
+    assert at_rest("LEDF", "DF", (60, 384, 7168, 2048), stage=15, fsdp=8) == P("stage", "expert", "fsdp", None)
+    assert at_rest("LD", "", (60, 7168), stage=15) == P("stage", None)
+    assert at_rest("LDF", "DF", (1, 7168, 18432), stage=16, fsdp=8) == P(None, ("fsdp", "stage"), None)
+    assert at_rest("DV", "DV", (7168, 163840), stage=4, expert=16) == P(("fsdp", "stage", "expert"), "tensor")
+    assert at_rest("LD", "", (1, 7168), stage=16) == P(None, None)
 
 
 K2_MESHES = [{"fsdp": 16, "expert": 64}, {"fsdp": 64, "expert": 64}, {"fsdp": 32, "expert": 32, "tensor": 2}]

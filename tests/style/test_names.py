@@ -92,5 +92,5 @@ def test_the_rules_bite():
     }
     for source, message in bad.items():
         assert list(slips(source)) == [message]
-    assert set(used_letters(ast.parse("def f(x_BTY): return x_BTY"))) - set(DIMS) == {"Y"}
+    assert set(used_letters(ast.parse("def f(x_BTW): return x_BTW"))) - set(DIMS) == {"W"}
     assert legend(ast.parse('"""Doc.\n\n    Y yaks, P pigs\n"""')) == {"Y", "P"}

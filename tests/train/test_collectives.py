@@ -1,4 +1,4 @@
-"""What the whole compiled training step communicates is what the golden files say, on five meshes."""
+"""What the whole compiled training step communicates is what the golden files say, on six meshes."""
 
 import jax
 import pytest

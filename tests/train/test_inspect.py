@@ -123,12 +123,22 @@ def test_picture_of_the_mesh(tiny, capsys, tmp_path):
     assert (tmp_path / "mesh.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_picture_with_stages(tiny):
+    config = Config(model=tiny, mesh=MeshConfig(stage=2, fsdp=2, expert=2))
+    head, *lines = draw_mesh(config, 200).splitlines()
+    assert [line.split("dev")[0].strip() for line in lines][:3] == [
+        "replica 0 stage 0 fsdp 0", "replica 0 stage 0 fsdp 1", "replica 0 stage 1 fsdp 0",
+    ]  # fmt: skip
+    ids = np.vectorize(lambda d: d.id)(make_mesh(config.mesh).devices).reshape(4, 2)
+    assert [[int(cell.split()[0]) for cell in line.split("dev")[1:]] for line in lines] == ids.tolist()
+
+
 @pytest.mark.parametrize("context", [1, 2])
 def test_picture_with_replicas_and_context(tiny, context):
     config = Config(model=tiny, mesh=MeshConfig(replica=2, tensor=4 // context, context=context))
     lines = draw_mesh(config, 200).splitlines()
     numbers = [int(cell.split()[0]) for line in lines[1:] for cell in line.split("dev")[1:]]
     assert sorted(numbers) == list(range(8))
-    ids = np.vectorize(lambda d: d.id)(make_mesh(config.mesh).devices)  # [replica, 1, 1, tensor, context]
+    ids = np.vectorize(lambda d: d.id)(make_mesh(config.mesh).devices)  # [replica, 1, 1, 1, tensor, context]
     drawn = np.array(numbers).reshape(2, context, 4 // context)
     assert (drawn == ids.reshape(2, 4 // context, context).transpose(0, 2, 1)).all()

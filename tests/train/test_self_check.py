@@ -34,6 +34,7 @@ def check(config, mesh):
     [
         ({}, {}, "float32"),
         ({"expert": 4, "context": 2}, {"exchange": "ring"}, "float32"),
+        ({"stage": 2, "fsdp": 2, "expert": 2}, {}, "float32"),
         ({"fsdp": 2, "expert": 2, "tensor": 2}, {"grouped_matmul": "ragged_dot", "expert_buffer": 1.0}, "bfloat16"),
     ],
 )

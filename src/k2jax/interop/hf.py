@@ -179,6 +179,9 @@ def load_hf(
     mesh = mesh if mesh is not None or current.empty else current
     if mesh is not None:
         _check_mesh(found.model, mesh)
+        if mesh.shape["stage"] > 1:
+            rule = "must be 1 for a model to call; stages are for training alone"
+            raise UserError(f"mesh.stage = {mesh.shape['stage']}: {rule}")
     values = load_values(found, kind, mesh)
     return build_model(found.model, values["params"], values["router_bias"], kind, rope=found.rope)
 

@@ -43,10 +43,10 @@ def attention(
     make(*sources, *weights) -> keys, values as in `chunked_attention`. sources: arrays [B, T, ...]; weights: arrays
     [..., H, ...] whose dims are C, H and N or U. On a mesh sources are laid out as the residual stream is.
     """
-    chunk, sources = chunk_tokens(k_at.index.shape[1], kernels), tuple(sources)
+    chunk, sources, is_cut = chunk_tokens(k_at.index.shape[1], kernels), tuple(sources), on_mesh()
 
     def local(q_BHSK, sources, weights, q_at, k_at, scale):
-        if on_mesh():
+        if is_cut:
             # Gathered here, so that their gradient comes back by a reduce-scatter; and said to vary before use, so that
             # autodiff sums the gradients of what devices share.
             sources = tuple(jax.lax.all_gather(x, AXES_OF["T"], axis=1, tiled=True) for x in sources)
@@ -55,11 +55,11 @@ def attention(
             weights = tuple(shared(w, uncut_axes("CHN")) for w in weights)
         out_BHSU, max_BHS = chunked_attention(q_BHSK, sources, weights, make, q_at, k_at, scale, (chunk, chunk))
         max_H = jax.lax.stop_gradient(max_BHS).max((0, 2))
-        if on_mesh():
+        if is_cut:
             max_H = jax.lax.pmax(max_H, uncut_axes("H"))
         return out_BHSU, max_H
 
-    if on_mesh():
+    if is_cut:
         places = Places(spec("BS"), spec("BS")), Places(spec("BZ"), spec("BZ"))
         in_specs = spec("BHSK"), (spec("BT"),) * len(sources), (spec("CHN"),) * len(weights), *places, spec("")
         local = jax.shard_map(local, in_specs=in_specs, out_specs=(spec("BHSU"), spec("H")))

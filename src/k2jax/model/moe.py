@@ -4,6 +4,7 @@ E experts as owners of weights, X experts as the router's scores, A experts of a
 W rows that the experts of one device work on
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,6 @@ from k2jax.kernels.project import project
 from k2jax.model.remat import DISPATCHED, EXPERT_CHOICE, EXPERT_DOWN, GATE_UP, ROUTER_LOGITS, named
 from k2jax.model.weights import RouterBias, Stack
 from k2jax.sharding.exchange import choose_transport, exchange_experts
-from k2jax.sharding.names import AXES
 from k2jax.sharding.rules import on_mesh, platform, spec, uncut_axes
 from k2jax.sharding.shared import shared
 
@@ -116,18 +116,21 @@ class MoE(nnx.Module):
     def routed(self, x_BTD: jax.Array, score_BTX: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The routed experts' part of the output, and the first two fields of `Routing`."""
         weights = [w.use(x_BTD.dtype) for w in (self.gate, self.up, self.down)]
-        local, in_dims = self._routed, ("BTD", "BTX", "X", "EDF", "EDF", "EFD")
+        local, in_dims = partial(self._routed, on_mesh()), ("BTD", "BTX", "X", "EDF", "EDF", "EFD")
         if on_mesh():
             out_specs = spec("BTD"), spec("E"), spec("")
             local = jax.shard_map(local, in_specs=tuple(map(spec, in_dims)), out_specs=out_specs)
         return local(x_BTD, score_BTX, self.bias[...], *weights)
 
     @jax.named_scope("experts")
-    def _routed(self, x_BTD, score_BTX, bias_X, *weights):
-        """The routed experts on the tokens of one device; every array here is local."""
+    def _routed(self, is_cut, x_BTD, score_BTX, bias_X, *weights):
+        """The routed experts on the tokens of one device; every array here is local.
+
+        is_cut: whether what other devices share and count is to be added up here; a pipeline does it once a step.
+        """
         config, kernels = self.config, self.kernels
-        axis, num_shards = ("expert", jax.lax.axis_size("expert")) if on_mesh() else (None, 1)
-        if on_mesh():
+        num_shards = jax.sharding.get_abstract_mesh().shape.get("expert", 1)
+        if is_cut:
             weights = [shared(w, uncut_axes("EDF")) for w in weights]
         gate_EDF, up_EDF, down_EFD = weights
         multiply = choose_grouped_matmul(kernels, platform())
@@ -143,10 +146,10 @@ class MoE(nnx.Module):
         expert_TA, weight_TA = choose_experts(score_TX, bias_X, config)
         transport = choose_transport(kernels, platform(), num_shards, config.num_experts_per_tok)
         y_TD, load_E, dropped = exchange_experts(
-            x_BTD.reshape(-1, x_BTD.shape[-1]), expert_TA, weight_TA, experts, config.n_routed_experts, axis,
+            x_BTD.reshape(-1, x_BTD.shape[-1]), expert_TA, weight_TA, experts, config.n_routed_experts, "expert",
             num_shards, transport, kernels.expert_buffer,
         )  # fmt: skip
-        if on_mesh():
+        if is_cut:
             load_E = jax.lax.psum(load_E, uncut_axes("E"))
-            dropped = jax.lax.psum(dropped, AXES)
+            dropped = jax.lax.psum(dropped, uncut_axes(""))
         return y_TD.reshape(x_BTD.shape), load_E, dropped

@@ -47,6 +47,11 @@ def _policy(kept: tuple[str, ...], offloaded: tuple[str, ...]):
     )
 
 
+def rematerialise_stage(stage: Callable) -> Callable:
+    """`stage`, all the layers of a pipeline's stage: of each microbatch its backward pass finds the input alone."""
+    return jax.checkpoint(stage, policy=_policy((), ()))
+
+
 def rematerialise(layer: Callable, remat: Remat) -> Callable:
     """`layer`, whose backward pass finds what the policy `remat` keeps and makes the rest again.
 

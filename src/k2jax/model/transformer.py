@@ -16,11 +16,12 @@ from k2jax.kernels.project import project
 from k2jax.model.head import head_loss
 from k2jax.model.mla import MLA, Latents, Positions, rms_norm
 from k2jax.model.moe import MoE, Routing, SwiGLU
+from k2jax.model.pipeline import pipelined
 from k2jax.model.remat import ATTENDED, LAYER_INPUT, named, rematerialise
 from k2jax.model.rope import Rope, make_rope, rope_angles
 from k2jax.model.weights import Param, RouterBias, Stack, Weight, declare, dim_sizes
 from k2jax.sharding.order import balanced
-from k2jax.sharding.rules import out_spec, place, whole
+from k2jax.sharding.rules import num_stages, out_spec, place, whole
 
 
 class Output(NamedTuple):
@@ -115,10 +116,11 @@ class Transformer(nnx.Module):
         self.head = declare("", "D", "V", sizes, "lm_head.weight", group="adamw", component="head")
 
     @jax.named_scope("embed")
-    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        """Of tokens [B, T] or [Y, B, T]."""
         # Cast after the look-up: the gradient of a frequent token's row is a sum that bf16 cannot hold.
-        rows_BTD = self.embedding.use(wide(self.dtype)).at[tokens_BT].get(out_sharding=out_spec("BTD"))
-        return rows_BTD.astype(self.dtype)
+        table_ID, dims = self.embedding.use(wide(self.dtype)), "YBTD"[-1 - tokens.ndim :]
+        return table_ID.at[tokens].get(out_sharding=out_spec(dims)).astype(self.dtype)
 
     def _normed(self, x_BTD: jax.Array) -> jax.Array:
         return rms_norm(x_BTD, self.norm, self.config.rms_norm_eps)
@@ -126,12 +128,13 @@ class Transformer(nnx.Module):
     def _logits(self, x_BSD: jax.Array) -> jax.Array:
         return project("BSD,DV->BSV", self._normed(x_BSD), self.head.use(self.dtype), None, wide(self.dtype))
 
-    def _loss(self, x_BTD: jax.Array, target_BT: jax.Array) -> jax.Array:
+    def _loss(self, x: jax.Array, targets: jax.Array) -> jax.Array:
+        """Of x [B, T, D] and targets [B, T], or [Y, B, T, D] and [Y, B, T]."""
         # Or XLA gathers the head long before, and reduces its gradient long after: both are large, and the layers' turn
         # lies between. The barrier acts in either direction.
-        x_BTD, stored_DV = jax.lax.optimization_barrier((self._normed(x_BTD), self.head[...]))
+        x, stored_DV = jax.lax.optimization_barrier((self._normed(x), self.head[...]))
         # The head in float32: its gradient is a sum over all tokens of the step.
-        return head_loss(x_BTD, place(stored_DV.astype(wide(self.dtype)), "DV"), target_BT)
+        return head_loss(x, place(stored_DV.astype(wide(self.dtype)), "DV"), targets)
 
     def __call__(self, tokens, positions=None, segment_ids=None, rope: Rope | None = None, targets=None) -> Output:
         """tokens, positions, segment_ids: int32 [B, T]. Positions count from 0 and all is one document unless given.
@@ -142,6 +145,8 @@ class Transformer(nnx.Module):
         wrong = [f"{x.shape}" for x in (tokens, positions, segment_ids, targets) if x is not None and jnp.ndim(x) != 2]
         if wrong:
             raise ValueError(f"tokens, positions, segment_ids and targets must be [B, T], got {', '.join(wrong)}")
+        if num_stages() > 1:
+            raise ValueError(f"a mesh with stage = {num_stages()} has `losses` alone; call the model on one without")
         tokens = jnp.asarray(tokens)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -165,6 +170,23 @@ class Transformer(nnx.Module):
         if targets is not None:
             return Output(None, *seen, self._loss(x_BTD, place(balanced(jnp.asarray(targets)), "BT")))
         return Output(self._logits(place(balanced(x_BTD, back=True), "BSD")), *seen)
+
+    def losses(self, tokens_MBT, positions_MBT, segment_ids_MBT, rope: Rope, target_MBT) -> Output:
+        """As a call with targets, of M microbatches together, on a mesh with pipeline stages.
+
+        All but max_logits are sums over the microbatches. M must be a multiple of the stages.
+        """
+
+        def run(layers, x_BTD, places, rope):
+            return scan_layers(layers, x_BTD, make_positions(*places, rope), self.remat)
+
+        x_YBTD = self._embed(place(tokens_MBT, "YBT"))
+        places = place(positions_MBT, "MBT"), place(segment_ids_MBT, "MBT")
+        rope = jax.tree.map(jnp.asarray, rope)
+        x_YBTD, max_logits, routed = pipelined(self.dense, self.moe, run, x_YBTD, places, rope)
+        load_LE, dropped_L, balance_L = map(whole, routed)
+        seen = jnp.concatenate([whole(x) for x in max_logits]), load_LE, balance_L, dropped_L
+        return Output(None, *seen, self._loss(x_YBTD, target_MBT))
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` sequences of up to `length` tokens."""

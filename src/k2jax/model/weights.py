@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from k2jax.config import KernelsConfig, ModelConfig
+from k2jax.dtypes import wide
 from k2jax.sharding.rules import place, stored_spec
 
 
@@ -61,6 +62,10 @@ class Weight:
     @property
     def num_inputs(self) -> int:
         return len(self.inputs)
+
+    def dtype_in_use(self, dtype: jnp.dtype) -> jnp.dtype:
+        """`dtype`, that of activations; but gains and the router act in at least float32."""
+        return dtype if self.inputs and self.component != "router" else wide(dtype)
 
     def spec(self, sizes: Mapping[str, int]) -> P:
         """Layout at rest on a mesh with axes of these sizes."""

@@ -137,7 +137,7 @@ def describe_step(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str,
     compile_seconds = time.monotonic() - started - lower_seconds
     found = collectives(compiled.as_text(), mesh.shape)
     kind = mesh.devices.flat[0].device_kind
-    tokens = config.batch_tokens // config.train.num_microbatches // mesh.size
+    tokens = config.batch_tokens // config.train.num_microbatches // (mesh.size // mesh.shape["stage"])
     return {
         "device_kind": kind,
         "devices": mesh.size,

@@ -1,4 +1,4 @@
-"""The device mesh: five named axes, all Explicit, all always there."""
+"""The device mesh: six named axes, all Explicit, all always there."""
 
 import itertools
 import math

@@ -1,13 +1,17 @@
 """The letters for array dims, used in einsum equations, variable suffixes and weight declarations alike.
 
 `axis` always means a mesh axis and `dim` an array dim. Some letters stand for the same size in two
-layouts: T, S and Z are all positions of a sequence, cut over different mesh axes (see rules.py), V and I both ids.
+layouts: T, S and Z are all positions of a sequence, cut over different mesh axes (see rules.py), V and I both ids,
+M and Y both microbatches.
 """
 
-AXES = ("replica", "fsdp", "expert", "tensor", "context")
+AXES = ("replica", "stage", "fsdp", "expert", "tensor", "context")
+# What the devices of one pipeline stage differ in, so what the code of a layer sees of the mesh.
+LAYER_AXES = tuple(axis for axis in AXES if axis != "stage")
 
 DIMS = {
     "M": "microbatches of a step",
+    "Y": "microbatches of a step, each at one pipeline stage",
     "B": "sequences of a microbatch",
     "T": "positions, in the residual stream",
     "S": "positions, as attention's queries",

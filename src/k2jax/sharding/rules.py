@@ -3,6 +3,7 @@
     x_BTD          residual stream: sequences over replica, fsdp and expert; positions over context and tensor
     q_BSHK k_BZHK  inside attention heads take the tensor axis, so queries keep context only and keys none
     w_EDF          experts over expert; at rest every matrix is cut over all axes but replica (stored_spec)
+    x_YBTD         embedding, head and loss take the microbatches stage by stage; model/pipeline.py has the layers
 
 With tokens cut over `tensor` outside attention no token is normalised, routed or dispatched twice.
 """
@@ -13,9 +14,10 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import PartitionSpec as P
 
-from k2jax.sharding.names import AXES, DIMS
+from k2jax.sharding.names import DIMS, LAYER_AXES
 
 AXES_OF = {
+    "Y": ("stage",),
     "B": ("replica", "fsdp", "expert"),
     "T": ("context", "tensor"),
     "S": ("context",),
@@ -27,7 +29,7 @@ AXES_OF = {
 FSDP_DIMS = "DQC"
 # Cut at rest as well, so that no two devices of a replica hold, update or orthogonalise the same part. Replicas do:
 # what they would save on that is less than gathering it again over the slow network between them costs.
-SPARE_AXES = ("expert", "tensor", "context")
+SPARE_AXES = ("stage", "expert", "tensor", "context")
 
 
 def in_use_axes(dims: str) -> list[tuple[str, ...]]:
@@ -49,11 +51,14 @@ def spec(dims: str) -> P:
 def stored_spec(dims: str, matrix_dims: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
     """PartitionSpec at rest, on a mesh with axes of these sizes, of a weight [dims] of this shape.
 
-    `matrix_dims` make its matrix; "" for a gain, which stays whole. Cuts in use stay, fsdp comes next, then every axis
-    of SPARE_AXES that is left cuts the first dim of the matrix whose local size it divides, together with the axes that
-    are there already. Where no dim divides, the weight is copied along that axis.
+    `matrix_dims` make its matrix; "" for a gain, which stays whole. Cuts in use stay; stages cut the layers where their
+    number allows it, so that each has its own; fsdp comes next, then every axis of SPARE_AXES that is left cuts the
+    first dim of the matrix whose local size it divides, together with the axes that are there already. Where no dim
+    divides, the weight is copied along that axis.
     """
     cuts = {dim: list(axes) for dim, axes in zip(dims, in_use_axes(dims), strict=True)}
+    if "L" in dims and sizes["stage"] > 1 and shape[dims.index("L")] % sizes["stage"] == 0:
+        cuts["L"].append("stage")
     if matrix_dims:
         cuts[next(dim for dim in FSDP_DIMS if dim in matrix_dims)].append("fsdp")
     used = {axis for axes in cuts.values() for axis in axes}
@@ -66,13 +71,18 @@ def stored_spec(dims: str, matrix_dims: str, shape: tuple[int, ...], sizes: Mapp
 
 
 def on_mesh() -> bool:
-    """Whether a mesh is set; without one (a model called by hand) arrays keep no shardings."""
-    return not jax.sharding.get_abstract_mesh().empty
+    """Whether arrays have shardings here: a mesh is set (a model may be called without), outside of `jax.shard_map`."""
+    return bool(jax.sharding.get_abstract_mesh().explicit_axes)
+
+
+def num_stages() -> int:
+    """Pipeline stages of the mesh that is set; 1 without one."""
+    return jax.sharding.get_abstract_mesh().shape.get("stage", 1)
 
 
 def platform() -> str:
     """"cpu", "gpu" or "tpu": of the mesh that is set (which need not be of this machine), else of JAX's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device if on_mesh() else None
+    device = jax.sharding.get_abstract_mesh().abstract_device
     name = device.platform if device is not None else jax.default_backend()
     return "gpu" if name in ("cuda", "rocm") else name
 
@@ -82,18 +92,18 @@ def place(x: jax.Array, dims: str) -> jax.Array:
     return jax.sharding.reshard(x, spec(dims)) if on_mesh() else x
 
 
-def uncut_axes(dims: str) -> tuple[str, ...]:
-    """The mesh axes along which arrays with these dims are the same, in use."""
-    cut = {axis for axes in in_use_axes(dims) for axis in axes}
-    return tuple(axis for axis in AXES if axis not in cut)
+def uncut_axes(dims: str, axes: tuple[str, ...] = LAYER_AXES) -> tuple[str, ...]:
+    """Those of the mesh `axes` along which arrays with these dims are the same, in use."""
+    cut = {axis for group in in_use_axes(dims) for axis in group}
+    return tuple(axis for axis in axes if axis not in cut)
 
 
-def varying(tree, dims: str):
+def varying(tree, dims: str, axes: tuple[str, ...] = LAYER_AXES):
     """Inside `jax.shard_map`: local parts of arrays [dims], said to differ along the axes that do not cut them too.
 
     Before use, so that autodiff sums their gradients over the devices that share them.
     """
-    return jax.lax.pcast(tree, uncut_axes(dims), to="varying")
+    return jax.lax.pcast(tree, uncut_axes(dims, axes), to="varying")
 
 
 def whole(x: jax.Array) -> jax.Array:

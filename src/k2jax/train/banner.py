@@ -43,6 +43,16 @@ def describe_experts(config: Config, mesh: jax.sharding.Mesh) -> str:
     return f"{exchange}; grouped matmul {choose_grouped_matmul(kernels, device)}"
 
 
+def describe_pipeline(config: Config) -> str:
+    """Who has which layers, and how long devices wait: each pass is as many ticks longer as there are other stages."""
+    stages, microbatches = config.mesh.stage, config.train.microbatches_together or config.train.num_microbatches
+    if stages == 1:
+        return "one stage"
+    layers = config.model.num_hidden_layers - config.model.first_k_dense_replace
+    idle = (stages - 1) / (microbatches + stages - 1)
+    return f"{stages} stages of {layers // stages} MoE layers, {microbatches} microbatches in a pass, {idle:.1%} idle"
+
+
 def banner(
     config: Config, weights, abstract: TrainState, mesh: jax.sharding.Mesh, optimizer_groups: dict[str, int]
 ) -> str:
@@ -60,6 +70,7 @@ def banner(
         ("mesh", "  ".join(f"{axis} {size}" for axis, size in mesh.shape.items())),
         ("parameters", f"{_si(total)} total, {_si(active)} activated per token ({total:,} / {active:,})"),
         ("", ", ".join(f"{name} {_si(c[0])}" for name, c in counts.items())),
+        ("pipeline", describe_pipeline(config)),
         ("experts", describe_experts(config, mesh)),
         ("optimizer", f"{config.optim.optimizer}: {groups} parameters; QK-Clip tau {config.optim.qk_clip_tau}"),
         ("per device", f"{_si(bytes_per_device(abstract.params))}B parameters, "

@@ -17,7 +17,7 @@ from k2jax.sharding.rules import spec
 from k2jax.train.loaded import Loaded
 from k2jax.train.stages import stage_of, stage_rope
 from k2jax.train.state import TrainState
-from k2jax.train.step import Batch, make_loss
+from k2jax.train.step import Batch, make_loss, passes
 
 
 def split_rows(rows: dict[str, np.ndarray], num_microbatches: int, mesh: jax.sharding.Mesh) -> Batch:
@@ -39,19 +39,22 @@ def bits_per_byte(nats_per_token: float, corpus: Corpus, source: str | None = No
 def make_evaluator(config: Config, corpus: Corpus, mesh: jax.sharding.Mesh, source: str | None = None) -> Callable:
     """evaluate(state) -> validation loss in nats per token, over the same sequences, of `source` alone, every time."""
     loss_fn = make_loss(config)
-    rows = config.data.batch_sequences // config.train.num_microbatches
+    num_stages = mesh.shape["stage"]  # as many microbatches pass through them together
+    rows = config.data.batch_sequences // config.train.num_microbatches * num_stages
     rows = math.gcd(rows, config.train.eval_sequences)  # both are multiples of the batch axes, so their gcd is
 
     @jax.jit
     def loss_sum(params, router_bias, step, batch: Batch):
         rope = stage_rope(config, stage_of(config, step - 1))  # of the last step done
-        return loss_fn(params, router_bias, jax.tree.map(lambda x: x[0], batch), rope).loss
+        return loss_fn(params, router_bias, jax.tree.map(lambda x: x[0], passes(batch)), rope).loss
 
     def evaluate(state: TrainState) -> float:
         total = 0.0
         for batch in validation_batches(corpus, config.data, config.train.eval_sequences, rows, source):
             total += float(
-                jax.device_get(loss_sum(state.params, state.router_bias, state.step, split_rows(batch, 1, mesh)))
+                jax.device_get(
+                    loss_sum(state.params, state.router_bias, state.step, split_rows(batch, num_stages, mesh))
+                )
             )
         return total / (config.train.eval_sequences * config.data.sequence_length)
 

@@ -120,8 +120,9 @@ def _grid(config: Config) -> tuple[list[str], list[str]]:
     """Row and column labels of the mesh drawn flat: batch and sequence downward, experts and heads across."""
     mesh, model = config.mesh, config.model
     down = [
-        f"replica {r} fsdp {f}" + (f" context {c}" if mesh.context > 1 else "")
+        f"replica {r}" + f" stage {s}" * (mesh.stage > 1) + f" fsdp {f}" + f" context {c}" * (mesh.context > 1)
         for r in range(mesh.replica)
+        for s in range(mesh.stage)
         for f in range(mesh.fsdp)
         for c in range(mesh.context)
     ]

@@ -15,6 +15,7 @@ from k2jax.optim.balance import balance
 from k2jax.optim.build import map_weights
 from k2jax.optim.rounding import lost_updates
 from k2jax.optim.schedule import learning_rate_of_step
+from k2jax.sharding.rules import num_stages
 from k2jax.train.guard import after_step, is_good
 from k2jax.train.optimizer import call_update
 from k2jax.train.stages import stage_of, stage_rope, stage_value
@@ -59,24 +60,35 @@ class Losses(NamedTuple):
     rows_dropped: jax.Array  # [MoE layers]
 
 
+def passes(batch: Batch, together: int | None = None) -> Batch:
+    """The batch as a stack of what a forward pass takes: a microbatch [B, T], or with pipeline stages many [M, B, T].
+
+    together: how many these are; None: all.
+    """
+    split = lambda x: x.reshape(-1, together or len(x), *x.shape[1:])  # noqa: E731
+    return jax.tree.map(split, batch) if num_stages() > 1 else batch
+
+
 def make_loss(config: Config) -> Callable:
-    """loss_fn(params, router_bias, microbatch, rope) -> Losses, with the sum of the loss."""
+    """loss_fn(params, router_bias, one of `passes`, rope) -> Losses, sums over tokens and microbatches."""
     dtype = jnp.dtype(config.train.compute_dtype)
 
     def loss_fn(params, router_bias, batch: Batch, rope: Rope) -> Losses:
         model = build_model(config.model, params, router_bias, dtype, config.train.remat, kernels=config.kernels)
-        out = model(batch.inputs, batch.positions, batch.segment_ids, rope, batch.targets)
+        run = model if batch.inputs.ndim == 2 else model.losses
+        out = run(batch.inputs, batch.positions, batch.segment_ids, rope, batch.targets)
         return Losses(out.loss, out.balance_loss, out.max_logits, out.expert_load, out.rows_dropped)
 
     return loss_fn
 
 
 def accumulate(
-    loss_fn: Callable, balance_alpha: jax.Array, params, router_bias, batch: Batch
+    loss_fn: Callable, balance_alpha: jax.Array, params, router_bias, batch: Batch, together: int | None = None
 ) -> tuple[Losses, optax.Params]:
     """Losses over all microbatches, means per token and per sequence, and the gradients (float32) of their sum.
 
-    loss_fn(params, router_bias, microbatch) -> Losses. The balance losses of all layers enter with `balance_alpha`.
+    loss_fn(params, router_bias, one of `passes(batch, together)`) -> Losses. The balance losses of all layers enter
+    with `balance_alpha`.
     """
     num_microbatches, num_tokens = batch.inputs.shape[0], batch.inputs.size
 
@@ -94,6 +106,7 @@ def accumulate(
         summed = summed._replace(max_logits=jnp.maximum(total_losses.max_logits, losses.max_logits))
         return (summed, jax.tree.map(jnp.add, total_grads, grads)), None
 
+    batch = passes(batch, together)
     _, shapes = jax.eval_shape(objective, params, jax.tree.map(lambda x: x[0], batch))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     start = zeros._replace(max_logits=jnp.full_like(zeros.max_logits, -jnp.inf)), optax.tree.zeros_like(params)
@@ -138,7 +151,8 @@ def make_train_step(config: Config, tx: optax.GradientTransformation) -> Callabl
             stage_value(v, stage) for v in (config.stages.balance_alpha, config.stages.router_bias_rate)
         )
         at_stage = partial(loss_fn, rope=stage_rope(config, stage))
-        losses, grads = accumulate(at_stage, alpha, state.params, state.router_bias, batch)
+        together = config.train.microbatches_together
+        losses, grads = accumulate(at_stage, alpha, state.params, state.router_bias, batch, together)
         grad_norm = optax.tree.norm(grads)
         good = is_good(config.guard, state.guard, losses.loss, grad_norm, losses.max_logits)
         (params, opt_state), lost = update(good, losses, grads, state.opt_state, state.params)
