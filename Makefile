@@ -11,7 +11,7 @@ STDLIB = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdli
 # XLA on a CPU takes its temporary memory anew each step; in pages of 2 MiB that is a tenth of the step faster.
 train bench: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
-.PHONY: train test test-fast test-interop test-tpu test-kernels test-data env data comparators bench clean
+.PHONY: train test test-fast test-grid test-interop test-tpu test-kernels test-data env data comparators bench clean
 
 env: $(VENV)/ready
 
@@ -36,12 +36,17 @@ train: env data/stdlib
 		--train.num-steps 110
 	$(BIN)/python benchmarks/quickstart.py runs/tiny runs/tiny-no-clip
 
+# Two processes: most of the time is compiling, which XLA does in one thread.
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
+
+# Every cell of the grids of which `make test` has a few; half an hour.
+test-grid: env
+	$(BIN)/python -m pytest -n 2 -m grid
 
 # What every change must pass on the other Python: all but the tests that train in processes of their own.
 test-fast: env
-	$(BIN)/python -m pytest -m 'not slow and not interop and not tpu and not kernels and not data'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not grid and not interop and not tpu and not kernels and not data'
 
 # Against the libraries that read what k2jax exports: transformers, mlx-lm, lm-eval. Installs PyTorch.
 test-interop: env

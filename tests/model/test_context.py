@@ -65,7 +65,7 @@ def test_balanced_order_and_back(mesh_of):
         assert np.array_equal(balanced(x[:, :12]), x[:, :12])
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 def test_128k_tokens_over_eight_devices(mesh_of):
     """Forward: logits and largest logits agree with one device's. From compile alone: memory of both passes."""
     config, rng = long_model(), np.random.default_rng(0)

@@ -56,6 +56,8 @@ EXCEPTIONS = {
     "lbfgs": (TypeError, "missing 1 required keyword-only argument: 'value_fn'"),  # the loss again, on its line search
     "optimistic_adam": (DeprecationWarning, "use `optimistic_adam_v2`"),
 }
+# One of each kind of state in every suite: like the parameters, factored, none at all; the others by `make test-grid`.
+QUICK = ("adamw", "adafactor", "sgd")
 
 
 def optimizers(module) -> dict:
@@ -115,7 +117,10 @@ def losses(tx, axes) -> list[float]:
         return [*seen, float(grads_of(params)[0].loss)]
 
 
-@pytest.mark.parametrize("name", sorted(set(ALL) - set(EXCEPTIONS)))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.grid) for n in sorted(set(ALL) - set(EXCEPTIONS))],
+)
 def test_trains_on_eight_devices_as_on_one(name):
     one, eight = (losses(ALL[name](), axes) for axes in MESHES)
     assert all(map(math.isfinite, eight)) and eight[-1] < eight[0]

@@ -127,7 +127,7 @@ def test_state_lies_as_the_parameters(tiny, make, buffers):
     assert jax.P() in specs
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 def test_runs_with_any_chain(tmp_path, chains):
     """The command trains with a chain of the user's on eight devices, stops, resumes: records as of one go."""
     source = Path(os.__file__).parent / "json"

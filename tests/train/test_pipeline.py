@@ -37,7 +37,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(
     ("axes", "num_microbatches", "num_moe", "kernels", "train"),
-    [pytest.param(*case, marks=pytest.mark.slow if i else (), id=str(case[0])) for i, case in enumerate(LAYOUTS)],
+    [pytest.param(*case, marks=pytest.mark.grid if i else (), id=str(case[0])) for i, case in enumerate(LAYOUTS)],
 )
 def test_step_is_that_of_one_device(tiny, axes, num_microbatches, num_moe, kernels, train):
     """At the bounds of every other mesh: routing, loads and dropped rows alike, so no idle tick was counted."""

@@ -20,7 +20,7 @@ from k2jax.train.step import Batch, Losses, accumulate, make_loss
 
 NUM_ROWS, LENGTH = 16, 16
 CUT = (("fsdp", 2), ("expert", 2), ("tensor", 2))
-MESHES = [pytest.param((), id="one device"), pytest.param(CUT, id="eight devices", marks=pytest.mark.slow)]
+MESHES = [pytest.param((), id="one device"), pytest.param(CUT, id="eight devices", marks=pytest.mark.grid)]
 POLICIES = [policy for policy in typing.get_args(Remat) if policy != "none"]
 # LLVM's optimisation is half of the time.
 OPTIONS = {"xla_backend_optimization_level": 0}

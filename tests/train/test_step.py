@@ -37,7 +37,7 @@ MESHES = [
 # One of each in every suite, the whole grid where there is time.
 QUICK = [({}, 4), ({"fsdp": 8}, 1), ({"expert": 8}, 1), ({"fsdp": 2, "expert": 2, "tensor": 2}, 2), (MESHES[-2], 1)]
 LAYOUTS = [
-    pytest.param(axes, count, {}, marks=() if (axes, count) in QUICK else pytest.mark.slow, id=f"{axes}-{count}")
+    pytest.param(axes, count, {}, marks=() if (axes, count) in QUICK else pytest.mark.grid, id=f"{axes}-{count}")
     for axes, count in itertools.product(MESHES, (1, 2, 4))
     if axes or count > 1
 ]
@@ -52,7 +52,7 @@ EXPERTS_TOO = [
     ({}, 1, {"grouped_matmul": "ragged_dot"}),
 ]
 LAYOUTS += [
-    pytest.param(*case, marks=pytest.mark.slow if index else (), id="-".join(map(str, (*case[:2], *case[2].values()))))
+    pytest.param(*case, marks=pytest.mark.grid if index else (), id="-".join(map(str, (*case[:2], *case[2].values()))))
     for index, case in enumerate(EXPERTS_TOO)
 ]
 
