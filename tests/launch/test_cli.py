@@ -9,6 +9,7 @@ import pytest
 
 from k2jax.data.prepare import prepare
 from k2jax.launch.cli import main
+from k2jax.launch.overrides import read_overrides
 
 MICRO = str(Path(__file__).parents[1] / "train" / "micro.py")
 ON_EIGHT = ("--mesh.fsdp", "2", "--mesh.expert", "2", "--mesh.tensor", "2")  # the test process has 8 devices
@@ -70,6 +71,13 @@ def test_all_wrong_arguments_at_once(place, capsys):
 def test_missing_folder(place, capsys):
     assert "store" in refusal(capsys, "train", MICRO, *ON_EIGHT)
     assert list(place.iterdir()) == []
+
+
+def test_none_is_off_but_a_choice_where_it_is_one():
+    """train.remat has a "none" of its own."""
+    given = ["--train.remat", "none", "--optim.qk-clip-tau", "None", "--train.eval-every=none", "--data.path", "none"]
+    values = {"train.remat": "none", "optim.qk_clip_tau": None, "train.eval_every": None, "data.path": "none"}
+    assert read_overrides(given) == (values, [])
 
 
 def test_config_files_that_are_none(place, capsys):

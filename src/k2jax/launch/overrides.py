@@ -5,6 +5,7 @@ import io
 import runpy
 import typing
 from pathlib import Path
+from types import NoneType
 
 from k2jax.checks import describe_type
 from k2jax.config import Config, UserError, field_types, unknown_field
@@ -31,7 +32,7 @@ def _parse_value(kind: object, text: str) -> object:
 
     if kind is str:
         return text
-    if text.lower() == "none":
+    if text.lower() == "none" and NoneType in typing.get_args(kind):  # train.remat has a "none" of its own
         text = "None"
     try:
         with contextlib.redirect_stderr(io.StringIO()):
