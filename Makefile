@@ -38,15 +38,15 @@ train: env data/stdlib
 
 # Two processes: most of the time is compiling, which XLA does in one thread.
 test: env
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Every cell of the grids of which `make test` has a few; half an hour.
 test-grid: env
-	$(BIN)/python -m pytest -n 2 -m grid
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m grid
 
 # What every change must pass on the other Python: all but the tests that train in processes of their own.
 test-fast: env
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not grid and not interop and not tpu and not kernels and not data'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not grid and not interop and not tpu and not kernels and not data'
 
 # Against the libraries that read what k2jax exports: transformers, mlx-lm, lm-eval. Installs PyTorch.
 test-interop: env

@@ -1,5 +1,7 @@
 """Eight CPU devices before anything asks for one, the small model of most tests, and meshes."""
 
+import os
+
 import jax
 import pytest
 
@@ -8,6 +10,21 @@ from k2jax.config import ModelConfig
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def start_backend() -> None:
+    """XLA reads its flags once. LLVM's optimisation is a third of the suite's time, and nearly all of it is compiling; what
+    tests start in processes of their own is compiled as users' runs are."""
+    before = os.environ.get("XLA_FLAGS")
+    os.environ["XLA_FLAGS"] = f"{before or ''} --xla_backend_optimization_level=0"
+    jax.devices()
+    if before is None:
+        del os.environ["XLA_FLAGS"]
+    else:
+        os.environ["XLA_FLAGS"] = before
+
+
+start_backend()
 
 
 def tiny_model() -> ModelConfig:
