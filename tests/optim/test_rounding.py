@@ -1,7 +1,9 @@
 """Updates that rounding swallows, counted by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from k2jax.optim import lost_updates
@@ -26,6 +28,14 @@ def test_bfloat16_weights_stand_still_under_small_updates():
     labels = {"w": "muon"}
     stored = {"w": params["w"].astype(jnp.bfloat16)}
     assert lost_updates(stored, updates, labels)["muon"] > 0.85 > 0.05 > lost_updates(params, updates, labels)["muon"]
+
+
+def test_a_bfloat16_master_is_counted_as_optax_rounds_it():
+    """Its float32 updates are added before anything is rounded: a little more than half a step of 1 is seen."""
+    params, updates = {"w": jnp.ones(2, jnp.bfloat16)}, {"w": jnp.float32([2**-8 + 2**-20, 2**-8 - 2**-20])}
+    assert optax.apply_updates(params, updates)["w"].tolist() == [1 + 2**-7, 1]
+    count = lambda p, u: lost_updates(p, u, {"w": "muon"})  # noqa: E731
+    assert count(params, updates) == jax.jit(count)(params, updates) == {"muon": 0.5}
 
 
 def test_labels_of_another_shape_are_an_error():

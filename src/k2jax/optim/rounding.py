@@ -7,8 +7,8 @@ import optax
 
 def _counts(param: jax.Array, update: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """[2]: entries with an update that is not zero, and those of them that do not change in `dtype`."""
-    due = update != 0
-    same = (param + update.astype(param.dtype)).astype(dtype) == param.astype(dtype)
+    due, new = update != 0, (param + update).astype(param.dtype)  # rounded once, as optax.apply_updates does
+    same = new.astype(dtype) == param.astype(dtype)
     return jnp.stack([due.sum(dtype=jnp.float32), (due & same).sum(dtype=jnp.float32)])
 
 
