@@ -202,7 +202,7 @@ def test_mistakes_of_the_call_are_named():
         tx.update(params, tx.init(params), max_logits=jnp.ones((1, 4)))
     with pytest.raises(ValueError, match="parts are not shaped like the parameters"):
         tx.init({"q": params["q"], "k": params["q"]})
-    for part in ((0, ((6, 1.0),)), QKPart(0, (6, 1.0))):
+    for part in ((0, ((6, 1.0),)), QKPart(0, (6, 1.0)), QKPart(-2, ((6, 1.0),))):  # -2 would be the last layer but one
         with pytest.raises(ValueError, match=r"parts must be QKParts or None: \['q'\]"):
             qk_clip(1.0, {"q": part})
 

@@ -68,6 +68,11 @@ def _is_part(x) -> bool:
     return x is None or isinstance(x, QKPart)
 
 
+def _is_whole(part: QKPart) -> bool:
+    """Whether its fields can be meant: a negative layer would be read as another one, from the end."""
+    return part.first_layer >= 0 and all(np.shape(run) == (2,) for run in part.powers)
+
+
 def _check(tau: float, parts: optax.Params) -> None:
     """Raise ValueError for a tau that is not positive, and for leaves of `parts` that are no QKPart."""
     known = not isinstance(tau, jax.core.Tracer)  # optax.inject_hyperparams traces it
@@ -76,10 +81,10 @@ def _check(tau: float, parts: optax.Params) -> None:
     wrong = [
         f"{jax.tree_util.keystr(path)}: {part!r}"
         for path, part in jax.tree_util.tree_leaves_with_path(parts, is_leaf=_is_part)
-        if not (_is_part(part) and all(np.shape(run) == (2,) for run in (part.powers if part else ())))
+        if not (_is_part(part) and (part is None or _is_whole(part)))
     ]
     if wrong:
-        raise ValueError(f"qk_clip: parts must be QKParts or None: {'; '.join(wrong)}")
+        raise ValueError(f"qk_clip: parts must be QKParts or None: {'; '.join(wrong)}; layers count from 0")
 
 
 def qk_clip(tau: float, parts: optax.Params) -> optax.GradientTransformationExtraArgs:
