@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 Quintic = tuple[float, float, float]
-# Polar Express (arXiv 2505.16932, table of the authors' code), every step but the last pulled in by 1 % as there, so that
-# rounding cannot push a singular value out of the interval that the next step is made for.
+# Polar Express (arXiv 2505.16932, table of the authors' code), every step but the last pulled in by 1 % as there, so
+# that rounding cannot push a singular value out of the interval that the next step is made for.
 _POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
