@@ -14,12 +14,14 @@ pytestmark = pytest.mark.tpu
 
 MAX_TEMP_GIB = 1.5
 
+
 @pytest.mark.parametrize(
-    ("topology", "axes"),
-    [("v5p:8x8x16", {"fsdp": 16, "expert": 64}), ("v5p:16x16x16", {"fsdp": 64, "expert": 64})],
+    ("topology", "axes", "off"),
+    # 256 devices hold 28 rows of a matrix each, which the TPU pads to its tiles.
+    [("v5p:8x8x16", {"fsdp": 16, "expert": 64}, 0.2), ("v5p:16x16x16", {"fsdp": 256, "expert": 16}, 0.35)],
     ids=["v5p-8x8x16", "v5p-16x16x16"],
 )
-def test_k2_update_on_v5p(topology, axes, capsys):
+def test_k2_update_on_v5p(topology, axes, off, capsys):
     """Float32 state, bf16 Newton-Schulz: each matrix whole on one chip, and memory for one leaf at a time."""
     config = Config(mesh=MeshConfig(**axes))
     mesh = topology_mesh(config.mesh, topology)
@@ -34,4 +36,4 @@ def test_k2_update_on_v5p(topology, axes, capsys):
         )
     assert_only_exchanges(compiled.as_text(), mesh, expected_exchanges(config, mesh.shape))
     assert temp < MAX_TEMP_GIB * 2**30
-    assert estimate == pytest.approx(temp, rel=0.2)  # k2jax inspect's
+    assert estimate == pytest.approx(temp, rel=off)  # k2jax inspect's

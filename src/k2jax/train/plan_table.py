@@ -22,7 +22,7 @@ AT_A_TIME = 4
 def _temp_bytes(plan: Plan, matrix_bytes: int) -> int:
     """An estimate for the time that a leaf is worked on: the parts held of all its matrices, and a chunk of whole ones.
 
-    XLA's own figure for K2 on 1,024 TPU v5p is within a fifth of it (tests/optim/test_tpu.py).
+    XLA's own figure for K2 is within a fifth of it on 1,024 TPU v5p, within a half on 4,096 (tests/optim/test_tpu.py).
     """
     slots = min(max(CHUNK_BYTES // matrix_bytes, 1), plan.worked)
     return plan.held * matrix_bytes // plan.group + AT_A_TIME * slots * matrix_bytes
