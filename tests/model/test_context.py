@@ -84,7 +84,9 @@ def test_128k_tokens_over_eight_devices(mesh_of):
             run, arguments = on(mesh, config, gradient, tokens, targets)
             temporary.append(run.lower(*arguments).compile().memory_analysis().temp_size_in_bytes)
             run, arguments = on(mesh, config, forward, tokens)
-            found.append(jax.device_get(run(*arguments)))
+            # Of the suite's tests this is the one that takes longer to run than to compile.
+            forward_of = run.lower(*arguments).compile({"xla_backend_optimization_level": 3})
+            found.append(jax.device_get(forward_of(*arguments)))
     assert temporary[1] <= 1.3 / 8 * temporary[0], temporary
     for got, want in zip(found[1], found[0], strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
