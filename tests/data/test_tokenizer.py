@@ -3,6 +3,8 @@
 import base64
 import hashlib
 import itertools
+import json
+import re
 import subprocess
 import sys
 
@@ -219,6 +221,47 @@ def test_foreign_tokenizer_json(tmp_path):
     with pytest.raises(UserError) as error:
         load_tokenizer(str(path))
     assert len(error.value.problems) == 3 and "('WordLevel', None, None), must be" in error.value.problems[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            {"truncation": {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}},
+            "truncation is set",
+        ),
+        (
+            {"padding": {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                         "pad_type_id": 0, "pad_token": "<|bos|>"}},
+            "padding is set",
+        ),
+        (
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+            "pre_tokenizer: ByteLevel with add_prefix_space",
+        ),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": " "}, "behavior": "Removed", "invert": False}]}},
+            "pre_tokenizer: Split with behavior Removed",
+        ),
+    ],
+)  # fmt: skip
+def test_what_adds_or_drops_text_is_refused(trained, tmp_path, change, problem):
+    definition = json.loads(trained.definition)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(definition | change))
+    with pytest.raises(UserError, match=re.escape(f"tokenizer.json: {problem}; ")):
+        load_tokenizer(str(path))
+
+
+def test_text_cannot_become_an_added_token(trained, tmp_path):
+    definition = json.loads(trained.definition)
+    for token in definition["added_tokens"]:
+        token["special"] = False
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(definition))
+    with pytest.raises(UserError, match=re.escape("'<|bos|>' is not special")):
+        load_tokenizer(str(path))
 
 
 def test_importing_the_tokenizer_is_light():

@@ -191,6 +191,33 @@ def _tiktoken_tokenizer(spec: str, definition: bytes) -> Tokenizer:
     )
 
 
+def _lossy_splits(part: dict | None) -> Iterator[str]:
+    """Pre-tokenizers, of a tokenizer.json's tree of them, that add or drop characters."""
+    kind = (part or {}).get("type")
+    if kind == "Sequence":
+        for inner in part["pretokenizers"]:
+            yield from _lossy_splits(inner)
+    elif kind == "ByteLevel" and part["add_prefix_space"]:
+        yield "ByteLevel with add_prefix_space"
+    elif kind in ("Split", "Punctuation") and part["behavior"] == "Removed":
+        yield f"{kind} with behavior Removed"
+    elif kind not in (None, "ByteLevel", "Split", "Punctuation", "Digits"):
+        yield kind
+
+
+def _lossy_parts(parts: dict) -> Iterator[str]:
+    """What in a byte-level BPE's tokenizer.json lets ids be other than those of the whole text and nothing else."""
+    yield from (f"{name} is set" for name in ("truncation", "padding") if parts.get(name))
+    yield from (f"pre_tokenizer: {found}" for found in _lossy_splits(parts["pre_tokenizer"]))
+    names = "dropout", "continuing_subword_prefix", "end_of_word_suffix"
+    yield from (f"model.{name} is {parts['model'][name]!r}" for name in names if parts["model"].get(name))
+    for token in parts["added_tokens"]:  # of special ones `encode_special_tokens` makes text
+        if not token["special"] and token["content"] in (_BOS, _EOS):
+            yield f"the added token {token['content']!r} is not special, so that text could become it"
+        elif not token["special"] and (token["lstrip"] or token["rstrip"]):
+            yield f"the added token {token['content']!r} takes the spaces beside it"
+
+
 def _check_trained(path: str, model, definition: bytes) -> None:
     """Only a byte-level BPE without normalizer keeps every text, so nothing else is taken."""
     from tokenizers.pre_tokenizers import ByteLevel
@@ -206,6 +233,9 @@ def _check_trained(path: str, model, definition: bytes) -> None:
         )
     elif any(model.token_to_id(letter) is None for letter in ByteLevel.alphabet()):
         problems.append("lacks some of the 256 byte tokens; some text could not be encoded")
+    if kinds[0] == "BPE":
+        rule = "ids would not be those of the text; remove it, or use 'train:VOCAB'"
+        problems += [f"{found}; {rule}" for found in _lossy_parts(parts)]
     _refuse(path, problems)
 
 
