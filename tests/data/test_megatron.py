@@ -11,7 +11,7 @@ from k2jax.data.corpus import open_corpus, open_data
 from k2jax.data.plan import plan_run
 from k2jax.data.tokens import CorruptStore
 
-CODES = {"uint8": 1, "int16": 3, "int32": 4, "int64": 5, "uint16": 8, "uint32": 9}
+CODES = {"uint8": 1, "int16": 3, "int32": 4, "int64": 5, "uint16": 8, "uint32": 9, "uint64": 10}
 T, B = 10, 4
 
 
@@ -50,6 +50,17 @@ def test_streams(tmp_path, dtype, modes):
         naive = [i for i in range(len(ends) - 1) if ends[i] < start + 25 and ends[i + 1] > start]
         assert first == naive[0] and {*starts.tolist()} == {int(ends[i]) for i in naive}
     assert stream.records([4])[0] == {"name": "web#4"} and [*stream.find_name("web#4")] == [4]
+
+
+@pytest.mark.parametrize("dtype", ["int16", "int32", "int64", "uint64"])
+def test_ids_that_are_none_stay_none(tmp_path, dtype):
+    """Cut to 32 bits, 2**32 + 5 would be an id like any other."""
+    wrong = [-1, -(2**32) + 7] if dtype == "int64" else [2**63 + 3] if dtype == "uint64" else [-1]
+    wrong += [2**32 + 5] if np.dtype(dtype).itemsize == 8 else []
+    write(tmp_path / "web", [[3, 5, *wrong]], [0, 1], dtype)
+    corpus = open_corpus(str(tmp_path / "web.idx"), index_dir=str(tmp_path / "indexes"))
+    found = corpus.streams["train"]["web"].read(0, 2 + len(wrong)).tolist()
+    assert found == [3, 5] + [2**32 - 1] * len(wrong)
 
 
 def config_of(tmp_path, path, **changes):

@@ -85,6 +85,14 @@ def _digests(index: Path, tokens: Path, index_dir: str) -> dict:
     return digests
 
 
+def _as_ids(tokens: np.ndarray) -> np.ndarray:
+    """uint32. What is below 0 or above 32 bits becomes the highest one, which no vocabulary has."""
+    if tokens.dtype.itemsize < 8 and tokens.dtype.kind == "u":
+        return tokens.astype(np.uint32)
+    limit = 2**32 - 1
+    return np.where((tokens < 0) | (tokens > limit), limit, tokens).astype(np.uint32)
+
+
 class _Part:
     """The one part of the stream: all documents of the file."""
 
@@ -112,8 +120,7 @@ class _Part:
         for block in range(start * size // _BLOCK, -(-stop * size // _BLOCK)):
             if block not in self._verified:
                 self._verify(block)
-        # A negative id becomes a huge one, which no vocabulary has.
-        return lambda: self._tokens[start:stop].astype(np.uint32)
+        return lambda: _as_ids(self._tokens[start:stop])
 
     def chunk(self, token: int) -> str:
         return f"{self.path}, byte {token * self.dtype.itemsize}"
