@@ -109,7 +109,7 @@ def main() -> int:
     corpus, tau = open_data(config), config.optim.qk_clip_tau
 
     def rows(count):
-        return np.concatenate([b["tokens"] for b in validation_batches(corpus, config.data, count, 16)])
+        return np.concatenate([b["tokens"] for b in validation_batches(corpus, config, count, 16)])
 
     bigram = bits_per_byte(bigram_bits(corpus, rows(config.train.eval_sequences)) * math.log(2), corpus)
     model = next(r["validation_bits_per_byte"] for r in reversed(records) if "validation_bits_per_byte" in r)

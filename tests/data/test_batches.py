@@ -166,14 +166,14 @@ def test_validation_is_fixed(store):
     count = (len(stream) - 1) // T
     order = permute(np.arange(count), count, permutation_key(0, 0, "validation"))
     for seed in (5, 6):
-        batches = list(validation_batches(store, config(**{'data.seed': seed}).data, 7, 3))
+        batches = list(validation_batches(store, config(**{'data.seed': seed}), 7, 3))
         assert [len(batch["tokens"]) for batch in batches] == [3, 3, 1]
         expected = [np.array(field) for field in zip(*(naive_row(stream, window) for window in order[:7]))]
         for name, field in zip(("tokens", "segment_ids", "positions"), expected, strict=True):
             np.testing.assert_array_equal(np.concatenate([batch[name] for batch in batches]), field)
-    assert sum(len(batch["tokens"]) for batch in validation_batches(store, config().data, count, 4)) == count
+    assert sum(len(batch["tokens"]) for batch in validation_batches(store, config(), count, 4)) == count
     with pytest.raises(UserError) as error:
-        validation_batches(store, config().data, count + 1, 4)
+        validation_batches(store, config(), count + 1, 4)
     assert str(error.value) == (
         f"num_sequences = {count + 1}: must be at most the {count} whole sequences of the validation split; "
         "lower it or data.sequence_length, or prepare a larger validation_fraction"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from k2jax.config import Config, UserError
-from k2jax.data.batches import num_windows, train_batches
+from k2jax.data.batches import num_windows, train_batches, validation_batches
 from k2jax.data.corpus import open_corpus, open_data
 from k2jax.data.plan import plan_run
 from k2jax.data.tokens import CorruptStore
@@ -86,6 +86,17 @@ def test_a_run_on_two_files(tmp_path):
     known = open_data(config.replace({"data.tokenizer": "byte"}))
     text = "".join(known.tokenizer().decode(ids) for ids in [np.concatenate(example(9)[0])])
     assert known.tokenizer().vocab_size == 258 and text and known.text_bytes("validation") > 0
+
+
+def test_held_out_ids_outside_the_vocabulary_are_named(tmp_path):
+    """On the device they would be clamped, and give a loss like any other."""
+    path = write(tmp_path / "web", *example(), "uint16")
+    held_out = write(tmp_path / "held", [[1, 2, 300, *range(60)]], [0, 1], "uint16")
+    config = config_of(tmp_path, path, data__validation_path=held_out)
+    corpus = open_data(config)
+    plan_run(corpus, config)
+    with pytest.raises(UserError, match="held-out text, source held: .*held.bin, byte 4: id 300 is not below model.voc"):
+        list(validation_batches(corpus, config, 6, 2))
 
 
 def test_every_change_of_the_files_is_named(tmp_path):

@@ -283,9 +283,9 @@ def test_validation_of_one_source(place):
     letters = {"web": "a", "code": "b", "wiki": "a"}
     for source, letter in letters.items():
         count = num_windows(corpus, "validation", T, source)
-        rows = np.concatenate([b["tokens"] for b in validation_batches(corpus, config.data, count, 4, source)])
+        rows = np.concatenate([b["tokens"] for b in validation_batches(corpus, config, count, 4, source)])
         assert {*np.unique(rows).tolist()} <= {ord(letter), 256, 257} and len(rows) == count
-    rows = np.concatenate([b["tokens"] for b in validation_batches(corpus, config.data, total, 4)])
+    rows = np.concatenate([b["tokens"] for b in validation_batches(corpus, config, total, 4)])
     assert len(rows) == total
 
 

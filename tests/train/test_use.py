@@ -121,7 +121,7 @@ def test_perplexity_by_hand(place, loaded):
     store, state = open_corpus(str(place / "store")), loaded.state
     found = perplexity(loaded, store, 24)
     total = 0.0
-    for batch in validation_batches(store, loaded.config.data, 24, 8):
+    for batch in validation_batches(store, loaded.config, 24, 8):
         model = build_model(loaded.config.model, state.params, state.router_bias, jnp.dtype("float32"))
         out = jax.jit(lambda t, p, s, m=model: m(t, p, s, make_rope(m.config, "plain")).logits)(
             batch["tokens"][:, :-1], batch["positions"], batch["segment_ids"]

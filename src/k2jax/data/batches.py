@@ -13,7 +13,7 @@ from k2jax.data.corpus import Corpus
 from k2jax.data.mixture import Timeline, permutation_key
 from k2jax.data.packing import Windows
 from k2jax.data.permutation import permute
-from k2jax.data.rows import RowReader, make_row, read_pieces
+from k2jax.data.rows import BadRow, RowReader, make_row, read_pieces
 
 NUM_ROWS = 2**62  # more than any run reads; Grain wants a length
 _GROUP = 64  # most rows that one thread reads at a time: they share arithmetic and waiting
@@ -52,12 +52,12 @@ class _TrainRows:
 class _ValidationRows:
     """The first windows of one fixed shuffle of the validation split, whatever the seed of training."""
 
-    def __init__(self, corpus: Corpus, data: DataConfig, num_sequences: int, source: str | None):
-        names = sorted(corpus.streams["validation"]) if source is None else [source]
-        self.streams = [corpus.streams["validation"][name] for name in names]
-        self.cuts = [Windows(stream, data.sequence_length) for stream in self.streams]
+    def __init__(self, corpus: Corpus, config: Config, num_sequences: int, source: str | None):
+        self.names = sorted(corpus.streams["validation"]) if source is None else [source]
+        self.streams = [corpus.streams["validation"][name] for name in self.names]
+        self.cuts = [Windows(stream, config.data.sequence_length) for stream in self.streams]
         self.firsts = np.cumsum([0, *(cut.num_windows for cut in self.cuts)])
-        self.num_sequences, self.data = num_sequences, data
+        self.num_sequences, self.config = num_sequences, config
 
     def __len__(self) -> int:
         return self.num_sequences
@@ -66,7 +66,12 @@ class _ValidationRows:
         window = permute(int(row), int(self.firsts[-1]), permutation_key(0, 0, "validation"))
         number = int(np.searchsorted(self.firsts, window, "right")) - 1
         pieces = self.cuts[number].pieces(window - int(self.firsts[number]))
-        return make_row(*read_pieces(self.streams[number], pieces), self.data.mask_documents)._asdict()
+        tokens, starts = read_pieces(self.streams[number], pieces)
+        if (unknown := tokens.max()) >= (vocab_size := self.config.model.vocab_size):
+            where = self.streams[number].chunk(pieces[0][0] + int(tokens.argmax()))
+            rule = f"id {unknown} is not below model.vocab_size = {vocab_size}"
+            raise BadRow(f"held-out text, source {self.names[number]}: {where}: {rule}")
+        return make_row(tokens, starts, self.config.data.mask_documents)._asdict()
 
 
 def _options(data: DataConfig, sequences: int) -> grain.ReadOptions:
@@ -98,17 +103,18 @@ def train_batches(
         yield {name: values.reshape(-1, *values.shape[2:]) for name, values in batch.items()}
 
 
-def validation_batches(corpus: Corpus, data: DataConfig, num_sequences: int, batch: int, source: str | None = None):
+def validation_batches(corpus: Corpus, config: Config, num_sequences: int, batch: int, source: str | None = None):
     """The same `num_sequences` windows of the validation split at every call, as batches like those of training.
 
-    source: only of that one. The last batch is shorter if `batch` does not divide. UserError if there are fewer.
+    source: only of that one. The last batch is shorter if `batch` does not divide. UserError if there are fewer, BadRow
+    when an id is met that the model does not know.
     """
-    available = num_windows(corpus, "validation", data.sequence_length, source)
+    available = num_windows(corpus, "validation", config.data.sequence_length, source)
     problems = too_few_validation(available, num_sequences, "num_sequences")
     if problems:
         raise UserError(*problems)
-    rows = grain.MapDataset.source(_ValidationRows(corpus, data, num_sequences, source))
-    return iter(rows.to_iter_dataset(_options(data, 1)).batch(batch, drop_remainder=False))
+    rows = grain.MapDataset.source(_ValidationRows(corpus, config, num_sequences, source))
+    return iter(rows.to_iter_dataset(_options(config.data, 1)).batch(batch, drop_remainder=False))
 
 
 def data_position(timeline: Timeline, config: Config, step: int) -> dict[str, object]:

@@ -50,7 +50,7 @@ def make_evaluator(config: Config, corpus: Corpus, mesh: jax.sharding.Mesh, sour
 
     def evaluate(state: TrainState) -> float:
         total = 0.0
-        for batch in validation_batches(corpus, config.data, config.train.eval_sequences, rows, source):
+        for batch in validation_batches(corpus, config, config.train.eval_sequences, rows, source):
             total += float(
                 jax.device_get(
                     loss_sum(state.params, state.router_bias, state.step, split_rows(batch, num_stages, mesh))
