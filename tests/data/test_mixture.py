@@ -7,7 +7,7 @@ from k2jax.config import Config, UserError
 from k2jax.data.batches import check_position, data_position
 from k2jax.data.mixture import Skips, Timeline, make_timeline, permutation_key
 from k2jax.data.permutation import permute, unpermute
-from k2jax.data.plan import continue_plan, describe_mixture, mixture_problems
+from k2jax.data.plan import _natural, _natural_problems, continue_plan, describe_mixture, mixture_problems
 
 B, T = 24, 8
 
@@ -190,3 +190,19 @@ def test_the_banner_says_how_often():
     config = Config().replace({"data.sequence_length": T, "data.batch_sequences": B, "train.num_steps": 10})
     timeline = make_timeline([segment([[0, {"web": 3, "code": 1}]], {"web": 90, "code": 15})], config)
     assert describe_mixture(timeline, config) == "mixture    web 75.00%, 2 passes, code 25.00%, 4 passes"
+
+
+def test_natural_weights_are_the_sizes():
+    """In parts of ten thousand, 50 windows beside 3 million were seen six times as often."""
+    assert _natural({"a": 6, "b": 9}) == {"a": 2, "b": 3} and _natural({"a": 7}) == {"a": 1}
+    for windows in ({"a": 10, "b": 999_990}, {"a": 50, "b": 3_000_000}, {"a": 13_001, "b": 10**8, "c": 5 * 10**9}):
+        weights, total = _natural(windows), sum(windows.values())
+        parts = sum(weights.values())
+        assert parts <= 1_000_000 and all(abs(weights[n] / parts - windows[n] / total) < 1e-6 for n in windows)
+        assert abs(weights["a"] / parts * total / windows["a"] - 1) < 0.25
+        assert not [*_natural_problems(segment([], windows))]
+    (problem,) = _natural_problems(segment([], {"a": 100, "b": 3_784_179_687}))
+    assert problem == (
+        "mixture: 'natural': source 'a' has 100 of 3,784,179,787 windows, less than a 1,000,000th, the least weight; "
+        "write the weights out"
+    )

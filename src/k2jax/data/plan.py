@@ -3,28 +3,37 @@
 import math
 from collections.abc import Iterator
 
-from k2jax.checks import read_shares
+from k2jax.checks import MAX_WEIGHTS, read_shares
 from k2jax.config import Config, UserError
 from k2jax.data.batches import num_windows, too_few_validation
 from k2jax.data.corpus import Corpus, make_cut
 from k2jax.data.mixture import Timeline, make_timeline
 
-_NATURAL_PARTS = 10_000
 # What of a segment has to be the same for it to be the same mixture; the stores may move.
 _SAME = ("digest", "sources", "stages")
 
 
 def _natural(windows: dict[str, int]) -> dict[str, int]:
-    """Integer weights as the sources' sizes, by largest remainder; no source is left out."""
+    """Integer weights as the sources' sizes, exact up to a million windows, else by largest remainder."""
     total = sum(windows.values())
-    if len(windows) <= 1 or not total:
-        return dict.fromkeys(windows, 1)
-    exact = {name: _NATURAL_PARTS * count for name, count in windows.items()}
-    shares = {name: max(1, value // total) for name, value in exact.items()}
+    parts = min(total, MAX_WEIGHTS)
+    exact = {name: parts * count for name, count in windows.items()}
+    shares = {name: value // total for name, value in exact.items()}
     rest = sorted(windows, key=lambda name: (-(exact[name] % total), name))
-    for name in rest[: max(0, _NATURAL_PARTS - sum(shares.values()))]:
+    for name in rest[: parts - sum(shares.values())]:
         shares[name] += 1
-    return shares
+    divisor = math.gcd(*shares.values())
+    return {name: share // divisor for name, share in shares.items()}
+
+
+def _natural_problems(segment: dict) -> Iterator[str]:
+    """Sources so small beside the others that no weight is as small: one in a million rows would repeat them often."""
+    windows = {name: entry["windows"] for name, entry in segment["sources"].items()}
+    total = sum(windows.values())
+    for name, count in windows.items():
+        if count * MAX_WEIGHTS < total:
+            rule = f"less than a {MAX_WEIGHTS:,}th, the least weight; write the weights out"
+            yield f"mixture: 'natural': source {name!r} has {count:,} of {total:,} windows, {rule}"
 
 
 def make_segment(corpus: Corpus, config: Config) -> dict:
@@ -156,6 +165,8 @@ def plan_run(
     else:
         segment = make_segment(corpus, config)
         problems += _unknown_sources(segment, config)
+        if "natural" in config.mixture.weights:
+            problems += _natural_problems(segment)
     if not problems:
         plan, notes = continue_plan(list(past), segment, step, change)
         timeline = make_timeline(plan, config)
