@@ -114,6 +114,8 @@ def test_for_people_and_refusals(run, capsys):
     for arguments, message in (
         (["--step", "12"], "the run has steps 0 to 11; nearest: 11"),
         (["--document", "nobody"], "no document of"),
+        (["--tokens", "--until", "-3"], "--until -3: must be at least 0"),
+        (["--step", "1", "--place", "99"], "--place 99: a batch has rows 0 to"),
         ([], "give one of --step N, --document ID and --tokens"),
         (["--step", "1", "--tokens"], "give one of"),
     ):

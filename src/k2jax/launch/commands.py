@@ -128,7 +128,11 @@ def audit(args, rest: list[str]) -> int:
 
     if [args.step is not None, args.document is not None, args.tokens].count(True) != 1:
         raise UserError("audit: give one of --step N, --document ID and --tokens")
+    if args.until is not None and args.until < 0:
+        raise UserError(f"--until {args.until}: must be at least 0, a number of steps")
     config, reader = _open_audit(args, rest)
+    if args.place is not None and not 0 <= args.place < config.data.batch_sequences:
+        raise UserError(f"--place {args.place}: a batch has rows 0 to {config.data.batch_sequences - 1}")
     until = config.train.num_steps if args.until is None else args.until
     if args.step is not None:
         audits.check_step(args.step, config.train.num_steps)

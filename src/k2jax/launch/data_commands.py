@@ -131,5 +131,6 @@ def rephrase(args, rest: list[str]) -> int:
             console.print(f"{what.replace('_', ' ')}, {reason}: {entry['count']:,} (such as {examples})", markup=False)
     asked = f"{report['requests']:,} requests, {report['cached']:,} answers from before"
     console.print(f"{report['variants']:,} variants of {report['documents']:,} documents; {asked}", markup=False)
-    console.print(f"{args.out}/variants.jsonl; prepare it beside its source, under the same name", markup=False)
+    how = "prepare it beside its source, as a source of its own, NAME-rephrased="
+    console.print(f"{how}{args.out}/variants.jsonl", markup=False)
     return 0
