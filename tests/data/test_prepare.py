@@ -141,6 +141,14 @@ def test_bad_jsonl_lines_are_all_counted(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["docs.jsonl"]
 
 
+def test_a_url_to_write_to_is_refused(tree, tmp_path, monkeypatch):
+    """It would become a folder called s3: in the current one."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="must be a folder, no URL"):
+        prepare(str(tree), "s3://bucket/store", "byte")
+    assert not [*tmp_path.glob("s3*")]
+
+
 def test_every_wrong_argument_at_once(tree, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("kept")

@@ -253,6 +253,12 @@ def test_wrong_arguments_are_all_named(tmp_path, capsys):
     )
 
 
+def test_a_url_to_write_to_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["rephrase", str(tmp_path), "--out", "s3://bucket/x", "--model", "m", "--url", "http://localhost:1"]) == 2
+    assert "must be a folder, no URL" in capsys.readouterr().err and not [*tmp_path.glob("s3*")]
+
+
 def test_styles_of_a_file(tmp_path):
     path = tmp_path / "styles.json"
     path.write_text('[{"name": "a", "prompt": "b"}, {"name": "en", "prompt": "Translate.", "same_language": false}]')

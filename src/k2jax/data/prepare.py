@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,7 +48,9 @@ def _source_problems(specs: list[str], out: Path):
 
 
 def _argument_problems(out: Path, plan: dict):
-    if os.path.lexists(out):
+    if re.match("[a-z0-9+.-]{2,}:/", str(out)):  # a Path has one slash where a URL has two
+        yield f"out = {str(out)!r}: must be a folder, no URL; copy the store there when it is made"
+    elif os.path.lexists(out):
         yield f"out = {str(out)!r}: exists already; name a new folder, or remove this one"
     fraction, least, most = plan["validation_fraction"], plan["min_chars"], plan["max_chars"]
     if not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
