@@ -210,6 +210,12 @@ def test_fill_in_the_middle_against_its_inverse():
     assert np.array_equal(changed, again) and not np.array_equal(changed, other)
 
 
+def test_fill_in_the_middle_passes_over_empty_documents():
+    tokens = np.array([256, 1, 257, 256, 5, 257], np.uint32)
+    with_empty, starts = fill_in_middle(tokens, np.array([0, 3, 3]), (256, 257), 0.999, (300, 301, 302), 1)
+    assert len(with_empty) == 6 and with_empty[:2].tolist() == [256, 300] and starts[0] == 0
+
+
 def test_fill_in_the_middle_reaches_the_batch(place):
     changes = {"data__fim_rate": 0.9, "data__fim_tokens": (258, 259, 260), "model__vocab_size": 261}
     whole = take(config_of(place, **changes), 4)

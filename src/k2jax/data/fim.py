@@ -18,7 +18,7 @@ def fill_in_middle(
     for number, (start, stop) in enumerate(zip(starts, [*starts[1:], len(tokens)], strict=True)):
         chosen, one, other = (mix((key + 3 * number + i) % 2**64) for i in (1, 2, 3))
         document = tokens[start:stop]
-        if chosen < rate * 2**64:
+        if len(document) and chosen < rate * 2**64:  # Megatron's files may have empty ones
             head = int(document[0] == edges[0])
             tail = len(document) - int(len(document) > head and document[-1] == edges[1])
             body = document[head:tail]
