@@ -87,10 +87,10 @@ def _digests(index: Path, tokens: Path, index_dir: str) -> dict:
 
 def _as_ids(tokens: np.ndarray) -> np.ndarray:
     """uint32. What is below 0 or above 32 bits becomes the highest one, which no vocabulary has."""
-    if tokens.dtype.itemsize < 8 and tokens.dtype.kind == "u":
-        return tokens.astype(np.uint32)
-    limit = 2**32 - 1
-    return np.where((tokens < 0) | (tokens > limit), limit, tokens).astype(np.uint32)
+    ids, highest = tokens.astype(np.uint32), 2**32 - 1
+    if tokens.dtype.itemsize == 8 or tokens.dtype.kind == "i":
+        ids[(tokens < 0) | (tokens > highest)] = highest
+    return ids
 
 
 class _Part:
