@@ -137,14 +137,20 @@ def table(hardware: Hardware, layouts: list[Layout]) -> None:
         )
 
 
+COMPARED = [
+    (H100, [Layout(8, 256, 1, 32_768), Layout(8, 256, 1, 8_192), Layout(64, 32, 1, 32_768), Layout(64, 32, 1, 8_192),
+            Layout(64, 8, 4), Layout(16, 8, 12), Layout(16, 8, 15), Layout(16, 8, 20)]),
+    (H100, [Layout(8, 32, 1, 32_768), Layout(64, 4, 1, 32_768), Layout(16, 2, 15), Layout(16, 2, 15, passes=4)]),
+    (GB200, [Layout(64, 16, 1, 65_536), Layout(64, 16, 1, 16_384), Layout(64, 4, 4)]),
+    (V5P, [Layout(64, 16, 1, 65_536), Layout(64, 16, 1, 16_384), Layout(64, 64, 1, 16_384)]),
+]  # fmt: skip
+
+
 def main() -> None:
     total = sum(size for size, _ in count_parameters(WEIGHTS, MODEL).values())
     print(f"{total:,} parameters, {EXPERTS:,} of them experts'; a layer's activations {layer_bytes():,} bytes a token")
-    gpu = [Layout(8, 256, 1, 32_768), Layout(8, 256, 1, 8_192), Layout(64, 32, 1, 32_768), Layout(64, 32, 1, 8_192)]
-    table(H100, [*gpu, Layout(64, 8, 4), Layout(16, 10, 12), Layout(16, 8, 15), Layout(16, 6, 20)])
-    table(H100, [Layout(8, 32, 1, 32_768), Layout(64, 4, 1, 32_768), Layout(16, 2, 15), Layout(16, 2, 15, passes=4)])
-    table(GB200, [Layout(64, 16, 1, 65_536), Layout(64, 16, 1, 16_384), Layout(64, 4, 4)])
-    table(V5P, [Layout(1, 1024, 1, 65_536), Layout(1, 1024, 1, 16_384), Layout(1, 4096, 1, 16_384)])
+    for hardware, layouts in COMPARED:
+        table(hardware, layouts)
 
 
 if __name__ == "__main__":
