@@ -21,6 +21,7 @@ from k2jax.plan.aot import abstract_batch
 from k2jax.plan.hlo import collectives
 from k2jax.sharding.rules import place
 from k2jax.train.optimizer import make_optimizer
+from k2jax.train.start import check_run_dir
 from k2jax.train.state import abstract_state
 from k2jax.train.step import accumulate, make_loss
 
@@ -139,3 +140,11 @@ def test_a_model_is_called_on_one_stage(tiny, mesh_of):
     params = jax.tree.map(lambda w: np.zeros(w.shape), declarations(tiny), is_leaf=lambda w: isinstance(w, Weight))
     with jax.set_mesh(mesh_of(stage=2)), pytest.raises(ValueError, match="stage = 2 has `losses` alone"):
         build_model(tiny, params, init_router_bias(tiny), jnp.float32)(tokens)
+
+
+def test_a_run_goes_on_with_the_microbatches_that_stages_need(tiny, tmp_path):
+    """Only sums are taken over microbatches, so their number is free as the mesh is."""
+    config = make_config(tiny, 1, num_layers=4).replace({"train.run_dir": str(tmp_path)})
+    (tmp_path / "config.json").write_text(config.to_json())
+    by_stages = {"mesh.stage": 3, "train.num_microbatches": 6, "train.microbatches_together": 3}
+    assert check_run_dir(config.replace(by_stages)).keys() == by_stages.keys()

@@ -39,7 +39,7 @@ FREE_ON_RESUME = (
     "data.skip_steps", "data.max_bad_rows",
     "train.num_steps", "guard.loss_zscore", "guard.grad_norm_zscore", "guard.max_skips",
     "train.log_every", "train.eval_every", "train.eval_sequences", "train.remat", "train.self_check",
-    "train.compile_cache", "train.microbatches_together",
+    "train.compile_cache", "train.num_microbatches", "train.microbatches_together",
 )  # fmt: skip
 
 
