@@ -13,7 +13,7 @@ from k2jax.data.corpus import Corpus
 from k2jax.data.mixture import Timeline, permutation_key
 from k2jax.data.packing import Windows
 from k2jax.data.permutation import permute
-from k2jax.data.rows import BadRow, RowReader, make_row, read_pieces
+from k2jax.data.rows import RowReader, check_ids, make_row, read_pieces
 
 NUM_ROWS = 2**62  # more than any run reads; Grain wants a length
 _GROUP = 64  # most rows that one thread reads at a time: they share arithmetic and waiting
@@ -67,10 +67,11 @@ class _ValidationRows:
         number = int(np.searchsorted(self.firsts, window, "right")) - 1
         pieces = self.cuts[number].pieces(window - int(self.firsts[number]))
         tokens, starts = read_pieces(self.streams[number], pieces)
-        if (unknown := tokens.max()) >= (vocab_size := self.config.model.vocab_size):
-            where = self.streams[number].chunk(pieces[0][0] + int(tokens.argmax()))
-            rule = f"id {unknown} is not below model.vocab_size = {vocab_size}"
-            raise BadRow(f"held-out text, source {self.names[number]}: {where}: {rule}")
+
+        def where(place: int) -> str:
+            return f"held-out text, source {self.names[number]}: {self.streams[number].chunk(pieces[0][0] + place)}"
+
+        check_ids(tokens, self.config.model.vocab_size, where)
         return make_row(tokens, starts, self.config.data.mask_documents)._asdict()
 
 

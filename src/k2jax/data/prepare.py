@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,7 +47,7 @@ def _source_problems(specs: list[str], out: Path):
 
 
 def _argument_problems(out: Path, plan: dict):
-    if re.match("[a-z0-9+.-]{2,}:/", str(out)):  # a Path has one slash where a URL has two
+    if is_url(out):
         yield f"out = {str(out)!r}: must be a folder, no URL; copy the store there when it is made"
     elif os.path.lexists(out):
         yield f"out = {str(out)!r}: exists already; name a new folder, or remove this one"
@@ -187,6 +186,17 @@ def _plan(specs: list[str], out: Path, values: dict, task_bytes: int, executor: 
     return plan, chosen
 
 
+def _finish(work: Path, out: Path) -> dict:
+    """Move the finished store to `out`, remove the rest, and say what was made."""
+    costs, content = costs_of(work), (work / "store/manifest.json").read_bytes()
+    os.rename(work / "store", out)
+    sync_folder(out.parent)
+    shutil.rmtree(work, ignore_errors=True)
+    manifest = json.loads(content)
+    summary = {key: manifest[key] for key in manifest if key != "files"}
+    return {"path": str(out), "digest": hashlib.sha256(content).hexdigest(), **summary, "stages": costs}
+
+
 def prepare(
     source: str | list[str],
     out: str,
@@ -245,10 +255,4 @@ def prepare(
         except UserError:
             shutil.rmtree(work)
             raise
-        costs, content = costs_of(work), (work / "store/manifest.json").read_bytes()
-        os.rename(work / "store", out)
-        sync_folder(Path(out).parent)
-        shutil.rmtree(work, ignore_errors=True)
-    manifest = json.loads(content)
-    summary = {key: manifest[key] for key in manifest if key != "files"}
-    return {"path": str(out), "digest": hashlib.sha256(content).hexdigest(), **summary, "stages": costs}
+        return _finish(work, Path(out))

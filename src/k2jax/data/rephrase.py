@@ -171,7 +171,7 @@ def _problems(specs: list[str], out: Path, url: str, options: Options, parallel:
         _, path = source_and_path(spec)
         if not is_url(path) and not os.path.exists(path):
             yield f"source = {path!r}: no such file or folder"
-    if re.match("[a-z0-9+.-]{2,}:/", str(out)):  # a Path has one slash where a URL has two
+    if is_url(out):
         yield f"--out {str(out)!r}: must be a folder, no URL"
     elif out.exists() and not (out.is_dir() and ((out / "answers.sqlite").exists() or not any(out.iterdir()))):
         yield f"--out {str(out)!r}: exists and is no folder of an earlier rephrase; name a new one"

@@ -77,6 +77,13 @@ class BadRow(UserError):
     """A row's window is damaged or has ids that the model does not know."""
 
 
+def check_ids(tokens: np.ndarray, vocab_size: int, where: Callable[[int], str]) -> None:
+    """BadRow for the first id that a vocabulary of this size does not have; where(its place) says where it lies."""
+    if tokens.max() >= vocab_size:
+        place = int(np.argmax(tokens >= vocab_size))
+        raise BadRow(f"{where(place)}: id {int(tokens[place])} is not below model.vocab_size = {vocab_size}")
+
+
 class RowReader:
     """Rows of the training data by their numbers, and their windows."""
 
@@ -118,12 +125,12 @@ class RowReader:
             tokens, starts = begun() if begun else read_pieces(stream, pieces)
         except CorruptStore as error:
             raise BadRow(f"{self._describe(source, window, pieces[0][0])}: {error}") from None
-        vocab_size = self.config.model.vocab_size
-        if tokens.max() >= vocab_size:
-            place = int(np.argmax(tokens >= vocab_size))
-            found, token = int(tokens[place]), self._token(pieces, place)
-            rule = f"id {found} is not below model.vocab_size = {vocab_size}"
-            raise BadRow(f"{self._describe(source, window, token)}: {stream.chunk(token)}: {rule}")
+
+        def where(place: int) -> str:
+            token = self._token(pieces, place)
+            return f"{self._describe(source, window, token)}: {stream.chunk(token)}"
+
+        check_ids(tokens, self.config.model.vocab_size, where)
         return tokens, starts
 
     @staticmethod

@@ -60,8 +60,9 @@ def source_and_path(spec: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("text", spec)
 
 
-def is_url(path: str) -> bool:
-    return "://" in path
+def is_url(path: str | Path) -> bool:
+    """Of a Path too, which has one slash where the URL that it was made of has two."""
+    return "://" in path if isinstance(path, str) else bool(re.match("[a-z0-9+.-]{2,}:/", str(path)))
 
 
 def _glob(pattern: str) -> str:
