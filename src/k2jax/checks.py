@@ -65,6 +65,7 @@ _MAY_BE_ZERO = {
     "data.read_threads", "data.fim_rate", "data.fim_tokens", "data.max_bad_rows", "train.seed",
 }  # fmt: skip
 # (jax.random.key would drop the higher bits of a seed)
+_AT_LEAST = {"guard.window": (2, "since one step has no deviation")}
 _BELOW = {"data.fim_rate": 1, "optim.momentum": 1, "optim.adam_b1": 1, "optim.adam_b2": 1, "train.seed": 2**32}
 
 
@@ -83,8 +84,8 @@ def _own_problems(values: dict, kinds: dict) -> dict[str, str]:
         numbers = [v for v in (value if isinstance(value, tuple) else [value]) if type(v) in (int, float)]
         if any(v < 0 or (v == 0 and name not in _MAY_BE_ZERO) for v in numbers):
             problems[name] = f"must be {least}"
-        elif name == "guard.window" and value < 2:
-            problems[name] = "must be at least 2, since one step has no deviation"
+        elif name in _AT_LEAST and value < _AT_LEAST[name][0]:
+            problems[name] = "must be at least {}, {}".format(*_AT_LEAST[name])
         elif any(v >= _BELOW.get(name, math.inf) for v in numbers):
             problems[name] = f"must be below {_BELOW[name]}"
     return {name: f"{name} = {values[name]!r}: {rule}" for name, rule in problems.items()}

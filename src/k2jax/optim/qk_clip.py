@@ -81,7 +81,7 @@ def _check(tau: float, parts: optax.Params) -> None:
     wrong = [
         f"{jax.tree_util.keystr(path)}: {part!r}"
         for path, part in jax.tree_util.tree_leaves_with_path(parts, is_leaf=_is_part)
-        if not (_is_part(part) and (part is None or _is_whole(part)))
+        if part is not None and not (isinstance(part, QKPart) and _is_whole(part))
     ]
     if wrong:
         raise ValueError(f"qk_clip: parts must be QKParts or None: {'; '.join(wrong)}; layers count from 0")
