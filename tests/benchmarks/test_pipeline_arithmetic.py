@@ -22,4 +22,5 @@ def test_every_layout_can_be_run(monkeypatch):
             "train.microbatches_together": layout.microbatches // layout.passes if layout.stage > 1 else None,
             "train.eval_sequences": layout.devices,
         }
-        Config().replace(changes).validate()
+        config = Config().replace(changes)
+        assert config.validate() == config, layout

@@ -10,7 +10,7 @@ from k2jax.train.optimizer import make_optimizer
 from k2jax.train.state import abstract_state
 
 
-def compile_update(config: Config, mesh: jax.sharding.Mesh, **options) -> jax.stages.Compiled:
+def compile_update(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
     """The whole chain and apply_updates, of a run's state laid out as at rest, and donated."""
     with jax.set_mesh(mesh):
         tx = make_optimizer(config, mesh)
@@ -28,7 +28,7 @@ def compile_update(config: Config, mesh: jax.sharding.Mesh, **options) -> jax.st
 
         specs = jax.tree.map(lambda x: x.sharding.spec, (state.params, state.opt_state))
         run = jax.jit(jax.sharding.auto_axes(update, out_sharding=specs), donate_argnums=(0, 1))
-        return run.lower(state.params, state.opt_state, state.params, logits).compile(compiler_options=options)
+        return run.lower(state.params, state.opt_state, state.params, logits).compile()
 
 
 def assert_only_exchanges(text: str, mesh: jax.sharding.Mesh, num_exchanges: int) -> None:

@@ -106,9 +106,8 @@ def losses(tx, axes) -> list[float]:
     with jax.set_mesh(mesh):
         state = jax.jit(lambda p: init_optimizer(tx, WEIGHTS, p))(params)
         update = make_update(tx, map_weights(lambda w: w.group, WEIGHTS))
-        quick = {"xla_backend_optimization_level": 0}
         found, grads = grads_of(params)
-        update = jax.jit(update).lower(True, found, grads, state, params).compile(compiler_options=quick)
+        update = jax.jit(update).lower(True, found, grads, state, params).compile()
         seen = []
         for _ in range(5):
             found, grads = grads_of(params)

@@ -76,8 +76,7 @@ def compiled(model):
         tx = make_optimizer(config, mesh)
         state = init_state(config, tx)
         batch = jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, spec("MBT"))), make_values(config)[2])
-        step = jax.jit(make_train_step(config, tx)).lower(state, batch)
-        step = step.compile(compiler_options={"xla_backend_optimization_level": 0})
+        step = jax.jit(make_train_step(config, tx)).lower(state, batch).compile()
         layout = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s.sharding, x.ndim), step(state, batch)[0],
                               abstract_state(config, tx, mesh))  # fmt: skip
     assert all(jax.tree.leaves(layout))

@@ -50,11 +50,7 @@ def steps(config, tokens_of_first, count):
         state = dataclasses.replace(zeros, step=first, params=params, router_bias=bias)
         state = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), state, abstract)
         batch = jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, spec("MBT"))), batch)
-        step = (
-            jax.jit(make_train_step(config, tx))
-            .lower(state, batch)
-            .compile(compiler_options={"xla_backend_optimization_level": 0})
-        )
+        step = jax.jit(make_train_step(config, tx)).lower(state, batch).compile()
         found = []
         for _ in range(count):
             state, metrics = step(state, batch)
