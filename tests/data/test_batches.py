@@ -19,7 +19,7 @@ from k2jax.data.corpus import open_corpus
 from k2jax.data.mixture import permutation_key
 from k2jax.data.permutation import permute
 from k2jax.data.plan import plan_run
-from k2jax.data.rows import BadRow, make_row, read_pieces
+from k2jax.data.rows import BadRow, make_rows, read_pieces
 from k2jax.data.store_writer import TokenWriter
 from k2jax.data.tokenizer import load_tokenizer
 
@@ -95,9 +95,9 @@ def test_rows_of_every_window(store):
         stream = stream_of(store, split)
         assert num_windows(store, split, T) == (len(stream) - 1) // T > 5
         for window in range(num_windows(store, split, T)):
-            row = make_row(*read_pieces(store.streams[split]["text"], [(window * T, window * T + T + 1)]))
-            for found, expected in zip(row, naive_row(stream, window), strict=True):
-                assert found.tolist() == list(expected)
+            piece = (store.streams[split]["text"], window * T, window * T + T + 1)
+            for found, expected in zip(make_rows(*read_pieces([piece]), T), naive_row(stream, window), strict=True):
+                assert found.tolist() == [list(expected)]
 
 
 def test_batches_match_slices_over_three_epochs(store):

@@ -13,7 +13,7 @@ from k2jax.data.corpus import Corpus
 from k2jax.data.mixture import Timeline, permutation_key
 from k2jax.data.packing import Windows
 from k2jax.data.permutation import permute
-from k2jax.data.rows import RowReader, check_ids, make_row, read_pieces
+from k2jax.data.rows import RowReader, check_ids, make_rows, read_pieces
 
 NUM_ROWS = 2**62  # more than any run reads; Grain wants a length
 _GROUP = 64  # most rows that one thread reads at a time: they share arithmetic and waiting
@@ -65,14 +65,16 @@ class _ValidationRows:
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         window = permute(int(row), int(self.firsts[-1]), permutation_key(0, 0, "validation"))
         number = int(np.searchsorted(self.firsts, window, "right")) - 1
-        pieces = self.cuts[number].pieces(window - int(self.firsts[number]))
-        tokens, starts = read_pieces(self.streams[number], pieces)
+        stream = self.streams[number]
+        ((start, stop),) = self.cuts[number].pieces(window - int(self.firsts[number]))
+        tokens, starts = read_pieces([(stream, start, stop)])
 
         def where(place: int) -> str:
-            return f"held-out text, source {self.names[number]}: {self.streams[number].chunk(pieces[0][0] + place)}"
+            return f"held-out text, source {self.names[number]}: {stream.chunk(start + place)}"
 
         check_ids(tokens, self.config.model.vocab_size, where)
-        return make_row(tokens, starts, self.config.data.mask_documents)._asdict()
+        rows = make_rows(tokens, starts, len(tokens) - 1, self.config.data.mask_documents)
+        return {name: values[0] for name, values in rows._asdict().items()}
 
 
 def _options(data: DataConfig, sequences: int) -> grain.ReadOptions:

@@ -28,49 +28,41 @@ class Row(NamedTuple):
     positions: np.ndarray  # int32 [T]: tokens since the document began, or since the row did
 
 
-def start_pieces(stream: Stream, pieces: list[tuple[int, int]]) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
-    """`read_pieces` in two halves."""
-    begun = [stream.start(start, stop) for start, stop in pieces]
+def read_pieces(pieces: list[tuple[Stream, int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens start..stop-1 of streams, one piece after the other, all asked for before the first is awaited.
 
-    def finish() -> tuple[np.ndarray, np.ndarray]:
-        tokens, starts, length = [], [], 0
-        for (start, stop), wait in zip(pieces, begun, strict=True):
-            tokens.append(wait())
-            _, firsts = stream.documents(start, stop)
-            starts.append(np.maximum(firsts - start, 0) + length)
-            length += stop - start
-        if len(tokens) == 1:
-            return tokens[0], starts[0]
-        return np.concatenate(tokens), np.concatenate(starts)
-
-    return finish
+    Gives the tokens, uint32, and the rising places in them where a piece or a document begins, int64.
+    """
+    begun = [stream.start(start, stop) for stream, start, stop in pieces]
+    ends = np.cumsum([stop - start for _, start, stop in pieces])
+    mine: dict[Stream, list] = {}
+    for (stream, start, stop), end in zip(pieces, ends.tolist(), strict=True):
+        mine.setdefault(stream, []).append((start, stop, end - (stop - start)))
+    starts = np.sort(np.concatenate([stream.first_tokens(ranges) for stream, ranges in mine.items()]))
+    return np.concatenate([wait() for wait in begun]), starts
 
 
-def read_pieces(stream: Stream, pieces: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """(uint32 tokens, int64 first tokens of the documents among them) of ranges of a stream, one after the other."""
-    return start_pieces(stream, pieces)()
-
-
-def make_rows(read: list[tuple[np.ndarray, np.ndarray]], mask_documents: bool = True) -> Row:
-    """Rows of (tokens, first tokens of their documents) as one Row of arrays [rows, ...]."""
-    length = len(read[0][0]) - 1
-    tokens = np.empty((len(read), length + 1), np.int32)
-    for number, (ids, _) in enumerate(read):
-        tokens[number] = ids
-    shape = (len(read), length)
+def make_rows(tokens: np.ndarray, starts: np.ndarray, length: int, mask_documents: bool = True) -> Row:
+    """What `read_pieces` gave for R rows of T = length as one Row of arrays [R, ...]."""
+    tokens = tokens.view(np.int32).reshape(-1, length + 1)  # ids are below 2^31, which `check_ids` has seen to
+    shape = (len(tokens), length)
     if not mask_documents:
-        return Row(tokens, np.zeros(shape, np.int32), np.tile(np.arange(length, dtype=np.int32), (len(read), 1)))
-    inside = [starts[: np.searchsorted(starts, length)] for _, starts in read]  # a last target may begin a document
-    firsts = np.concatenate([starts + number * length for number, starts in enumerate(inside)]).astype(np.int32)
-    lengths = np.diff(firsts, append=len(read) * length)
-    order = np.concatenate([np.arange(len(starts), dtype=np.int32) for starts in inside])
-    positions = np.arange(len(read) * length, dtype=np.int32) - np.repeat(firsts, lengths)
-    return Row(tokens, np.repeat(order, lengths).reshape(shape), positions.reshape(shape))
+        return Row(tokens, np.zeros(shape, np.int32), np.tile(np.arange(length, dtype=np.int32), (len(tokens), 1)))
+    row, place = np.divmod(starts, length + 1)
+    inside = place < length  # a last target may begin a document
+    row, place = row[inside], place[inside]
+    firsts = row * length + place
+    lengths = np.diff(firsts, append=tokens.size - len(tokens))
+    order = np.arange(len(row)) - np.searchsorted(row, row)
+    positions = np.arange(tokens.size - len(tokens), dtype=np.int32) - np.repeat(firsts.astype(np.int32), lengths)
+    return Row(tokens, np.repeat(order.astype(np.int32), lengths).reshape(shape), positions.reshape(shape))
 
 
-def make_row(tokens: np.ndarray, starts: np.ndarray, mask_documents: bool = True) -> Row:
-    """One of `make_rows`."""
-    return Row(*(values[0] for values in make_rows([(tokens, starts)], mask_documents)))
+def _join(read: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of (tokens, starts) as `read_pieces` would give them together."""
+    firsts = np.cumsum([0, *(len(tokens) for tokens, _ in read)])
+    starts = [starts + first for (_, starts), first in zip(read, firsts[:-1], strict=True)]
+    return np.concatenate([tokens for tokens, _ in read]), np.concatenate(starts)
 
 
 class BadRow(UserError):
@@ -105,37 +97,28 @@ class RowReader:
             raise UserError(f"source {name!r} of the store with digest {store} is not in {self.corpus.path}; give its path")
         return self.streams[source]
 
-    def start_window(self, source: int, window: int) -> Callable | None:
-        """Begin to read a window. None where that fails already; `read_window` will say why."""
-        try:
-            return start_pieces(self.stream(source), self.cuts[source].pieces(window))
-        except CorruptStore:
-            return None
-
-    def read_window(
-        self, source: int, window: int, begun: Callable | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, first tokens of documents). BadRow names source, window, document and the file with the damage.
-
-        begun: what `start_window` gave for it.
-        """
+    def _pieces(self, source: int, window: int) -> list[tuple[Stream, int, int]]:
         stream = self.stream(source)
-        pieces = self.cuts[source].pieces(window)
+        return [(stream, start, stop) for start, stop in self.cuts[source].pieces(window)]
+
+    def read_window(self, source: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """`read_pieces` of a window. BadRow names source, window, document and the file with the damage."""
+        pieces = self._pieces(source, window)
         try:
-            tokens, starts = begun() if begun else read_pieces(stream, pieces)
+            tokens, starts = read_pieces(pieces)
         except CorruptStore as error:
-            raise BadRow(f"{self._describe(source, window, pieces[0][0])}: {error}") from None
+            raise BadRow(f"{self._describe(source, window, pieces[0][1])}: {error}") from None
 
         def where(place: int) -> str:
             token = self._token(pieces, place)
-            return f"{self._describe(source, window, token)}: {stream.chunk(token)}"
+            return f"{self._describe(source, window, token)}: {pieces[0][0].chunk(token)}"
 
         check_ids(tokens, self.config.model.vocab_size, where)
         return tokens, starts
 
     @staticmethod
-    def _token(pieces: list[tuple[int, int]], place: int) -> int:
-        for start, stop in pieces:
+    def _token(pieces: list[tuple[Stream, int, int]], place: int) -> int:
+        for _, start, stop in pieces:
             if place < stop - start:
                 return start + place
             place -= stop - start
@@ -166,25 +149,37 @@ class RowReader:
     def read_rows(self, rows: np.ndarray) -> tuple[Row, np.ndarray]:
         """(Row of arrays [rows, ...], int64 [rows] the windows that replaced theirs, or -1) of rows of the data."""
         found = self.timeline.locate(rows)
-        places = list(zip(rows.tolist(), found.source.tolist(), found.window.tolist(), strict=True))
-        begun = [self.start_window(source, window) for _, source, window in places]
-        read = [self._read(*place, wait) for place, wait in zip(places, begun, strict=True)]
-        rows = make_rows([values for values, _ in read], self.data.mask_documents)
-        return rows, np.array([replaced for _, replaced in read], np.int64)
-
-    def _read(self, row: int, source: int, window: int, begun: Callable | None) -> tuple[tuple, int]:
-        """((tokens, first tokens of documents), the window that replaced the row's own, or -1)."""
-        replaced = -1
+        windows = list(zip(found.source.tolist(), found.window.tolist(), strict=True))
+        replaced = np.full(len(rows), -1, np.int64)
         try:
-            tokens, starts = self.read_window(source, window, begun)
+            tokens, starts = read_pieces([piece for window in windows for piece in self._pieces(*window)])
+            bad = tokens.max() >= self.config.model.vocab_size
+        except CorruptStore:
+            bad = True
+        if bad:  # each by itself: to name what is wrong, or to replace that row alone
+            read = [self._read(row, *window) for row, window in zip(rows.tolist(), windows, strict=True)]
+            tokens, starts = _join([values for values, _ in read])
+            replaced[:] = [other for _, other in read]
+        if self.data.fim_rate:
+            tokens, starts = self._fill_in_middle(rows.tolist(), tokens, starts)
+        return make_rows(tokens, starts, len(tokens) // len(rows) - 1, self.data.mask_documents), replaced
+
+    def _read(self, row: int, source: int, window: int) -> tuple[tuple[np.ndarray, np.ndarray], int]:
+        """(`read_window`, the window that replaced the row's own, or -1)."""
+        try:
+            return self.read_window(source, window), -1
         except BadRow as error:
             if not self.data.max_bad_rows:
                 rule = "mend the store, or let data.max_bad_rows rows be replaced"
                 raise BadRow(f"row {row}: {error}; {rule}") from None
             replaced = self.replacement(source, window)
-            tokens, starts = self.read_window(source, replaced)
-        if self.data.fim_rate:
+            return self.read_window(source, replaced), replaced
+
+    def _fill_in_middle(self, rows: list[int], tokens: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        width, changed = len(tokens) // len(rows), []
+        for number, row in enumerate(rows):
+            low, high = np.searchsorted(starts, [number * width, (number + 1) * width])
+            here = tokens[number * width : (number + 1) * width], starts[low:high] - number * width
             key = mix((self.data.seed * 0x9E3779B97F4A7C15 + row) % 2**64)
-            fim = self.data.fim_rate, self.data.fim_tokens, key
-            tokens, starts = fill_in_middle(tokens, starts, self.edges, *fim)
-        return (tokens, starts), replaced
+            changed.append(fill_in_middle(*here, self.edges, self.data.fim_rate, self.data.fim_tokens, key))
+        return _join(changed)

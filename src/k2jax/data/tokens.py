@@ -268,6 +268,25 @@ class Stream:
             first = int(low) + self._first_document[number] if first is None else first
         return first, np.concatenate(starts)
 
+    def first_tokens(self, ranges: list[tuple[int, int, int]]) -> np.ndarray:
+        """int64: where ranges (start, stop, place), and the documents in them, begin, when token `start` is at `place`."""
+        pieces = [
+            (number, a, b, place - start)
+            for start, stop, place in ranges
+            for number, a, b in self._pieces(start, stop, self._first_token)
+        ]
+        number, low, high, shift = np.array(pieces, np.int64).reshape(-1, 4).T
+        shift += np.array(self._first_token)[number]  # from a token of a part to its place
+        found = [low + shift]
+        for part in np.unique(number).tolist():
+            borders, mine = self._recent.borders(self.parts[part]), number == part
+            needles = np.stack([low[mine] + 1, high[mine]]).astype(np.uint64)
+            first, end = np.searchsorted(borders, needles)
+            counts = end - first
+            inside = np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
+            found.append(borders[inside].astype(np.int64) + np.repeat(shift[mine], counts))
+        return np.concatenate(found)
+
     def borders(self, first: int, last: int) -> np.ndarray:
         """int64 [last - first + 1]: first token of each document first..last-1, and the end of the last."""
         found = [
