@@ -88,6 +88,17 @@ def test_a_run_on_two_files(tmp_path):
     assert known.tokenizer().vocab_size == 258 and text and known.text_bytes("validation") > 0
 
 
+def test_the_training_text_is_not_held_out_text(tmp_path):
+    """By its content, so under another name or path too."""
+    path, other = write(tmp_path / "web", *example(), "uint16"), write(tmp_path / "code", *example(1), "uint16")
+    copied = write(tmp_path / "copied", *example(), "uint16")
+    for held_out in (path, str(tmp_path / "x/../web.idx"), copied):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=r"data.validation_path: .*idx: its source .* training text of .*web.idx; give"):
+            open_data(config_of(tmp_path, f"{path},{other}", data__validation_path=held_out))
+    open_data(config_of(tmp_path, path, data__validation_path=other))
+
+
 def test_held_out_ids_outside_the_vocabulary_are_named(tmp_path):
     """On the device they would be clamped, and give a loss like any other."""
     path = write(tmp_path / "web", *example(), "uint16")

@@ -65,22 +65,44 @@ def open_corpus(
     return Corpus(stores)
 
 
+def _leaks(stores: list) -> list[str]:
+    """Whether a document may be trained on in one store and held out in another: a hash below the fraction decides."""
+    fractions = {store.path: store.validation_fraction for store in stores if store.validation_fraction is not None}
+    if len({*fractions.values()}) < 2:
+        return []
+    found = " and ".join(f"{path} has {fraction}" for path, fraction in fractions.items())
+    rule = "a document of two would be trained on in one and held out in the other"
+    mend = "prepare them with one validation_fraction, or give held-out text as data.validation_path"
+    return [f"data.path: validation_fraction differs, {found}: {rule}; {mend}"]
+
+
+def held_out_streams(corpus: Corpus) -> dict:
+    """{source: Stream} of a corpus that is held out: of a source without a validation split it is all that there is."""
+    return corpus.streams["train"] | corpus.streams["validation"]
+
+
 def open_data(config: Config) -> Corpus:
     """The corpus that a run reads, with the held-out text of data.validation_path where that is given."""
     data = config.data
     corpus = open_corpus(data.path, data.tokenizer, data.index_dir)
     if data.validation_path is None:
+        if problems := _leaks(corpus.stores):
+            raise UserError(*problems)
         return corpus
     held_out = open_corpus(data.validation_path, data.tokenizer, data.index_dir)
     if {s.tokenizer_digest for s in (*held_out.stores, *corpus.stores)} != {corpus.stores[0].tokenizer_digest}:
         raise UserError(
             f"data.validation_path = {data.validation_path!r}: was written by another tokenizer than data.path"
         )
-    corpus.streams["validation"] = {
-        name: held_out.streams["validation"].get(name) or held_out.streams["train"][name]
-        for name in held_out.sources
-        if any(name in held_out.streams[split] for split in SPLITS)
-    }
+    validation, trained = held_out_streams(held_out), {store.digest: store.path for store in corpus.stores}
+    if problems := [
+        f"data.validation_path: {store.path}: its source {name!r} has no validation split, and is the training text "
+        f"of data.path = {trained[store.digest]}; give text that is not trained on"
+        for name, stream in validation.items()
+        if (store := held_out.store_of[name]).digest in trained and stream is store.streams["train"][name]
+    ]:
+        raise UserError(*problems)
+    corpus.streams["validation"] = validation
     return corpus
 
 

@@ -169,6 +169,8 @@ class MegatronStore:
     can be decoded, and loss not be given in bits per byte.
     """
 
+    validation_fraction = None
+
     def __init__(self, path: str, tokenizer: str | None, index_dir: str):
         index, self.path = Path(path), path
         tokens = index.with_suffix(".bin")

@@ -332,7 +332,8 @@ class TokenStore:
     """A store opened for reading, by any number of threads. UserError names everything a look at the folder shows.
 
     The content of a file is compared with its digest when it is first read, once for each TokenStore.
-    streams: {split: {source: Stream}}. digest: of the manifest, and so of every byte in the store.
+    streams: {split: {source: Stream}}. digest: of the manifest, and so of every byte in the store. validation_fraction:
+    what its writer divided the documents by; None where the manifest does not say.
     """
 
     def __init__(self, path):
@@ -360,6 +361,7 @@ class TokenStore:
             self.streams[split][source] = Stream(place, parts, counts, recent)
         self.vocab_size = self.manifest["tokenizer"]["vocab_size"]
         self.tokenizer_digest = self.manifest["tokenizer"]["digest"]
+        self.validation_fraction = self.manifest.get("validation_fraction")
 
     def check(self) -> None:
         """Compare every file with its digest now. CorruptStore names all that differ."""
