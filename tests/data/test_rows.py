@@ -308,3 +308,17 @@ def test_what_does_not_fit_is_named(place):
     with pytest.raises(UserError) as error:
         open_corpus(f"{place}/none,{place}/indexes")
     assert len(error.value.problems) == 2
+
+
+def test_natural_passes_over_no_source(tmp_path):
+    path = write(tmp_path / "store", {"web": 60, "wiki": 30, "code": 2}, num_parts=1)
+    plain = {"data__path": path, "data__sequence_length": 60, "train__eval_sequences": 1, "stages__start_tokens": (0,)}
+    config = config_of(tmp_path, **plain, mixture__weights=("natural",))
+    with pytest.raises(UserError) as error:
+        plan_run(open_data(config), config)
+    assert str(error.value) == (
+        "mixture: 'natural': source 'code' has 13 tokens, and no whole row of data.sequence_length + 1 = 61; "
+        "lower that, or leave the source out by mixture.weights = 'web=17 wiki=8'"
+    )
+    config = config_of(tmp_path, **plain, mixture__weights=("web=17 wiki=8",))
+    assert plan_run(open_data(config), config)[0].names == ["web", "wiki"]

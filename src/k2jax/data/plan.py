@@ -36,6 +36,17 @@ def _natural_problems(segment: dict) -> Iterator[str]:
             yield f"mixture: 'natural': source {name!r} has {count:,} of {total:,} windows, {rule}"
 
 
+def _unread_problems(segment: dict, corpus: Corpus, config: Config) -> Iterator[str]:
+    """Sources without a whole sequence, which 'natural' would pass over."""
+    windows = {name: entry["windows"] for name, entry in segment["sources"].items()}
+    rest = " ".join(f"{name}={share}" for name, share in _natural(windows).items())
+    for name, stream in corpus.streams["train"].items():
+        if name not in windows:
+            rule = f"no whole row of data.sequence_length + 1 = {config.data.sequence_length + 1}"
+            mend = f"lower that, or leave the source out by mixture.weights = {rest!r}"
+            yield f"mixture: 'natural': source {name!r} has {stream.num_tokens:,} tokens, and {rule}; {mend}"
+
+
 def make_segment(corpus: Corpus, config: Config) -> dict:
     """The segment of a plan (mixture.py) that begins with step 0 and follows the config to the end."""
     cuts = {name: make_cut(corpus.store_of[name], config, name) for name in sorted(corpus.streams["train"])}
@@ -166,7 +177,7 @@ def plan_run(
         segment = make_segment(corpus, config)
         problems += _unknown_sources(segment, config)
         if "natural" in config.mixture.weights:
-            problems += _natural_problems(segment)
+            problems += [*_natural_problems(segment), *_unread_problems(segment, corpus, config)]
     if not problems:
         plan, notes = continue_plan(list(past), segment, step, change)
         timeline = make_timeline(plan, config)
