@@ -2,9 +2,11 @@
 
 import itertools
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 
@@ -38,6 +40,11 @@ def describe_type(kind: object) -> str:
 MAX_WEIGHTS = 1_000_000  # a stage's pattern of sources is a table of so many rows
 
 
+def is_url(path: str | Path) -> bool:
+    """Of a Path too, which has one slash where the URL that it was made of has two."""
+    return "://" in path if isinstance(path, str) else bool(re.match("[a-z0-9+.-]{2,}:/", str(path)))
+
+
 def read_shares(text: str) -> dict[str, int]:
     """{"web": 70, "code": 30} of "web=70 code=30". ValueError with the rule that it breaks."""
     pairs = [pair.partition("=") for pair in text.split()]
@@ -67,6 +74,7 @@ _MAY_BE_ZERO = {
 # (jax.random.key would drop the higher bits of a seed)
 _AT_LEAST = {"guard.window": (2, "since one step has no deviation")}
 _BELOW = {"data.fim_rate": 1, "optim.momentum": 1, "optim.adam_b1": 1, "optim.adam_b2": 1, "train.seed": 2**32}
+_FOLDERS = {"train.run_dir", "train.compile_cache", "data.index_dir"}  # written to; a URL would become one called "gs:"
 
 
 def _own_problems(values: dict, kinds: dict) -> dict[str, str]:
@@ -88,6 +96,8 @@ def _own_problems(values: dict, kinds: dict) -> dict[str, str]:
             problems[name] = "must be at least {}, {}".format(*_AT_LEAST[name])
         elif any(v >= _BELOW.get(name, math.inf) for v in numbers):
             problems[name] = f"must be below {_BELOW[name]}"
+        elif name in _FOLDERS and value is not None and is_url(value):
+            problems[name] = "must be a folder, no URL; copy it there when the run is done, or mount the bucket"
     return {name: f"{name} = {values[name]!r}: {rule}" for name, rule in problems.items()}
 
 

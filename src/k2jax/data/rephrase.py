@@ -21,10 +21,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from k2jax.checks import is_url
 from k2jax.config import RunFailed, UserError
 from k2jax.data.endpoint import Endpoint, NoAnswer
 from k2jax.data.fidelity import question, quick_check, verdict
-from k2jax.data.sources import Record, Tally, find_files, is_url, missing_for, records, source_and_path
+from k2jax.data.sources import Record, Tally, find_files, missing_for, records, source_and_path
 from k2jax.files import write_atomic
 
 _TEMPERATURE = 0.7

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from k2jax.checks import is_url
+
 PART_BYTES = 2**14
 _SOURCE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*)=(.*)", re.DOTALL)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -58,11 +60,6 @@ def source_and_path(spec: str) -> tuple[str, str]:
     """("wiki", "dump/") of "wiki=dump/"; a path alone is of the source "text"."""
     match = _SOURCE.fullmatch(spec)
     return (match[1], match[2]) if match else ("text", spec)
-
-
-def is_url(path: str | Path) -> bool:
-    """Of a Path too, which has one slash where the URL that it was made of has two."""
-    return "://" in path if isinstance(path, str) else bool(re.match("[a-z0-9+.-]{2,}:/", str(path)))
 
 
 def _glob(pattern: str) -> str:
