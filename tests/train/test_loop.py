@@ -1,5 +1,6 @@
 """One run, in this process: what it compiles and when, the cache of compiled programs, and the transfer guard."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from k2jax.data.prepare import prepare
 from k2jax.sharding.mesh import single_device_mesh
 from k2jax.train import loop
 from k2jax.train.run_dir import MetricsFile
+from k2jax.train.start import check_source
 
 BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
@@ -85,6 +87,43 @@ def test_second_start_finds_the_compiled_step(config, starts):
     assert first.endswith(f" s, not in the cache, {folder}") and second.endswith(f" s, found in the cache, {folder}")
     assert any("train_step" in entry.name for entry in folder.iterdir())
     assert jax.config.jax_compilation_cache_dir is None  # other work of this process goes on without
+
+
+class Killed(BaseException):
+    """Nothing of ours catches it."""
+
+
+def test_a_kill_at_any_file_before_the_first_step_can_be_started_again(config, tmp_path, patch):
+    """Killed before and after each file of the run directory gets its name; the next start comes as far as the saver."""
+    replace = os.replace
+
+    def run(folder, kill_at, after):
+        names = []
+
+        def counted(temporary, path):
+            names.append(Path(path).name)
+            if len(names) == kill_at and not after:
+                raise Killed
+            replace(temporary, path)
+            if len(names) == kill_at:
+                raise Killed
+
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(os, "replace", counted)
+            inner.setattr(loop, "Saver", lambda *_: (_ for _ in ()).throw(Killed))
+            with pytest.raises(Killed):
+                loop.run(config.replace({"train.run_dir": str(folder)}))
+        return names
+
+    files = run(tmp_path / "whole", 0, False)
+    assert {"config.json", "timeline.json"} <= {*files}
+    for number, after in itertools.product(range(1, len(files) + 1), (False, True)):
+        folder = tmp_path / f"{number}{after}"
+        assert run(folder, number, after) == files[:number]
+        assert run(folder, 0, False) == files
+    source = {"train.run_dir": str(tmp_path / "whole"), "train.init_from": str(tmp_path / "none")}
+    with pytest.raises(UserError, match="none: no such folder"):  # before step 0 the model is still to come from there
+        check_source(config.replace(source), None)
 
 
 def test_a_cache_that_cannot_be_made_is_the_users_mistake(config, tmp_path):

@@ -84,8 +84,8 @@ def run(config: Config, change_mixture: bool = False) -> Result:
     make_run_dir(folder)
     with lock_run(folder), jax.set_mesh(mesh):
         step, timeline, notes = check_resume(config, corpus, change_mixture)
+        write_atomic(folder / "config.json", config.to_json())  # first of all: a folder without it is not known as a run
         write_plan(folder, timeline.plan)
-        write_atomic(folder / "config.json", config.to_json())
         if (tokenizer := corpus.tokenizer()) is not None:
             save_tokenizer(tokenizer, folder / "tokenizer")
         write_atomic(folder / "env.txt", "".join(f"{name} {version}\n" for name, version in versions().items()))

@@ -82,7 +82,7 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
 def check_source(config: Config, corpus: Corpus) -> None:
     """Raise UserError where train.init_from is no run with a sound model of the same shape and tokenizer."""
     source = config.train.init_from
-    if source is None or (Path(config.train.run_dir) / "config.json").exists():  # a run that has begun needs it no more
+    if source is None or newest_step(Path(config.train.run_dir) / "checkpoints") is not None:  # needed no more
         return
     folder = Path(source)
     other, step = read_config(folder), newest_step(folder / "checkpoints")
