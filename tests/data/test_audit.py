@@ -12,8 +12,10 @@ from k2jax.config import UserError
 from k2jax.data.batches import train_batches
 from k2jax.data.corpus import open_data
 from k2jax.data.plan import plan_run
+from k2jax.data.store_writer import TokenWriter
+from k2jax.data.tokenizer import load_tokenizer
 from k2jax.launch.cli import main
-from k2jax.train.timeline_file import write_plan
+from k2jax.train.timeline_file import read_plan, write_plan
 
 STEPS = 12
 
@@ -71,8 +73,37 @@ def test_every_sighting_of_a_document(run, capsys):
     assert by_hash and {entry["source"] for entry in by_hash} <= {"web", "wiki"}  # the same text is in both
 
 
+def test_what_is_held_out_is_said_to_be(run, capsys):
+    folder, corpus, _ = run
+    (record,) = corpus.streams["validation"]["code"].records([1])
+    expected = [{"source": "code", "document": 1, "unread": f"held out in {folder.parent}/one"}]
+    assert audit(capsys, folder, "--document", record["name"]) == expected
+    by_hash = audit(capsys, folder, "--document", record["sha256"][:20].upper())
+    assert [entry for entry in by_hash if "unread" in entry and entry["source"] == "code"][:1] == expected
+    assert main(["audit", str(folder), "--document", record["name"]]) == 0
+    assert capsys.readouterr().out == f"held out in {folder.parent}/one, so no step reads it: code, document 1\n"
+    wrong = record["sha256"][:63] + ("0" if record["sha256"][63] != "0" else "1")
+    assert main(["audit", str(folder), "--document", wrong]) == 2
+    assert "has this name or sha256" in capsys.readouterr().err
+
+
+def test_held_out_elsewhere_and_names_that_look_like_a_sha256(run, capsys, tmp_path):
+    folder, _, _ = run
+    name = "0123456789abcdef01"
+    writer = TokenWriter(tmp_path / "other", load_tokenizer("byte"), source="web")
+    writer.append("train", name, "a text of that name")
+    writer.finish()
+    elsewhere = ("--data.validation-path", f"{tmp_path}/other")
+    expected = [{"source": "web", "document": 0, "unread": f"held out in {tmp_path}/other"}]
+    assert audit(capsys, folder, "--document", name, *elsewhere) == expected
+    mixed = ("--data", f"{folder.parent}/one,{folder.parent}/two,{tmp_path}/other")
+    (found,) = audit(capsys, folder, "--document", name, *mixed)
+    assert found["unread"] == f"of a source in {tmp_path}/other that the mixture does not have"
+
+
 def test_the_account(run, capsys):
     folder, corpus, _ = run
+    windows = {name: entry["windows"] for name, entry in read_plan(folder)[0]["sources"].items()}
     for until in (1, 6, STEPS):
         listed = [row["source"] for step in range(until) for row in audit(capsys, folder, "--step", str(step))]
         account = {e["source"]: e for e in audit(capsys, folder, "--tokens", "--until", str(until))}
@@ -82,8 +113,11 @@ def test_the_account(run, capsys):
         skipped = 2 * B if until > 4 else 0
         assert sum(entry["skipped_rows"] for entry in account.values()) == skipped
         assert sum(entry["share"] for entry in account.values()) == pytest.approx(1)
-        for entry in account.values():
-            assert abs(entry["share"] - entry["planned_share"]) * (until * B + skipped) < 2
+        assert sum(entry["planned_share"] for entry in account.values()) == pytest.approx(1)
+        for name, entry in account.items():
+            assert entry["share"] == pytest.approx(listed.count(name) / len(listed))
+            assert entry["epochs"] * windows[name] == pytest.approx(listed.count(name))
+            assert abs(entry["share"] - entry["planned_share"]) * until * B < 3  # one row at each border of what is read
 
 
 def test_before_the_run_and_from_another_machine(run, capsys, tmp_path):
@@ -127,8 +161,6 @@ def test_arrays_are_not_needed_to_find_rows(run):
     """Row ids come from timeline.json alone: no store is opened."""
     from k2jax.data.mixture import make_timeline
     from k2jax.train.run_dir import read_config
-    from k2jax.train.timeline_file import read_plan
-
     folder, corpus, _ = run
     timeline = make_timeline(read_plan(folder), read_config(folder))
     place = timeline.locate(timeline.step_rows(5))

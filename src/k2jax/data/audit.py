@@ -5,10 +5,15 @@ Nothing here asks what a run has done: a timeline says it before, during and aft
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
 
 from k2jax.config import Config, UserError
+from k2jax.data.corpus import Corpus, held_out_streams
 from k2jax.data.rows import RowReader
+from k2jax.data.tokens import SPLITS, Stream
 
 
 def step_documents(reader: RowReader, step: int) -> Iterator[dict]:
@@ -42,13 +47,45 @@ def _documents(reader: RowReader, source: int, window: int) -> Iterator[dict]:
             }
 
 
-def find_documents(reader: RowReader, wanted: str) -> list[tuple[int, int]]:
-    """(source, document) of every document called `wanted`, or whose sha256, or its origin's, begins so (16 digits)."""
-    found = []
-    for source, stream in reader.streams.items():
-        hits = stream.find(wanted) if re.fullmatch("[0-9a-f]{16,64}", wanted) else stream.find_name(wanted)
-        found += [(source, document) for document in hits]
-    return found
+class Found(NamedTuple):
+    """A document. number: of its source in the timeline; None: no step reads it, and `unread` says why."""
+
+    source: str
+    document: int
+    number: int | None
+    unread: str | None
+
+
+def _texts(reader: RowReader, held_out: Corpus | None) -> Iterator[tuple[Found, Stream]]:
+    """(a Found without its document, the stream) of all that the stores have, and of the text held out elsewhere."""
+    for number, stream in reader.streams.items():
+        yield Found(reader.timeline.names[number], -1, number, None), stream
+    for store, split in itertools.product(reader.corpus.stores, SPLITS):
+        for name, stream in store.streams[split].items():
+            if split == "validation":
+                yield Found(name, -1, None, f"held out in {store.path}"), stream
+            elif (name, store.digest) not in reader.timeline.keys:
+                yield Found(name, -1, None, f"of a source in {store.path} that the mixture does not have"), stream
+    for name, stream in (held_out_streams(held_out) if held_out else {}).items():
+        yield Found(name, -1, None, f"held out in {held_out.store_of[name].path}"), stream
+
+
+def _with_hash(stream: Stream, prefix: str) -> Iterator[int]:
+    for document in stream.find(prefix):  # which looks at 16 digits alone
+        (record,) = stream.records([document])
+        if any(entry["sha256"].startswith(prefix) for entry in (record, record.get("origin", record))):
+            yield document
+
+
+def find_documents(reader: RowReader, wanted: str, held_out: Corpus | None = None) -> list[Found]:
+    """Every document whose sha256, or its origin's, begins with `wanted` (16 digits); if there is none, that is called so.
+
+    held_out: what data.validation_path has.
+    """
+    texts, found = [*_texts(reader, held_out)], []
+    if re.fullmatch("[0-9a-fA-F]{16,64}", wanted):
+        found = [text._replace(document=d) for text, stream in texts for d in _with_hash(stream, wanted.lower())]
+    return found or [text._replace(document=d) for text, stream in texts for d in stream.find_name(wanted)]
 
 
 def document_steps(reader: RowReader, source: int, document: int, num_steps: int) -> list[dict]:
@@ -68,22 +105,37 @@ def document_steps(reader: RowReader, source: int, document: int, num_steps: int
     return sorted(seen, key=lambda entry: entry["row"])
 
 
+def sightings(reader: RowReader, documents: list[Found], num_steps: int) -> Iterator[dict]:
+    """`document_steps` of each, with its "source" and "document"; of one that is not trained on, why it is "unread"."""
+    for found in documents:
+        named = {"source": found.source, "document": found.document}
+        if found.number is None:
+            yield named | {"unread": found.unread}
+        else:
+            yield from (named | seen for seen in document_steps(reader, found.number, found.document, num_steps))
+
+
 def token_account(reader: RowReader, config: Config, step: int) -> list[dict]:
-    """Per source, after `step` steps: rows and tokens it gave, its share, what the weights ask for, passes over it."""
-    timeline = reader.timeline
-    rows, batch, length = timeline.counts(timeline.rows_before(step)), timeline.batch, config.data.sequence_length
-    skipped = [timeline.counts(stop * batch) - timeline.counts(first * batch) for first, stop in timeline.skips.before(
-        timeline.skips.next_data_step(step))]
-    read = rows - sum(skipped) if skipped else rows
-    planned = timeline.planned(timeline.rows_before(step))
+    """Per source, after `step` steps: rows and tokens it gave, its share, what the weights ask for, passes over it.
+
+    All of what training has read: rows that data.skip_steps leaves out count as "skipped_rows" and nowhere else.
+    """
+    timeline, end = reader.timeline, reader.timeline.rows_before(step)
+    ranges = timeline.skips.before(timeline.skips.next_data_step(step))
+    borders = [(first * timeline.batch, stop * timeline.batch) for first, stop in ranges]
+
+    def read(before: Callable[[int], np.ndarray]) -> np.ndarray:
+        return before(end) - sum(before(stop) - before(first) for first, stop in borders)
+
+    rows, planned = read(timeline.counts), read(timeline.planned)
     total = max(1, int(rows.sum()))
     return [
         {
             "source": name,
             "store": store,
-            "rows": int(read[number]),
-            "tokens": int(read[number]) * length,
-            "skipped_rows": int(rows[number] - read[number]),
+            "rows": int(rows[number]),
+            "tokens": int(rows[number]) * config.data.sequence_length,
+            "skipped_rows": int(timeline.counts(end)[number] - rows[number]),
             "share": int(rows[number]) / total,
             "planned_share": float(planned[number]) / total,
             "epochs": int(rows[number]) / int(timeline.windows[number]),

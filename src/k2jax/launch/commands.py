@@ -122,6 +122,14 @@ def _open_audit(args, rest: list[str]):
     return config, RowReader(corpus, timeline, config)
 
 
+def _open_held_out(config: Config):
+    """What data.validation_path has; None where it is not given."""
+    from k2jax.data.corpus import open_corpus
+
+    data = config.data
+    return data.validation_path and open_corpus(data.validation_path, data.tokenizer, data.index_dir)
+
+
 def audit(args, rest: list[str]) -> int:
     """Print what the timeline of a run says of steps, documents and sources."""
     from k2jax.data import audit as audits
@@ -139,14 +147,11 @@ def audit(args, rest: list[str]) -> int:
         found = [row for row in audits.step_documents(reader, args.step) if args.place in (None, row["place"])]
         lines = map(_row_line, found)
     elif args.document is not None:
-        documents = audits.find_documents(reader, args.document)
+        documents = audits.find_documents(reader, args.document, _open_held_out(config))
         if not documents:
-            raise UserError(f"--document {args.document}: no document of {reader.corpus.path} has this name or sha256")
-        found = [
-            {"source": reader.timeline.names[source], "document": document, **seen}
-            for source, document in documents
-            for seen in audits.document_steps(reader, source, document, until)
-        ]
+            places = ",".join(filter(None, (reader.corpus.path, config.data.validation_path)))
+            raise UserError(f"--document {args.document}: no document of {places} has this name or sha256")
+        found = [*audits.sightings(reader, documents, until)]
         lines = map(_seen_line, found)
     else:
         found = audits.token_account(reader, config, until)
@@ -162,6 +167,8 @@ def _row_line(row: dict) -> str:
 
 
 def _seen_line(seen: dict) -> str:
+    if "unread" in seen:
+        return f"{seen['unread']}, so no step reads it: {seen['source']}, document {seen['document']}"
     when = "left out by data.skip_steps" if seen["step"] is None else f"step {seen['step']}"
     what = f"{seen['source']}, document {seen['document']}, window {seen['window']}, pass {seen['epoch']}"
     return f"{when}, row {seen['place']} of the batch: {what}"
