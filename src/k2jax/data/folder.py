@@ -1,10 +1,12 @@
 """A folder on a local disk, `gs://`, `s3://` or any other place that TensorStore reaches, by its path or URL.
 
-Credentials are those of the environment: GOOGLE_APPLICATION_CREDENTIALS, AWS_PROFILE, AWS_ENDPOINT_URL and the like.
+Credentials are those of the environment: GOOGLE_APPLICATION_CREDENTIALS, AWS_PROFILE and the like. A place that does not
+answer is a UserError after half a minute, or two where it takes connections and is silent.
 """
 
 import functools
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -14,10 +16,17 @@ from k2jax.config import UserError
 from k2jax.files import sha256_of, write_atomic
 
 
+# TensorStore would try 32 times, up to 32 s apart, and wait minutes for a connection and for ever for an answer.
+_RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
+_PATIENCE = {"CONNECT_TIMEOUT_SECONDS": "5", "LOW_SPEED_TIME_SECONDS": "15", "LOW_SPEED_LIMIT_BYTES": "1"}
+
+
 @functools.cache
 def shared_context() -> tensorstore.Context:
     """One for the process: `memory://` folders live in it, and connections are shared."""
-    return tensorstore.Context()
+    for name, value in _PATIENCE.items():  # of the process alone: no context holds them; what a user has set stays
+        os.environ.setdefault(f"TENSORSTORE_CURL_{name}", value)
+    return tensorstore.Context({f"{driver}_request_retries": _RETRIES for driver in ("gcs", "http", "s3")})
 
 
 def _is_local(url: str) -> bool:
