@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from k2jax.config import Config, UserError, differences, field_types
+from k2jax.config import Config, UserError, differences, field_types, flatten
 
 
 def error_of(function):
@@ -182,6 +182,9 @@ def test_mixture_and_data_rules():
         "data.fim_tokens = (1, 1, 999): must be three different ids, before prefix, suffix and middle",
         "data.fim_tokens: 999 must be below model.vocab_size = 500",
     ]
+    one = {name: value[:1] for name, value in flatten(dataclasses.asdict(Config())).items() if name.startswith("stages.")}
+    config = Config().replace(one | {"mixture.weights": ("a=1", "b=1")})
+    assert "has 2 entries, must have 1, one per" in error_of(config.validate)
     good = {"mixture.weights": ("a=1", "natural"), "data.fim_rate": 0.1, "data.fim_tokens": (0, 1, 2), "data.skip_steps": ("3-3",)}
     assert Config.from_json(Config().replace(good).to_json()) == Config().replace(good)
 

@@ -207,7 +207,8 @@ def _stage_problems(values: dict):
 def _mixture_problems(values: dict):
     stages, weights = values.get("stages.start_tokens", ()), values.get("mixture.weights", ())
     if weights and stages and len(weights) not in (1, len(stages)):
-        rule = f"has {len(weights)} entries, must have 1 or {len(stages)}, one per stage, as stages.start_tokens has"
+        counts = "1" if len(stages) == 1 else f"1 or {len(stages)}"
+        rule = f"has {len(weights)} entries, must have {counts}, one per stage, as stages.start_tokens has"
         yield f"mixture.weights = {weights!r}: {rule}"
     for text in weights:
         try:

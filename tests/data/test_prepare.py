@@ -274,10 +274,22 @@ def test_an_interrupted_one_goes_on_and_only_as_it_began(lines, tmp_path, monkey
     problems = refused(str(lines), str(tmp_path / "out"), "byte", **{**options, "validation_fraction": 0.2})
     assert problems == (
         "validation_fraction = 0.2: was 0.3 when it began",
-        "source: 1 files are not as they were, such as ['" + str(lines / "03.jsonl") + "']",
+        f"source: 1 of its files are not as they were, such as {lines}/03.jsonl",
         f"an unfinished preparation is in {work}; repeat it as it was, or remove the folder to begin anew",
     )
     assert {path: path.stat().st_mtime_ns for path in (work / "write").glob("*")} == before
+
+
+def test_files_in_another_order_are_said_to_be(lines, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    specs = [f"a={lines}/00.jsonl", f"b={lines}/01.jsonl"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(stages._TASKS, "merge", interrupt)
+        prepare(specs, str(tmp_path / "out"), "byte", validation_fraction=0.3)
+    problems = refused(specs[::-1], str(tmp_path / "out"), "byte", validation_fraction=0.3)
+    assert problems[1] == "source: its files come in another order, or number, than they did"
 
 
 def test_another_process_is_not_disturbed(tree, tmp_path):

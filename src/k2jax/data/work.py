@@ -75,9 +75,10 @@ def _differences(old: dict, new: dict) -> Iterator[str]:
         if old.get(name) == new[name] or name in ("tasks", "skipped"):
             continue
         if name == "files":
-            changed = sorted({entry[2] for entry in map(tuple, old["files"])} ^ {entry[2] for entry in new["files"]})
-            changed += [b[2] for a, b in zip(old["files"], new["files"], strict=False) if a != b and a[2] == b[2]]
-            yield f"source: {len(changed)} files are not as they were, such as {changed[:1]}"
+            before, now = ({(e[0], e[2]): list(e) for e in files} for files in (old["files"], new["files"]))
+            changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+            many = f"{len(changed)} of its files are not as they were, such as {changed[0][1]}" if changed else None
+            yield f"source: {many or 'its files come in another order, or number, than they did'}"
         else:
             yield f"{name} = {new[name]!r}: was {old.get(name)!r} when it began"
 
