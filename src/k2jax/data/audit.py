@@ -78,7 +78,7 @@ def _with_hash(stream: Stream, prefix: str) -> Iterator[int]:
 
 
 def find_documents(reader: RowReader, wanted: str, held_out: Corpus | None = None) -> list[Found]:
-    """Every document whose sha256, or its origin's, begins with `wanted` (16 digits); where none has, that is called so.
+    """Every document whose sha256, or its origin's, begins with `wanted` (16 digits); if none, that is called so.
 
     held_out: what data.validation_path has.
     """

@@ -1,7 +1,7 @@
 """A folder on a local disk, `gs://`, `s3://` or any other place that TensorStore reaches, by its path or URL.
 
-Credentials are those of the environment: GOOGLE_APPLICATION_CREDENTIALS, AWS_PROFILE and the like. A place that does not
-answer is a UserError after half a minute, or two where it takes connections and is silent.
+Credentials are those of the environment: GOOGLE_APPLICATION_CREDENTIALS, AWS_PROFILE and the like. A place that does
+not answer is a UserError after half a minute, or two where it takes connections and is silent.
 """
 
 import functools
@@ -14,7 +14,6 @@ import tensorstore
 
 from k2jax.config import UserError
 from k2jax.files import sha256_of, write_atomic
-
 
 # TensorStore would try 32 times, up to 32 s apart, and wait minutes for a connection and for ever for an answer.
 _RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}

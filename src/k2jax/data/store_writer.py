@@ -205,8 +205,9 @@ def merge_parts(folder, num_parts: int, tokenizer: Tokenizer, sources: dict[str,
 
     sources: {name: {"derived_from": name of the source whose documents were rephrased, "variants": at most how many of
     each}} of the sources that were rephrased. created: JSON values for the manifest that say where the documents came
-    from; nothing in them may hang on time, place or number of workers. Where `split_of` divided them, validation_fraction
-    is to be among them: stores that a run joins are compared by it. UserError where a part is missing or unfit.
+    from; nothing in them may hang on time, place or number of workers. Where `split_of` divided them,
+    validation_fraction is to be among them: stores that a run joins are compared by it. UserError where a part is missing
+    or unfit.
     """
     folder, sources = Folder(folder), sources or {}
     receipts = [finished_part(folder.url, part) for part in range(num_parts)]

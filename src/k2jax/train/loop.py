@@ -84,7 +84,7 @@ def run(config: Config, change_mixture: bool = False) -> Result:
     make_run_dir(folder)
     with lock_run(folder), jax.set_mesh(mesh):
         step, timeline, notes = check_resume(config, corpus, change_mixture)
-        write_atomic(folder / "config.json", config.to_json())  # first of all: a folder without it is not known as a run
+        write_atomic(folder / "config.json", config.to_json())  # first: a folder without it is no run
         write_plan(folder, timeline.plan)
         if (tokenizer := corpus.tokenizer()) is not None:
             save_tokenizer(tokenizer, folder / "tokenizer")
