@@ -15,8 +15,11 @@ import tensorstore
 from k2jax.config import UserError
 from k2jax.files import sha256_of, write_atomic
 
+_DRIVERS = "gcs", "http", "s3"
 # TensorStore would try 32 times, up to 32 s apart, and wait minutes for a connection and for ever for an answer.
 _RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
+# Tokens are read in the middle of runs, which a server's outage of minutes should not end: TensorStore's own.
+PATIENT = {f"{driver}_request_retries": {} for driver in _DRIVERS}
 _PATIENCE = {"CONNECT_TIMEOUT_SECONDS": "5", "LOW_SPEED_TIME_SECONDS": "15", "LOW_SPEED_LIMIT_BYTES": "1"}
 
 
@@ -25,7 +28,7 @@ def shared_context() -> tensorstore.Context:
     """One for the process: `memory://` folders live in it, and connections are shared."""
     for name, value in _PATIENCE.items():  # of the process alone: no context holds them; what a user has set stays
         os.environ.setdefault(f"TENSORSTORE_CURL_{name}", value)
-    return tensorstore.Context({f"{driver}_request_retries": _RETRIES for driver in ("gcs", "http", "s3")})
+    return tensorstore.Context({f"{driver}_request_retries": _RETRIES for driver in _DRIVERS})
 
 
 def _is_local(url: str) -> bool:

@@ -29,7 +29,7 @@ import numpy as np
 import tensorstore
 
 from k2jax.config import UserError
-from k2jax.data.folder import Folder, shared_context
+from k2jax.data.folder import PATIENT, Folder, shared_context
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 2
@@ -175,9 +175,10 @@ class _Part:
         def tokens() -> np.ndarray:
             try:
                 return future.result()
-            except ValueError as error:  # damaged since its digest was checked
+            except ValueError as error:  # damaged since its digest was checked, or out of reach
                 found = f"{self.files.folder}/{self.place}/tokens: tokens [{start}, {stop}) cannot be read: {error}"
-                raise CorruptStore(f"{found}; {_MEND}") from None
+                again = "" if self.files.folder.local else "; if the server did not answer, start again"
+                raise CorruptStore(f"{found}; {_MEND}{again}") from None
 
         return tokens
 
@@ -351,8 +352,8 @@ class TokenStore:
         if problems := [*_file_problems(folder, self.manifest["files"])]:
             raise CorruptStore(*problems)
         self._files, recent = Checked(folder, self.manifest["files"]), Recent()
-        cache = {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}}
-        context, shard = tensorstore.Context(cache, parent=shared_context()), self.manifest["shard_tokens"]
+        resources = PATIENT | {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}}
+        context, shard = tensorstore.Context(resources, parent=shared_context()), self.manifest["shard_tokens"]
         self.sources = self.manifest["sources"]
         self.streams = {split: {} for split in SPLITS}
         for split, (source, entry) in itertools.product(SPLITS, self.sources.items()):
