@@ -1,8 +1,6 @@
 """The training loop: build or restore; save if due, draw the batch, step, write the previous step's metrics."""
 
-import contextlib
 import signal
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +21,9 @@ from k2jax.train.checkpoint import Saver, newest_step
 from k2jax.train.compile_cache import cache_notes, compile_cache
 from k2jax.train.display import Display
 from k2jax.train.evaluate import bits_per_byte, make_evaluator, split_rows
-from k2jax.train.metrics import TensorBoard, check_health, make_record
 from k2jax.train.optimizer import make_optimizer
-from k2jax.train.run_dir import MetricsFile, lock_run
+from k2jax.train.recorder import Recorder
+from k2jax.train.run_dir import lock_run
 from k2jax.train.self_check import is_on, self_check
 from k2jax.train.start import check_kernels, check_resume, check_run_dir, check_source, make_run_dir, start_state
 from k2jax.train.state import TrainState, abstract_state, weight_leaves
@@ -109,41 +107,15 @@ def train(
     config, tx, corpus, timeline, mesh, state: TrainState, saver: Saver, display: Display, stop: StopRequest
 ) -> Result:
     """The loop itself, from `state` to the last step or the first signal."""
-    folder, num_steps = Path(config.train.run_dir), config.train.num_steps
-    first = int(jax.device_get(state.step))
-    metrics_file, board = MetricsFile(folder / "metrics.jsonl", first), TensorBoard(folder / "tb", first)
-    ledger = Ledger(folder / "ledger.jsonl", RowReader(corpus, timeline, config), config, first)
-    evaluate = make_evaluator(config, corpus, mesh)
-    batches = train_batches(corpus, timeline, config, first)
-    pending, validation, step, last_time = None, None, first, time.monotonic()
-
-    def write_pending():
-        """Write the step that has just ended. Done one step late, so that the device never waits for the host."""
-        nonlocal pending, last_time
-        if pending is None:
-            return
-        number, metrics, extra = pending
-        metrics = jax.device_get(metrics)
-        now = time.monotonic()
-        record = make_record(number, metrics, config, now - last_time) | extra
-        pending, last_time = None, now
-        metrics_file.write(record)
-        board.write(record)
-        display.step(record)
-        check_health(record, config)
-
-    @contextlib.contextmanager
-    def untimed():
-        """What is no part of a step's time."""
-        nonlocal last_time
-        started = time.monotonic()
-        yield
-        last_time += time.monotonic() - started
+    num_steps, num_microbatches = config.train.num_steps, config.train.num_microbatches
+    step = first = int(jax.device_get(state.step))
+    recorder, evaluate = Recorder(config, first, display), make_evaluator(config, corpus, mesh)
+    ledger = Ledger(Path(config.train.run_dir) / "ledger.jsonl", RowReader(corpus, timeline, config), config, first)
+    batches, validation = train_batches(corpus, timeline, config, first), None
 
     def save():
-        write_pending()
-        metrics_file.sync()  # a committed step's past is on the disk
-        with untimed():
+        recorder.sync()  # a committed step's past is on the disk
+        with recorder.untimed():
             saver.save(step, state, config, data_position(timeline, config, step))
 
     def draw():
@@ -151,38 +123,36 @@ def train(
         rows = next(batches)
         if "replaced" in rows:
             ledger.enter(step, rows["replaced"])
-        return rows
+        return split_rows(rows, num_microbatches, mesh)
 
     if step < num_steps and stop.signal is None:
-        rows = draw()
+        batch = draw()
         with display.phase("compile") as said:
-            batch = split_rows(rows, config.train.num_microbatches, mesh)
             with cache_notes() as notes:
                 # The only one of a run: a `Compiled` takes arrays of these shapes and layouts or raises.
                 compiled = jax.jit(make_train_step(config, tx), donate_argnums=0).lower(state, batch).compile()
             said += notes
-        last_time = time.monotonic()
+        recorder.start_clock()
     with jax.transfer_guard("disallow"):
         while step < num_steps and stop.signal is None:
             if step > first:
                 if step % config.checkpoint.save_every == 0:
                     save()
                 # Nothing may come between a save and the next batch: the data position is the step alone.
-                batch = split_rows(draw(), config.train.num_microbatches, mesh)
+                batch = draw()
             state, metrics = compiled(state, batch)
-            write_pending()
+            recorder.write()
             step += 1
             extra = {}
             if step == num_steps or (config.train.eval_every and step % config.train.eval_every == 0):
                 jax.block_until_ready(metrics)
-                with untimed():
+                with recorder.untimed():
                     validation = bits_per_byte(evaluate(state), corpus)
                 extra = {"validation_bits_per_byte": validation}
-            pending = (step - 1, metrics, extra)
+            recorder.hold(step - 1, metrics, extra)
             saver.poll()
         if step > first:
             save()
         saver.wait()
-    metrics_file.close()
-    board.close()
+    recorder.close()
     return Result(step, stop.signal if step < num_steps else None, validation)

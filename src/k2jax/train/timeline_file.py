@@ -58,4 +58,5 @@ class Ledger:
             self.count += 1
             if self.count > self.limit:
                 rule = f"data.max_bad_rows = {self.limit} were allowed; mend the store or allow more"
-                raise RunFailed(f"{self.count} bad rows by step {step}, the last: {why}; {rule}; all are in {self.path}")
+                rule += f"; all are in {self.path}"
+                raise RunFailed(f"{self.count} bad rows by step {step}, the last: {why}; {rule}")
