@@ -59,12 +59,13 @@ test-tpu: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-$(VERSION).txt -e '.[test,tpu-compiler]'
 	$(BIN)/python -m pytest -m tpu tests/optim tests/sharding tests/plan
 
-# tokamax's kernels, interpreted. An environment of its own: tokamax pins typeguard 2, tyro wants 4.
+# tokamax's kernels, interpreted, in an environment of their own: pip cannot resolve tokamax's pin (docs/experts.md).
 test-kernels:
 	test -d .venv-kernels || $(PYTHON) -m venv .venv-kernels
-	.venv-kernels/bin/python -m pip install --quiet --disable-pip-version-check tokamax==0.0.12 jax==0.10.2 jaxlib==0.10.2 \
-		pytest
-	PYTHONPATH=src .venv-kernels/bin/python -m pytest -m kernels tests/kernels
+	.venv-kernels/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$(VERSION).txt \
+		-e '.[test,kernels]'
+	.venv-kernels/bin/python -m pip install --quiet --disable-pip-version-check --no-deps tokamax==0.0.12
+	.venv-kernels/bin/python -m pytest -m kernels tests/kernels
 
 # What benchmarks/whole_step.py is compared with, in an environment of its own.
 comparators: .venv-comparators/ready

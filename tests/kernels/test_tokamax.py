@@ -1,11 +1,20 @@
-"""tokamax's grouped matmul, its Pallas kernel for TPUs interpreted on a CPU: `make test-kernels`."""
+"""tokamax's kernels, those for TPUs interpreted on a CPU: `make test-kernels`."""
+
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from k2jax.config import UserError
+from k2jax.config import KernelsConfig, UserError
+from k2jax.kernels.attention import Places
 from k2jax.kernels.grouped_matmul import grouped_matmul
+from k2jax.kernels.library import load_tokamax
+from k2jax.kernels.library_attention import library_attention
+from k2jax.model import attention as model_attention
+from k2jax.sharding.rules import spec
 
 ROWS, GROUPS, WIDTH = 256, 4, 128  # the least that the kernel's tiles take
 SIZES = {"random": [100, 0, 56, 100], "rows_past_the_sum": [30, 90, 0, 60], "all_in_one": [0, 0, 256, 0]}
@@ -14,6 +23,7 @@ SIZES = {"random": [100, 0, 56, 100], "rows_past_the_sum": [30, 90, 0, 60], "all
 @pytest.fixture
 def interpreted(monkeypatch):
     """tokamax takes its TPU kernel on this CPU, interpreted, and looks up v5p's tiles."""
+    load_tokamax("grouped_matmul")
     from jax._src.pallas.mosaic import tpu_info
     from tokamax._src.ops.ragged_dot import api, pallas_mosaic_tpu
 
@@ -46,7 +56,94 @@ def test_kernel_agrees_with_a_loop(interpreted, sizes):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
 
 
-def test_without_tokamax_it_says_what_to_do(monkeypatch):
+@pytest.mark.kernels
+@pytest.mark.filterwarnings("ignore")
+def test_kernel_in_shard_map(interpreted):
+    """Rows cut over a mesh axis, weights shared by it: values, and gradients summed over it, are those of no mesh."""
+    rng = np.random.default_rng(0)
+    x, dy = jnp.asarray(rng.normal(size=(2, 2 * ROWS, WIDTH)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(GROUPS, WIDTH, WIDTH)), jnp.float32)
+    sizes = jnp.asarray([SIZES["random"]] * 2, jnp.int32)
+
+    def layer(x, w, sizes):
+        return grouped_matmul(x, (jax.lax.pcast(w, "fsdp", to="varying"),), sizes[0], "tokamax")
+
+    with jax.set_mesh(jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Explicit,))):
+        put = jax.device_put((x, w, sizes), (P("fsdp"), P(), P("fsdp")))
+        cut = jax.shard_map(layer, in_specs=(P("fsdp"), P(), P("fsdp")), out_specs=P("fsdp"))
+        y, pull = jax.vjp(lambda x, w: cut(x, w, put[2]), *put[:2])
+        got = jax.device_get((y, *pull(jax.device_put(dy, P("fsdp")))))
+    want = [jax.vjp(lambda x, w: grouped_matmul(x, (w,), sizes[0], "blocked"), a, w) for a in jnp.split(x, 2)]
+    gradients = [pull(d) for (_, pull), d in zip(want, jnp.split(dy, 2), strict=True)]
+    dx, dw = zip(*gradients, strict=True)
+    for a, b in zip(got, (np.concatenate([y for y, _ in want]), np.concatenate(dx), sum(dw)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=4e-6 * np.abs(b).max())
+
+
+@pytest.fixture
+def on_this_cpu(monkeypatch, request):
+    """`library_attention` by the TPU's kernel, interpreted, or by what stands for the GPU's: tokamax's own reference."""
+    if request.param == "tpu":
+        return partial(library_attention, interpret=True)
+    load_tokamax("attention")
+    from tokamax._src.ops.attention import api, base
+
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", {"triton": base.DotProductAttention()})
+    return library_attention
+
+
+def attention_values(sequences, length=256, heads=2, nope=128, rope=64, value=128, latent=16):
+    """Latents, rotary keys, weights that make K2's keys and values of them, queries, and packed documents."""
+    rng = np.random.default_rng(0)
+    shapes = [(sequences, heads, length, nope + rope), (sequences, length, latent), (sequences, length, rope),
+              (latent, heads, nope), (latent, heads, value), (sequences, heads, length, value)]  # fmt: skip
+    values = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (sequences, length))
+    segment = jnp.asarray(np.sort(rng.integers(0, 3, (sequences, length)), 1), jnp.int32)
+    return values, Places(index, segment)
+
+
+@pytest.mark.kernels
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("on_this_cpu", ["tpu", "gpu"], indirect=True)
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 2)], ids=["one_device", "fsdp2_tensor2"])
+def test_attention_agrees_with_chunks(on_this_cpu, mesh_shape, monkeypatch):
+    """Output, largest logits and all gradients of documents in rows, as `model/attention.py` calls it, on a mesh too."""
+    from k2jax.config import MeshConfig
+    from k2jax.model.mla import keys_and_values
+    from k2jax.sharding.mesh import make_mesh
+
+    (q, latent, rope, key, value, dout), at = attention_values(2)
+    monkeypatch.setattr(model_attention, "library_attention", on_this_cpu)
+    mesh = make_mesh(MeshConfig(fsdp=mesh_shape[0], tensor=mesh_shape[1]), jax.devices()[: mesh_shape[0] * mesh_shape[1]])
+
+    def run(kernels):
+        def layer(q, latent, rope, key, value):
+            sources, weights = (latent, rope), (key, value)
+            return model_attention.attention(q, sources, weights, keys_and_values, q_at, k_at, 0.07, kernels)
+
+        dims = "BHSK", "BT", "BT", "CHN", "CHN"
+        with jax.set_mesh(mesh):
+            put = jax.device_put((q, latent, rope, key, value), tuple(jax.NamedSharding(mesh, spec(d)) for d in dims))
+            q_at, k_at = (Places(*jax.device_put(tuple(at), jax.NamedSharding(mesh, spec(d)))) for d in ("BS", "BZ"))
+            dout_here = jax.device_put(dout, jax.NamedSharding(mesh, spec("BHSU")))
+
+            @jax.jit
+            def both_passes(dout, *values):
+                out, pull, largest = jax.vjp(layer, *values, has_aux=True)
+                return out, largest, *pull(dout)
+
+            return jax.device_get(both_passes(dout_here, *put))
+
+    for got, want in zip(run(KernelsConfig(attention="tokamax")), run(KernelsConfig()), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("field", ["grouped_matmul", "attention"])
+def test_without_tokamax_it_says_what_to_do(monkeypatch, field):
     monkeypatch.setitem(__import__("sys").modules, "tokamax", None)
-    with pytest.raises(UserError, match="docs/experts.md.*'ragged_dot'"):
-        grouped_matmul(np.zeros((8, 4)), (np.zeros((1, 4, 4)),), np.array([8]), "tokamax")
+    with pytest.raises(UserError, match=f"kernels.{field} = 'tokamax': needs tokamax .*docs/experts.md"):
+        if field == "attention":
+            library_attention(*np.zeros((3, 1, 1, 128, 8)), np.zeros((1, 128), np.int32), 1.0, "tpu")
+        else:
+            grouped_matmul(np.zeros((8, 4)), (np.zeros((1, 4, 4)),), np.array([8]), "tokamax")

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from k2jax.config import KernelsConfig, UserError
+from k2jax.config import KernelsConfig
 from k2jax.dtypes import wide
+from k2jax.kernels.library import call_kernel, load_tokamax
 
 BLOCK_ROWS = 256  # benchmarks/moe_layer.py --blocks measures others
 Implementation = Literal["blocked", "ragged_dot", "tokamax"]
@@ -118,20 +119,14 @@ def _ragged_dot(x_MI, weights, group_sizes_G):
 
 
 def _tokamax(x_MI, weights, group_sizes_G):
-    try:
-        import tokamax
-        from absl import flags
-    except ImportError:
-        raise UserError(
-            "kernels.grouped_matmul = 'tokamax': needs tokamax (docs/experts.md says how to install it); "
-            "or use 'ragged_dot'"
-        ) from None
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # or it reads our command line as its own
+    tokamax = load_tokamax("grouped_matmul")
+
+    def kernel(x_MI, w_GIO, group_sizes_G):
+        # its kernels by name: left to itself it may fall back to `lax.ragged_dot` without a word
+        return tokamax.ragged_dot(x_MI, w_GIO, group_sizes_G, implementation=("mosaic", "triton"))
+
     x_MI = _zero_past_the_sum(x_MI, group_sizes_G)
-    # its kernels by name: left to itself it may fall back to `lax.ragged_dot` without a word
-    kernels = ("mosaic", "triton")
-    y_MO = tokamax.ragged_dot(x_MI, jnp.concatenate(weights, -1), group_sizes_G, implementation=kernels)
+    y_MO = call_kernel(kernel, x_MI, jnp.concatenate(weights, -1), group_sizes_G)
     return _zero_past_the_sum(y_MO, group_sizes_G)
 
 

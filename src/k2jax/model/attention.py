@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from k2jax.config import KernelsConfig
 from k2jax.kernels.attention import Places, chunked_attention
-from k2jax.sharding.rules import AXES_OF, on_mesh, spec, uncut_axes, varying
+from k2jax.kernels.library_attention import library_attention
+from k2jax.sharding.rules import AXES_OF, on_mesh, platform, spec, uncut_axes, varying
 from k2jax.sharding.shared import shared
 
 # benchmarks/attention.py: of 64 to 512 the fastest on a CPU, to the noise. Longer sequences have longer chunks, so that
@@ -42,6 +43,7 @@ def attention(
 
     make(*sources, *weights) -> keys, values as in `chunked_attention`. sources: arrays [B, T, ...]; weights: arrays
     [..., H, ...] whose dims are C, H and N or U. On a mesh sources are laid out as the residual stream is.
+    kernels.attention = "tokamax" is for queries and keys of the same tokens in order, each of which sees those before it.
     """
     chunk, sources, is_cut = chunk_tokens(k_at.index.shape[1], kernels), tuple(sources), on_mesh()
 
@@ -53,7 +55,10 @@ def attention(
             q_BHSK, scale, sources = varying(q_BHSK, "BHSK"), varying(scale, ""), varying(sources, "BT")
             q_at, k_at = varying(q_at, "BS"), varying(k_at, "BZ")
             weights = tuple(shared(w, uncut_axes("CHN")) for w in weights)
-        out_BHSU, max_BHS = chunked_attention(q_BHSK, sources, weights, make, q_at, k_at, scale, (chunk, chunk))
+        if kernels.attention == "tokamax":
+            out_BHSU, max_BHS = library_attention(q_BHSK, *make(*sources, *weights), q_at.segment, scale, platform())
+        else:
+            out_BHSU, max_BHS = chunked_attention(q_BHSK, sources, weights, make, q_at, k_at, scale, (chunk, chunk))
         max_H = jax.lax.stop_gradient(max_BHS).max((0, 2))
         if is_cut:
             max_H = jax.lax.pmax(max_H, uncut_axes("H"))

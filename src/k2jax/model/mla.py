@@ -3,6 +3,7 @@
 T positions over context and tensor, S queries over context, Z keys whole; Q, C latents, J = C + R, G = N + U
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -139,8 +140,9 @@ class MLA(nnx.Module):
         folded = x_BTD.shape[0], num_heads * num_new
         query = jnp.concatenate([latent_q_BHSC, q_BHSK[..., nope:]], -1).reshape(folded[0], 1, folded[1], -1)
         q_at = Places(*(jnp.repeat(x_BS[:, None], num_heads, 1).reshape(folded) for x_BS in positions.q_at))
+        kernels = dataclasses.replace(self.kernels, attention="chunked")  # the one that looks at places
         seen, _ = attention(
-            query, past, (), latents_as_keys, q_at, positions.k_at, positions.rope.softmax_scale, self.kernels
+            query, past, (), latents_as_keys, q_at, positions.k_at, positions.rope.softmax_scale, kernels
         )
         seen_BHSC = seen.reshape(latent_q_BHSC.shape)
         out_BHSU = jnp.einsum("BHSC,CHU->BHSU", seen_BHSC, value_CHU)

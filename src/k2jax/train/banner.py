@@ -34,6 +34,13 @@ def bytes_per_device(tree) -> int:
     return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
+def describe_attention(config: Config) -> str:
+    """By what it is computed."""
+    if config.kernels.attention == "tokamax":
+        return "tokamax"
+    return f"chunks of {chunk_tokens(config.data.sequence_length, config.kernels)} queries and keys"
+
+
 def describe_experts(config: Config, mesh: jax.sharding.Mesh) -> str:
     """Which exchange and which grouped matmul the routed experts use on `mesh`."""
     device, num_shards, kernels = mesh.devices.flat[0].platform, mesh.shape["expert"], config.kernels
@@ -75,7 +82,7 @@ def banner(
         ("optimizer", f"{config.optim.optimizer}: {groups} parameters; QK-Clip tau {config.optim.qk_clip_tau}"),
         ("per device", f"{_si(bytes_per_device(abstract.params))}B parameters, "
                        f"{_si(bytes_per_device(abstract.opt_state))}B optimizer state"),
-        ("attention", f"chunks of {chunk_tokens(config.data.sequence_length, config.kernels)} queries and keys"),
+        ("attention", describe_attention(config)),
         ("per token", f"{_si(flops)}FLOP forward and backward"),
         ("batch", f"{config.data.batch_sequences} x {config.data.sequence_length} = {config.batch_tokens:,} tokens, "
                   f"{config.train.num_microbatches} microbatches; {config.train.num_steps:,} steps, "

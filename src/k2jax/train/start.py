@@ -11,6 +11,7 @@ from k2jax.data.corpus import Corpus
 from k2jax.data.mixture import Timeline
 from k2jax.data.plan import plan_run
 from k2jax.data.tokenizer_folder import open_tokenizer
+from k2jax.kernels.library_attention import TILE
 from k2jax.train.checkpoint import (
     Saver,
     committed_steps,
@@ -108,6 +109,15 @@ def check_kernels(config: Config, mesh: jax.sharding.Mesh) -> None:
         problems.append("kernels.exchange = 'ragged': CPUs have no such collective; use 'dense', 'ring' or 'auto'")
     if kernels.grouped_matmul == "tokamax" and platform == "cpu":
         problems.append("kernels.grouped_matmul = 'tokamax': has no kernel for CPUs; use 'blocked' or 'auto'")
+    if kernels.attention == "tokamax":
+        if platform == "cpu":
+            problems.append("kernels.attention = 'tokamax': has no kernel for CPUs; use 'chunked'")
+        if mesh.shape["context"] > 1:
+            problems.append("kernels.attention = 'tokamax': needs mesh.context = 1; use 'chunked', or give tensor more")
+        if (length := config.data.sequence_length) % TILE:
+            nearest = max(TILE, round(length / TILE) * TILE)
+            rule = f"must be a multiple of {TILE} for kernels.attention = 'tokamax'"
+            problems.append(f"data.sequence_length = {length}: {rule}, such as {nearest}; or use 'chunked'")
     if problems:
         raise UserError(*problems)
 
