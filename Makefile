@@ -59,11 +59,11 @@ test-tpu: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-$(VERSION).txt -e '.[test,tpu-compiler]'
 	$(BIN)/python -m pytest -m tpu tests/optim tests/sharding tests/plan
 
-# tokamax's kernels, interpreted, in an environment of their own: pip cannot resolve tokamax's pin (docs/experts.md).
+# tokamax's kernels, interpreted and compiled for TPU v5p, in an environment of their own: docs/experts.md says why.
 test-kernels:
 	test -d .venv-kernels || $(PYTHON) -m venv .venv-kernels
 	.venv-kernels/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$(VERSION).txt \
-		-e '.[test,kernels]'
+		-e '.[test,kernels,tpu-compiler]'
 	.venv-kernels/bin/python -m pip install --quiet --disable-pip-version-check --no-deps tokamax==0.0.12
 	.venv-kernels/bin/python -m pytest -m kernels tests/kernels
 
