@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from k2jax.config import Config, KernelsConfig, RunFailed, TrainConfig, UserError
-from k2jax.kernels import grouped_matmul
+from k2jax.kernels import attention, cross_entropy, grouped_matmul
 from k2jax.sharding import exchange, transports
-from k2jax.train import self_check as module
+from k2jax.train import check_part
 from k2jax.train.self_check import is_on, self_check
 from k2jax.train.start import check_kernels
 
@@ -17,7 +17,7 @@ from k2jax.train.start import check_kernels
 def narrow(monkeypatch):
     """Widths and tokens of a test."""
     for name, size in {"HIDDEN": 16, "WIDTH": 8, "TOKENS": 8}.items():
-        monkeypatch.setattr(module, name, size)
+        monkeypatch.setattr(check_part, name, size)
 
 
 def config_of(model, dtype="float32", **kernels):
@@ -86,13 +86,41 @@ def test_auto_is_for_several_processes(tiny, monkeypatch):
 
 
 def test_kernels_that_a_cpu_lacks_are_the_users_to_mend(tiny, mesh_of):
-    config = config_of(tiny, exchange="ragged", grouped_matmul="tokamax")
+    config = config_of(tiny, exchange="ragged", grouped_matmul="tokamax", attention="tokamax")
+    config = config.replace({"data.sequence_length": 200})
     with pytest.raises(UserError) as error:
-        check_kernels(config, mesh_of(expert=2))
-    assert [p.split(" =")[0] for p in error.value.problems] == ["kernels.exchange", "kernels.grouped_matmul"]
+        check_kernels(config, mesh_of(expert=2, context=2))
+    fields = ["exchange", "grouped_matmul", "attention", "attention"]
+    assert [p.split(" =")[0] for p in error.value.problems] == [*(f"kernels.{f}" for f in fields), "data.sequence_length"]
+    assert "such as 256" in error.value.problems[-1]
     check_kernels(config_of(tiny, exchange="ragged"), mesh_of(fsdp=2))  # nothing to exchange
 
 
-def test_a_model_without_experts_has_nothing_to_check(tiny, mesh_of):
+def skipped_chunk(monkeypatch):
+    """Attention passes over the last chunk of queries that sees a chunk of keys."""
+    good = attention._turns
+    monkeypatch.setattr(attention, "_turns", lambda *a: (good(*a)[0], good(*a)[1] - 1))
+
+
+def unshifted_targets(monkeypatch):
+    """Every shard of the head takes a target's number for that of one of its own ids."""
+    monkeypatch.setattr(cross_entropy._Head, "is_target", lambda self, id_V, target_T: target_T[:, None] == id_V)
+
+
+@pytest.mark.parametrize(
+    ("breakage", "axes", "said"),
+    [
+        (skipped_chunk, {}, "attention chunked: wrong on this mesh: attention's output, "),
+        (unshifted_targets, {"tensor": 2}, "loss at the head: wrong on this mesh: loss, "),
+    ],
+)
+def test_it_fails_for_attention_and_loss(tiny, mesh_of, monkeypatch, breakage, axes, said):
+    breakage(monkeypatch)
+    with pytest.raises(RunFailed, match=said):
+        check(config_of(tiny), mesh_of(**axes))
+
+
+def test_a_model_without_experts_has_the_rest_to_check(tiny, mesh_of):
     dense = dataclasses.replace(tiny, first_k_dense_replace=tiny.num_hidden_layers)
-    assert "nothing to check" in check(config_of(dense), mesh_of())
+    line = check(config_of(dense), mesh_of())
+    assert line.startswith("self-check: attention chunked: within") and "loss at the head" in line

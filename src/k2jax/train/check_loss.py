@@ -1,0 +1,45 @@
+"""The start-up check of the loss at the head, whose ids are cut over `tensor`."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from k2jax.config import Config, MeshConfig
+from k2jax.kernels.cross_entropy import cross_entropy_sum
+from k2jax.model.head import head_loss
+from k2jax.sharding.mesh import make_mesh
+from k2jax.sharding.rules import place, whole
+from k2jax.train import check_part as size
+from k2jax.train.check_part import Part, difference
+
+IDS = 384  # of each shard
+
+
+def check_loss(config: Config, mesh: jax.sharding.Mesh) -> Part:
+    """Loss, and its gradients for the hidden states and the head."""
+    rng, num_ids = np.random.default_rng(0), IDS * mesh.shape["tensor"]
+    length = math.lcm(size.TOKENS, mesh.shape["context"] * mesh.shape["tensor"])
+    shape = mesh.shape["stage"], size.num_rows(mesh), length  # a pipeline cuts the loss over its microbatches
+    x_YBTD = rng.normal(size=(*shape, size.HIDDEN)).astype(np.float32)
+    w_DV = rng.normal(0, size.HIDDEN**-0.5, (size.HIDDEN, num_ids)).astype(np.float32)
+    target_YBT = rng.integers(0, num_ids, shape, np.int32)
+    dtype = jnp.dtype(config.train.compute_dtype)
+
+    def chosen_path(x_YBTD, w_DV, target_YBT):
+        def loss(x_YBTD, w_DV):
+            return head_loss(place(x_YBTD, "YBTD").astype(dtype), place(w_DV, "DV"), place(target_YBT, "YBS"))
+
+        return jax.tree.map(whole, jax.value_and_grad(loss, (0, 1))(x_YBTD, w_DV))
+
+    def plain_path(x_YBTD, w_DV, target_YBT):
+        x_YBTD, w_DV = (a.astype(dtype).astype(jnp.float32) for a in (x_YBTD, w_DV))
+        return jax.value_and_grad(lambda x, w: cross_entropy_sum(x @ w, target_YBT), (0, 1))(x_YBTD, w_DV)
+
+    loss, (dx, dw) = jax.device_get(jax.jit(chosen_path)(x_YBTD, w_DV, target_YBT))
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices()[:1])), jax.default_matmul_precision("highest"):
+        want_loss, (want_dx, want_dw) = jax.device_get(jax.jit(plain_path)(x_YBTD, w_DV, target_YBT))
+    found = [difference("loss", loss, want_loss), difference("gradient of the hidden states", dx, want_dx)]
+    found.append(difference("gradient of the head", dw, want_dw))
+    return Part("loss at the head", found, "try another mesh")

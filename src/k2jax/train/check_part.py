@@ -1,0 +1,37 @@
+"""What every part of the start-up check shares: sizes, and what it gives to compare."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+HIDDEN, WIDTH = 256, 128  # as small as the accelerators' kernels take
+TOKENS, FEWEST = 128, 8  # of one device, the fewer the more devices there are
+ALL_TOKENS = 16_384  # about; the reference works on all of them on one device
+
+
+class Difference(NamedTuple):
+    """One array of the chosen path beside the reference's."""
+
+    name: str
+    error: float  # largest over all entries, in units of the reference's largest; inf where it is not finite
+
+
+class Part(NamedTuple):
+    """What was checked."""
+
+    chosen: str  # "exchange ring, grouped matmul ragged_dot"
+    differences: list[Difference]
+    remedy: str  # what a user may set instead
+
+
+def difference(name: str, got, want) -> Difference:
+    got, want = (np.asarray(a, np.float64) for a in (got, want))
+    error = np.abs(got - want).max() / max(np.abs(want).max(), 1e-30)
+    return Difference(name, float(error) if np.isfinite(error) else math.inf)
+
+
+def num_rows(mesh: jax.sharding.Mesh) -> int:
+    """Sequences, one to each group of devices that have different ones."""
+    return math.prod(mesh.shape[axis] for axis in ("replica", "fsdp", "expert"))
