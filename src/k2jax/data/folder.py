@@ -1,7 +1,8 @@
 """A folder on a local disk, `gs://`, `s3://` or any other place that TensorStore reaches, by its path or URL.
 
-Credentials are those of the environment: GOOGLE_APPLICATION_CREDENTIALS, AWS_PROFILE and the like. A place that does
-not answer is a UserError after half a minute, or two where it takes connections and is silent.
+Credentials are those of the environment: GOOGLE_APPLICATION_CREDENTIALS, AWS_PROFILE and the like; AWS_ENDPOINT_URL
+names another service that speaks S3. A place that does not answer is a UserError after half a minute, or two where it
+takes connections and is silent.
 """
 
 import functools
@@ -39,6 +40,21 @@ def _below(prefix: str) -> tensorstore.KvStore.KeyRange:
     return tensorstore.KvStore.KeyRange(prefix, prefix[:-1] + "0" if prefix else "")  # "0" comes after "/"
 
 
+def _variable(*names: str) -> str | None:
+    """The first environment variable of `names` that is not empty."""
+    return next((value for name in names if (value := os.environ.get(name))), None)
+
+
+def _remote_spec(url: str) -> dict:
+    """TensorStore's s3 driver does not look for a service other than Amazon's where the AWS SDKs do."""
+    spec = tensorstore.KvStore.Spec(url).to_json()
+    if spec["driver"] == "s3" and (endpoint := _variable("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")):
+        spec["endpoint"] = endpoint.rstrip("/")
+        if region := _variable("AWS_REGION", "AWS_DEFAULT_REGION"):  # else the server is asked, at Amazon's always
+            spec["aws_region"] = region
+    return spec
+
+
 class Folder:
     """Files by their names inside the folder. UserError where the URL is none or the place does not answer."""
 
@@ -54,12 +70,12 @@ class Folder:
     def __str__(self) -> str:
         return self.url
 
-    def spec(self, name: str = "") -> dict | str:
+    def spec(self, name: str = "") -> dict:
         """TensorStore's kvstore spec of a folder inside this one."""
         inside = f"{name}/" if name else ""
         if self.local is not None:
             return {"driver": "file", "path": f"{self.local.absolute()}/{inside}"}
-        return f"{self.url}/{inside}"
+        return _remote_spec(f"{self.url}/{inside}")
 
     def _wait(self, future, what: str):
         try:

@@ -345,6 +345,7 @@ class TokenStore:
         try:
             content = folder.read("manifest.json")
         except FileNotFoundError:
+            folder.names()  # where there is no bucket either, this is what says so
             rule = "is no token store, it has no manifest.json; make one with `k2jax prepare`"
             raise UserError(f"{self.path}: {rule}") from None
         self.digest = hashlib.sha256(content).hexdigest()
