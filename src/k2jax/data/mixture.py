@@ -6,7 +6,8 @@ that repeats and that spreads each source evenly. The n-th row that a source eve
 N under a key of its own for every pass. So rows, windows and counts come out of each other without any state.
 
 A plan is what a run keeps in timeline.json: a list of segments, JSON values,
-{"from_step", "path", "digest", "sources": {name: {"windows", "epochs", ...}}, "stages": [[start_tokens, {name: weight}]]}
+{"from_step", "path", "digest", "sources": {name: {"windows", "epochs", ...}},
+"stages": [[start_tokens, {name: weight}]], "validation_fractions": {name: that of its store, or None}}
 where `path` and `digest` say which stores were read.
 """
 

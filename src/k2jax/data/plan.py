@@ -9,7 +9,7 @@ from k2jax.data.batches import num_windows, too_few_validation
 from k2jax.data.corpus import Corpus, make_cut
 from k2jax.data.mixture import Timeline, make_timeline
 
-# What of a segment has to be the same for it to be the same mixture; the stores may move.
+# What of a segment has to be the same for it to be the same mixture; the stores may move, their digests cover the rest.
 _SAME = ("digest", "sources", "stages")
 
 
@@ -69,6 +69,7 @@ def make_segment(corpus: Corpus, config: Config) -> dict:
             for name, count in windows.items()
         },
         "stages": [list(pair) for pair in zip(starts, shares, strict=True)],
+        "validation_fractions": {name: corpus.store_of[name].validation_fraction for name in windows},
     }
 
 
@@ -152,6 +153,27 @@ def mixture_problems(timeline: Timeline, corpus: Corpus, config: Config) -> Iter
     yield from _repeat_problems(used, corpus, config.mixture.max_repeats)
 
 
+def _leak_problems(timeline: Timeline, corpus: Corpus, config: Config, step: int) -> Iterator[str]:
+    """Whether a document may be held out now that the first `step` steps trained on: see `corpus.open_data`."""
+    if config.data.validation_path is not None:
+        return
+    rows = timeline.counts(timeline.rows_before(step))
+    read = {key for key, count in zip(timeline.keys, rows, strict=True) if count}
+    trained = [
+        (fraction, name, part["path"])
+        for part in timeline.plan
+        for name, fraction in part.get("validation_fractions", {}).items()  # of which older plans know nothing
+        if fraction is not None and (name, part["sources"][name]["store"]) in read
+    ]
+    least, name, path = min(trained, default=(1, None, None))
+    for store in corpus.stores:
+        if store.validation_fraction is not None and store.validation_fraction > least:
+            found = f"{store.path} has {store.validation_fraction} and source {name!r} of {path} had {least}"
+            rule = f"a document that was trained on in the first {step} steps would be held out from now on"
+            mend = f"prepare it with at most {least}, or give held-out text as data.validation_path"
+            yield f"data.path: validation_fraction grows, {found}: {rule}; {mend}"
+
+
 def plan_run(
     corpus: Corpus, config: Config, past: list[dict] = (), step: int = 0, change: bool = False
 ) -> tuple[Timeline, list[str]]:
@@ -181,7 +203,7 @@ def plan_run(
     if not problems:
         plan, notes = continue_plan(list(past), segment, step, change)
         timeline = make_timeline(plan, config)
-        problems += mixture_problems(timeline, corpus, config)
+        problems += [*mixture_problems(timeline, corpus, config), *_leak_problems(timeline, corpus, config, step)]
     available = num_windows(corpus, "validation", length)
     problems += too_few_validation(available, config.train.eval_sequences, "train.eval_sequences")
     if problems:
