@@ -278,6 +278,8 @@ def test_import_refuses_to_overwrite(tmp_path, tensors):
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="run: exists"):
         import_hf(folder, tmp_path / "run", single_device_mesh())
+    with pytest.raises(UserError, match="^--to 's3://bucket/run': must be a folder, no URL"):
+        import_hf(folder, "s3://bucket/run", single_device_mesh())
 
 
 def test_import_that_fails_late_leaves_nothing(tmp_path, tensors, monkeypatch):

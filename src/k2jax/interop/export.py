@@ -15,7 +15,7 @@ from k2jax.interop.hf_config import hf_config
 from k2jax.interop.published import all_weights, published_names, published_shape, to_published
 from k2jax.interop.safetensor_files import NewTensor, write_tensors
 from k2jax.interop.tokenizer_files import tokenizer_files
-from k2jax.interop.whole_folder import whole_folder
+from k2jax.interop.whole_folder import must_be_new, whole_folder
 from k2jax.model.weights import Weight
 from k2jax.train.checkpoint import open_model_array, sound_step
 from k2jax.train.run_dir import read_config
@@ -55,13 +55,12 @@ def export_run(
     """Write step `step` (by default the newest) of a run to the new folder `to`; gives the step.
 
     rope: what config.json says of positions, by default what the step was trained with. The folder appears whole
-    or not at all. Memory: one tensor and the checkpoint chunks that it touches. Raises UserError where `to` exists,
-    the run has no sound checkpoint, or its network no published form.
+    or not at all. Memory: one tensor and the checkpoint chunks that it touches. Raises UserError where `to` exists
+    or is a URL, the run has no sound checkpoint, or its network no published form.
     """
+    must_be_new(to)  # before the checkpoint's files are looked through
     run_dir, to = Path(run_dir), Path(to)
     config = read_config(run_dir)
-    if to.exists():  # before the checkpoint's files are looked through
-        raise UserError(f"{to}: exists; give another --to, or move it away")
     step = sound_step(run_dir / "checkpoints", step)
     rope = rope or rope_after(config, step)
     if rope == "yarn" and config.model.rope.factor is None:

@@ -19,7 +19,7 @@ from k2jax.files import write_atomic
 from k2jax.interop.hf_config import model_config
 from k2jax.interop.published import SCALE, all_weights, published_names, published_shape, read_part
 from k2jax.interop.safetensor_files import StoredTensor, find_tensors
-from k2jax.interop.whole_folder import whole_folder
+from k2jax.interop.whole_folder import must_be_new, whole_folder
 from k2jax.model.transformer import Transformer, build_model
 from k2jax.model.weights import Weight
 from k2jax.sharding.names import AXES
@@ -220,11 +220,10 @@ def import_hf(directory: str | Path, run_dir: str | Path, mesh: jax.sharding.Mes
     """Make a run directory of a published checkpoint, with float32 parameters as its step 0; the config written to it.
 
     It can be generated from, evaluated and exported, and `train.init_from` begins a training with it. It appears whole
-    or not at all. Raises UserError as `load_hf` does, and where `run_dir` exists.
+    or not at all. Raises UserError as `load_hf` does, and where `run_dir` exists or is a URL.
     """
+    must_be_new(run_dir)
     run_dir = Path(run_dir)
-    if run_dir.exists():
-        raise UserError(f"{run_dir}: exists; give another --to, or move it away")
     found = open_published(directory, drop_mtp)
     _check_mesh(found.model, mesh)
     tokenizer, config = _tokenizer(found), _config_for(found, str(run_dir)).validate()

@@ -1,10 +1,12 @@
 """A folder that appears whole or not at all, and that never takes the place of anything."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from k2jax.checks import is_url
 from k2jax.config import UserError
 from k2jax.files import sync_folder
 
@@ -29,14 +31,21 @@ def _remove_leftover(aside: Path) -> None:
     _remove(aside)
 
 
+def must_be_new(target: str | Path) -> None:
+    """UserError where `target` is no place for a new folder."""
+    if is_url(target):
+        raise UserError(f"--to {str(target)!r}: must be a folder, no URL; copy it there when it is made")
+    if os.path.lexists(target):
+        raise UserError(f"{target}: exists; give another --to, or move it away")
+
+
 @contextlib.contextmanager
 def whole_folder(target: Path, word: str) -> Iterator[Path]:
     """Give a folder TARGET.WORD to be filled, which becomes `target` at the end, or is gone after an error.
 
-    Raises UserError where `target` exists, or where the disk does not take it.
+    Raises UserError as `must_be_new` does, or where the disk does not take it.
     """
-    if target.exists() or target.is_symlink():
-        raise UserError(f"{target}: exists; give another --to, or move it away")
+    must_be_new(target)
     aside = target.with_name(f"{target.name}.{word}")
     try:
         _remove_leftover(aside)
