@@ -90,6 +90,9 @@ def _parse_manifest(place: str, content: bytes) -> dict:
 def _file_problems(folder: Folder, files: dict) -> Iterator[str]:
     """What a look at the folder shows: no file is read. Sizes are seen on local disks alone."""
     found = {*folder.names()}
+    if not found:  # TensorStore's gcs driver takes a refusal for an empty list, but the manifest has been read
+        yield f"{folder}: its files cannot be listed; give the credentials the right to do so"
+        return
     for name, entry in files.items():
         if name not in found:
             yield f"{folder}/{name}: is missing; {_MEND}"
@@ -345,7 +348,7 @@ class TokenStore:
         try:
             content = folder.read("manifest.json")
         except FileNotFoundError:
-            folder.names()  # where there is no bucket either, this is what says so
+            folder.names()  # where there is no bucket either, s3 says so here alone
             rule = "is no token store, it has no manifest.json; make one with `k2jax prepare`"
             raise UserError(f"{self.path}: {rule}") from None
         self.digest = hashlib.sha256(content).hexdigest()
