@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from k2jax.config import KernelsConfig, UserError
+from k2jax.config import Config, DataConfig, KernelsConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig, UserError
 from k2jax.kernels.attention import Places
 from k2jax.kernels.grouped_matmul import grouped_matmul
 from k2jax.kernels.library import load_tokamax
 from k2jax.kernels.library_attention import library_attention
 from k2jax.model import attention as model_attention
+from k2jax.model.mla import keys_and_values
+from k2jax.sharding.mesh import make_mesh
 from k2jax.sharding.rules import spec
+from k2jax.train.optimizer import make_optimizer
+from k2jax.train.state import init_state
+from k2jax.train.step import Batch, make_train_step
 
 ROWS, GROUPS, WIDTH = 256, 4, 128  # the least that the kernel's tiles take
 SIZES = {"random": [100, 0, 56, 100], "rows_past_the_sum": [30, 90, 0, 60], "all_in_one": [0, 0, 256, 0]}
@@ -109,10 +114,6 @@ def attention_values(sequences, length=256, heads=2, nope=128, rope=64, value=12
 @pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 2)], ids=["one_device", "fsdp2_tensor2"])
 def test_attention_agrees_with_chunks(on_this_cpu, mesh_shape, monkeypatch):
     """Output, largest logits and all gradients of documents in rows, as `model/attention.py` calls it, on a mesh too."""
-    from k2jax.config import MeshConfig
-    from k2jax.model.mla import keys_and_values
-    from k2jax.sharding.mesh import make_mesh
-
     (q, latent, rope, key, value, dout), at = attention_values(2)
     monkeypatch.setattr(model_attention, "library_attention", on_this_cpu)
     mesh = make_mesh(MeshConfig(fsdp=mesh_shape[0], tensor=mesh_shape[1]), jax.devices()[: mesh_shape[0] * mesh_shape[1]])
@@ -137,6 +138,44 @@ def test_attention_agrees_with_chunks(on_this_cpu, mesh_shape, monkeypatch):
 
     for got, want in zip(run(KernelsConfig(attention="tokamax")), run(KernelsConfig()), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.kernels
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("axes", "remat"),
+    [({"fsdp": 2, "expert": 2, "tensor": 2}, "k2"), ({"stage": 2, "fsdp": 2}, "layer")],
+    ids=["mesh", "pipeline"],
+)
+def test_step_agrees_with_chunks(monkeypatch, axes, remat):
+    """Two whole training steps by splash, interpreted, and by chunks: the same loss, gradient norm and largest logits."""
+    monkeypatch.setattr(model_attention, "library_attention", partial(library_attention, interpret=True))
+    tokens = np.random.default_rng(0).integers(64, size=(2, 4, 256), dtype=np.int32)
+    place = np.broadcast_to(np.arange(256, dtype=np.int32) % 100, tokens.shape)
+    document = np.broadcast_to(np.arange(256, dtype=np.int32) // 100, tokens.shape)
+    model = ModelConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=5, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16,
+        qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, intermediate_size=64, moe_intermediate_size=16,
+        n_routed_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+
+    def run(attention):
+        config = Config(
+            model=model, mesh=MeshConfig(**axes), kernels=KernelsConfig(attention=attention),
+            optim=OptimConfig(ns_dtype="float32"), data=DataConfig(sequence_length=256, batch_sequences=8),
+            train=TrainConfig(num_microbatches=2, compute_dtype="float32", remat=remat),
+        ).validate()  # fmt: skip
+        mesh = make_mesh(config.mesh, jax.devices()[: np.prod([*axes.values()])])
+        with jax.set_mesh(mesh):
+            tx = make_optimizer(config, mesh)
+            state, step = init_state(config, tx), jax.jit(make_train_step(config, tx))
+            put = jax.device_put(Batch(tokens, tokens, place, document), jax.NamedSharding(mesh, spec("MBT")))
+            state, _ = step(state, put)
+            return jax.device_get(step(state, put)[1])
+
+    got, want = run("tokamax"), run("chunked")
+    for name in ("loss", "grad_norm", "max_logits"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("field", ["grouped_matmul", "attention"])
