@@ -17,7 +17,8 @@ from k2jax.data.corpus import open_corpus
 from k2jax.data.folder import Folder
 from k2jax.data.store_writer import PartWriter, TokenWriter, finished_part, merge_parts, split_of
 from k2jax.data.tokenizer import load_tokenizer, train_bpe
-from k2jax.data.tokens import CorruptStore, TokenStore
+from k2jax.data.manifest import CorruptStore
+from k2jax.data.tokens import TokenStore
 
 SIZES = {"shard_tokens": 64, "chunk_tokens": 16}
 DERIVED = {"web-rephrased": {"derived_from": "web", "variants": 2}}

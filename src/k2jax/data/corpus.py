@@ -5,7 +5,8 @@ import hashlib
 from k2jax.config import Config, UserError
 from k2jax.data.megatron import MegatronStore, is_megatron
 from k2jax.data.packing import Packing, Windows
-from k2jax.data.tokens import SPLITS, TokenStore
+from k2jax.data.manifest import SPLITS
+from k2jax.data.tokens import TokenStore
 
 class Corpus:
     """Stores opened together. streams: {split: {source: Stream}}. Every source has one name, in one store."""

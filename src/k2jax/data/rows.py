@@ -14,7 +14,8 @@ from k2jax.data.corpus import Corpus, make_cut
 from k2jax.data.fim import fill_in_middle
 from k2jax.data.mixture import Timeline
 from k2jax.data.permutation import mix
-from k2jax.data.tokens import CorruptStore, Stream
+from k2jax.data.manifest import CorruptStore
+from k2jax.data.tokens import Stream
 
 _TRIES = 64  # windows to look at in place of a bad one
 _STRIDE = 0.6180339887498949  # of the source: far from the damage, and in few steps everywhere

@@ -31,7 +31,8 @@ def _splash(q_BHSK, k_BHSK, v_BHSU, segment_BS, interpret: bool):
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, residual_checkpoint_name="attention_out",
         interpret=interpret,
     )  # fmt: skip
-    kernel = splash.make_splash_mha(masks.CausalMask((length, length)), config=config, save_residuals=True, q_seq_shards=1)
+    mask = masks.CausalMask((length, length))
+    kernel = splash.make_splash_mha(mask, config=config, save_residuals=True, q_seq_shards=1)
     segments = splash.base.SegmentIds(segment_BS, segment_BS)
     out_BHSU, stats = jax.vmap(lambda q, k, v, segment: kernel(q, k, v, segment_ids=segment))(
         q_BHSK, k_BHSK, v_BHSU, segments
@@ -43,11 +44,11 @@ def _gpu(q_BHSK, k_BHSK, v_BHSU, segment_BS, names: tuple[str, ...]):
     from tokamax._src.ops.attention import api, base
 
     mask = base.Mask(k_start=_first_of_segment(segment_BS)[:, None], is_causal=True)
-    errors = []
+    inputs, errors = [x.swapaxes(1, 2) for x in (q_BHSK, k_BHSK, v_BHSU)], []
     for name in names:  # as tokamax's own entry, which does not give the largest logits, tries them
         try:
             out_BSHU, (max_BHS, _) = api.IMPLEMENTATIONS[name](
-                *(x.swapaxes(1, 2) for x in (q_BHSK, k_BHSK, v_BHSU)), mask=mask, logits_scale=1.0, return_residuals=True
+                *inputs, mask=mask, logits_scale=1.0, return_residuals=True
             )
             return out_BSHU.swapaxes(1, 2), max_BHS
         except (KeyError, NotImplementedError) as error:

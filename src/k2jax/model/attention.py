@@ -43,7 +43,7 @@ def attention(
 
     make(*sources, *weights) -> keys, values as in `chunked_attention`. sources: arrays [B, T, ...]; weights: arrays
     [..., H, ...] whose dims are C, H and N or U. On a mesh sources are laid out as the residual stream is.
-    kernels.attention = "tokamax" is for queries and keys of the same tokens in order, each of which sees those before it.
+    kernels.attention = "tokamax" is for queries and keys of the same tokens in order, which see those before them.
     """
     chunk, sources, is_cut = chunk_tokens(k_at.index.shape[1], kernels), tuple(sources), on_mesh()
 

@@ -40,7 +40,8 @@ def _expert_values(model, mesh: jax.sharding.Mesh):
     """
     rng = np.random.default_rng(0)
     experts = model.n_routed_experts
-    shapes = {"gate": (experts, size.HIDDEN, size.WIDTH), "up": (experts, size.HIDDEN, size.WIDTH), "down": (experts, size.WIDTH, size.HIDDEN)}
+    wide, narrow = (experts, size.HIDDEN, size.WIDTH), (experts, size.WIDTH, size.HIDDEN)
+    shapes = {"gate": wide, "up": wide, "down": narrow}
     params = {name: rng.normal(0, shape[1] ** -0.5, shape).astype(np.float32) for name, shape in shapes.items()}
     rows = size.num_rows(mesh)
     tokens = min(size.TOKENS, max(size.FEWEST, size.ALL_TOKENS // mesh.size))
@@ -55,7 +56,8 @@ def check_experts(config: Config, mesh: jax.sharding.Mesh) -> Part | None:
     """The routed experts: exchange and grouped matmul. Without a bound on buffers, which drops rows by intent."""
     if config.model.first_k_dense_replace == config.model.num_hidden_layers:
         return None
-    model = dataclasses.replace(config.model, hidden_size=size.HIDDEN, moe_intermediate_size=size.WIDTH, n_shared_experts=0)
+    narrow = {"hidden_size": size.HIDDEN, "moe_intermediate_size": size.WIDTH, "n_shared_experts": 0}
+    model = dataclasses.replace(config.model, **narrow)
     kernels = dataclasses.replace(config.kernels, expert_buffer=None)
     graph, *_ = nnx.split(MoE(Stack(model, 0, 1, kernels)), Param, RouterBias)
     router = np.zeros((size.HIDDEN, model.n_routed_experts), np.float32)  # merged with the rest and not used
