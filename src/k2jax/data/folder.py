@@ -58,12 +58,12 @@ def _remote_spec(url: str) -> dict:
 class Folder:
     """Files by their names inside the folder. UserError where the URL is none or the place does not answer."""
 
-    def __init__(self, url):
+    def __init__(self, url, context: tensorstore.Context | None = None):
         self.url = str(url).rstrip("/")
         # A local folder is a Path too: its files are mapped and their sizes known without reading them.
         self.local = Path(self.url.removeprefix("file://")) if _is_local(self.url) else None
         try:
-            self._files = tensorstore.KvStore.open(self.spec(), context=shared_context()).result()
+            self._files = tensorstore.KvStore.open(self.spec(), context=context or shared_context()).result()
         except ValueError as error:
             raise UserError(f"{self.url}: is no folder that can be opened: {error}") from None
 

@@ -251,9 +251,9 @@ class TokenStore:
         self.manifest = parse_manifest(f"{self.path}/manifest.json", content)
         if problems := [*file_problems(folder, self.manifest["files"])]:
             raise CorruptStore(*problems)
-        self._files, recent = Checked(folder, self.manifest["files"]), Recent()
         resources = PATIENT | {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}}
         context, shard = tensorstore.Context(resources, parent=shared_context()), self.manifest["shard_tokens"]
+        self._files, recent = Checked(Folder(path, context), self.manifest["files"]), Recent()
         self.sources = self.manifest["sources"]
         self.streams = {split: {} for split in SPLITS}
         for split, (source, entry) in itertools.product(SPLITS, self.sources.items()):
