@@ -87,6 +87,14 @@ def test_what_is_held_out_is_said_to_be(run, capsys):
     assert "has this name or sha256" in capsys.readouterr().err
 
 
+def test_options_do_not_change_what_a_run_has_read(run, capsys):
+    folder, *_ = run
+    assert main(["audit", str(folder), "--step", "2", "--data.seed", "4", "--mixture.weights", "web=1"]) == 2
+    said = capsys.readouterr().err
+    for field in ("data.seed = 4: the run in", "mixture.weights = ('web=1',): the run in", "or give data.validation_path"):
+        assert field in said
+
+
 def test_held_out_elsewhere_and_names_that_look_like_a_sha256(run, capsys, tmp_path):
     folder, _, _ = run
     name = "0123456789abcdef01"

@@ -118,14 +118,15 @@ def test_sigkill_at_ten_moments(place, reference):
 def test_a_changed_config_is_refused_with_all_differences(place, reference):
     (place / "reference").rename(place / "run")
     try:
-        refused = train(place, "count", "--optim.learning-rate", "0.01", "--data.seed", "3", "--train.num-steps", "30")
+        refused = train(place, "count", "--optim.learning-rate", "0.01", "--data.seed", "3", "--train.num-steps", "3")
     finally:
         (place / "run").rename(place / "reference")
     assert refused.returncode == 2
     assert refused.stderr == (
-        "k2jax train: 2 problems\n"
+        "k2jax train: 3 problems\n"
         "  optim.learning_rate: the run in run has 0.02, now given 0.01; "
         "this may not change within a run; restore it, or give another train.run_dir\n"
         "  data.seed: the run in run has 0, now given 3; "
         "this may not change within a run; restore it, or give another train.run_dir\n"
+        "  train.num_steps = 3: the run in run has done 20 steps; give at least as many, or another train.run_dir\n"
     )

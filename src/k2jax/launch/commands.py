@@ -101,17 +101,32 @@ def plan(args, rest: list[str]) -> int:
     return 0
 
 
+_OF_PLACES = "data.validation_path", "data.index_dir", "data.tokenizer"
+
+
+def _config_of_run(folder: Path, rest: list[str]) -> Config:
+    """A run's own config. Options may say where files are now, and nothing that would change what the run has read."""
+    from k2jax.config import differences
+    from k2jax.train.run_dir import read_config
+
+    stored = read_config(folder)
+    config = override(stored, rest)
+    rule = f"an audit answers for the run as it is; leave it out, or give {' or '.join(_OF_PLACES)}"
+    if changed := {n: pair for n, pair in differences(stored, config).items() if n not in _OF_PLACES}:
+        raise UserError(*(f"{n} = {new!r}: the run in {folder} has {old!r}; {rule}" for n, (old, new) in changed.items()))
+    return config
+
+
 def _open_audit(args, rest: list[str]):
     """(config, reader) of a run directory, or of a config whose run has not begun."""
     from k2jax.data.corpus import open_corpus, open_data
     from k2jax.data.mixture import make_timeline
     from k2jax.data.plan import plan_run
     from k2jax.data.rows import RowReader
-    from k2jax.train.run_dir import read_config
     from k2jax.train.timeline_file import plan_paths, read_plan
 
     is_run = Path(args.run).is_dir()
-    config = override(read_config(Path(args.run)) if is_run else load_config(args.run), rest)
+    config = _config_of_run(Path(args.run), rest) if is_run else override(load_config(args.run), rest)
     plan = read_plan(Path(args.run) if is_run else Path(config.train.run_dir))
     if args.data is None and not plan:
         corpus = open_data(config)

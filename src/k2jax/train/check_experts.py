@@ -88,4 +88,4 @@ def check_experts(config: Config, mesh: jax.sharding.Mesh) -> Part | None:
     found += [difference("gradient of the scores", dscore, want_dscore)]
     found += [difference("number of rows", load.sum(), y.shape[0] * y.shape[1] * model.num_experts_per_tok)]
     remedy = "set kernels.exchange = 'dense' and kernels.grouped_matmul = 'ragged_dot'"
-    return Part(describe_experts(config, mesh), found, remedy)
+    return Part(describe_experts(dataclasses.replace(config, kernels=kernels), mesh), found, remedy)

@@ -68,15 +68,17 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
             f"--train.init-from {folder} and another train.run_dir"
         )
     changes = differences(read_config(folder), config)
-    fixed = {name: change for name, change in changes.items() if not name.startswith(FREE_ON_RESUME)}
-    if fixed:
-        rule = "this may not change within a run; restore it, or give another train.run_dir"
-        raise UserError(
-            *(
-                f"{name}: the run in {folder} has {old!r}, now given {new!r}; {rule}"
-                for name, (old, new) in fixed.items()
-            )
-        )
+    rule = "this may not change within a run; restore it, or give another train.run_dir"
+    problems = [
+        f"{name}: the run in {folder} has {old!r}, now given {new!r}; {rule}"
+        for name, (old, new) in changes.items()
+        if not name.startswith(FREE_ON_RESUME)
+    ]
+    if steps and config.train.num_steps < steps[-1]:  # what was done beyond it would be in no account
+        rule = f"the run in {folder} has done {steps[-1]} steps; give at least as many, or another train.run_dir"
+        problems.append(f"train.num_steps = {config.train.num_steps}: {rule}")
+    if problems:
+        raise UserError(*problems)
     return changes
 
 
