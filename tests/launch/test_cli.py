@@ -1,5 +1,6 @@
 """What a user's mistakes look like: one clear message, exit code 2, no traceback, nothing written."""
 
+import re
 import resource
 import subprocess
 import sys
@@ -78,6 +79,22 @@ def test_none_is_off_but_a_choice_where_it_is_one():
     given = ["--train.remat", "none", "--optim.qk-clip-tau", "None", "--train.eval-every=none", "--data.path", "none"]
     values = {"train.remat": "none", "optim.qk_clip_tau": None, "train.eval_every": None, "data.path": "none"}
     assert read_overrides(given) == (values, [])
+
+
+def test_lists_are_joined_by_commas(place, capsys):
+    given = ["--stages.start-tokens", "0,7680", "--mixture.weights", "code=5 man=3,code=1 man=8"]
+    values = {"stages.start_tokens": (0, 7680), "mixture.weights": ("code=5 man=3", "code=1 man=8")}
+    assert read_overrides(given) == (values, [])
+    arguments = ("--stages.start-tokens", "0", "7680", "--stages.rope", "plain yarn", "--data.fim-tokens", "1,x")
+    assert read_overrides([*arguments])[1] == [
+        "7680: stands alone; arguments are pairs --section.field value, the values of a list joined by commas",
+        "stages.rope = 'plain yarn': must be a list, each one of 'plain', 'yarn', joined by commas",
+        "data.fim_tokens = '1,x': must be a list, each an integer or None, joined by commas",
+    ]
+    assert main(["train", MICRO, "--help"]) == 0
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "--stages.start-tokens INT[,INT ...]" in shown and "--stages.rope {plain,yarn}[,{plain,yarn} ...]" in shown
+    assert "{None}|{INT[,INT ...]}" in shown
 
 
 def test_config_files_that_are_none(place, capsys):

@@ -26,8 +26,30 @@ def load_config(path: str) -> Config:
     return config
 
 
+def _with_lists():
+    """Tyro's rules, but a list is one argument, its values joined by commas: read so, and shown so by --help."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if typing.get_origin(info.type) is not tuple:
+            return None
+        one = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(typing.get_args(info.type)[0], set()))
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=f"{one.metavar}[,{one.metavar} ...]",
+            instance_from_str=lambda args: tuple(one.instance_from_str([value]) for value in args[0].split(",")),
+            is_instance=lambda values: isinstance(values, tuple),
+            str_from_instance=lambda values: [",".join(one.str_from_instance(value)[0] for value in values)],
+        )
+
+    return registry
+
+
 def _parse_value(kind: object, text: str) -> object:
-    """`text` as a value of a field's type, as tyro reads it, lists with commas; raises ValueError."""
+    """`text` as a value of a field's type, as tyro reads it; raises ValueError."""
     import tyro  # 0.1 s, and only needed where something is overridden
 
     if kind is str:
@@ -35,12 +57,15 @@ def _parse_value(kind: object, text: str) -> object:
     if text.lower() == "none" and NoneType in typing.get_args(kind):  # train.remat has a "none" of its own
         text = "None"
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            is_list = tuple in map(typing.get_origin, (kind, *typing.get_args(kind)))  # or a list or None
-            args = text.split(",") if is_list else [text]
-            return tyro.cli(kind, args=args, console_outputs=False)
+        with contextlib.redirect_stderr(io.StringIO()), _with_lists():
+            return tyro.cli(kind, args=[text], console_outputs=False)
     except SystemExit:
         raise ValueError(text) from None
+
+
+def _describe_text(kind: object) -> str:
+    commas = ", joined by commas" if tuple in map(typing.get_origin, (kind, *typing.get_args(kind))) else ""
+    return describe_type(kind) + commas
 
 
 def read_overrides(arguments: list[str]) -> tuple[dict[str, object], list[str]]:
@@ -50,19 +75,20 @@ def read_overrides(arguments: list[str]) -> tuple[dict[str, object], list[str]]:
     while rest:
         name = rest.pop(0)
         if not name.startswith("--"):
-            problems.append(f"{name}: stands alone; arguments are pairs --section.field value")
+            rule = "arguments are pairs --section.field value, the values of a list joined by commas"
+            problems.append(f"{name}: stands alone; {rule}")
             continue
         field = name[2:].replace("-", "_")
         value = rest.pop(0) if rest and not rest[0].startswith("--") else None
         if field not in types:
             problems.append(unknown_field(field))
         elif value is None:
-            problems.append(f"{field}: needs a value, {describe_type(types[field])}")
+            problems.append(f"{field}: needs a value, {_describe_text(types[field])}")
         else:
             try:
                 values[field] = _parse_value(types[field], value)
             except ValueError:
-                problems.append(f"{field} = {value!r}: must be {describe_type(types[field])}")
+                problems.append(f"{field} = {value!r}: must be {_describe_text(types[field])}")
     return values, problems
 
 
@@ -86,5 +112,5 @@ def print_fields(config: Config, prog: str) -> None:
     """All fields with their types and the values that `config` gives them."""
     import tyro
 
-    with contextlib.suppress(SystemExit):
+    with contextlib.suppress(SystemExit), _with_lists():
         tyro.cli(Config, default=config, args=["--help"], prog=prog, config=(tyro.conf.FlagConversionOff,))
