@@ -314,15 +314,15 @@ def test_training_begins_from_an_import_and_does_not_resume_it(tmp_path, monkeyp
     assert main([*arguments, "--train.init-from", "imported", "--model.q-lora-rank", "8"]) == 2
     assert "model.q_lora_rank = 8: must be 16, as train.init_from = 'imported' has" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    begin = [*arguments, "--train.init-from", "imported", "--train.num-steps", "1", "--train.eval-every", "none"]
-    assert main([*begin, "--checkpoint.keep-last", "5"]) == 0
+    begin = [*arguments, "--train.init-from", "imported", "--train.eval-every", "none", "--checkpoint.keep-last", "5"]
+    assert main([*begin, "--train.num-steps", "1"]) == 0
     first = load_run("run", 0).state.params
     np.testing.assert_array_equal(first["head"], tensors["lm_head.weight"].T)
     up = tensors["model.layers.1.mlp.experts.2.up_proj.weight"].T
     np.testing.assert_array_equal(first["moe"]["ffn"]["up"][0, 2], up)
     assert not np.array_equal(load_run("run", 1).state.params["head"], first["head"])
     shutil.rmtree("imported")
-    assert main([*begin, "--checkpoint.keep-last", "5", "--train.num-steps", "2"]) == 0  # needs its source no more
+    assert main([*begin, "--train.num-steps", "2"]) == 0  # needs its source no more
 
 
 def test_unsafe_names_do_not_leave_the_folder(tmp_path, capsys, tensors):

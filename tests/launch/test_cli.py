@@ -97,6 +97,14 @@ def test_lists_are_joined_by_commas(place, capsys):
     assert "{None}|{INT[,INT ...]}" in shown
 
 
+def test_an_option_given_twice_is_refused():
+    given = ["--data.seed", "1", "--train.run-dir", "a", "--data.seed=2", "--train.run_dir", "a"]
+    assert read_overrides(given)[1] == [
+        "data.seed: given twice, as '1' and as '2'; give it once",
+        "train.run_dir: given twice, as 'a' and as 'a'; give it once",
+    ]
+
+
 def test_config_files_that_are_none(place, capsys):
     (place / "empty.py").write_text("x = 1\n")
     (place / "broken.py").write_text("def config(:\n")

@@ -70,7 +70,7 @@ def _describe_text(kind: object) -> str:
 
 def read_overrides(arguments: list[str]) -> tuple[dict[str, object], list[str]]:
     """({"section.field": value}, problems) of `--section.field value` (or `--section.field=value`) arguments."""
-    types, values, problems = field_types(), {}, []
+    types, texts, values, problems = field_types(), {}, {}, []
     rest = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--") and "=" in a else [a])]
     while rest:
         name = rest.pop(0)
@@ -84,7 +84,10 @@ def read_overrides(arguments: list[str]) -> tuple[dict[str, object], list[str]]:
             problems.append(unknown_field(field))
         elif value is None:
             problems.append(f"{field}: needs a value, {_describe_text(types[field])}")
+        elif field in texts:
+            problems.append(f"{field}: given twice, as {texts[field]!r} and as {value!r}; give it once")
         else:
+            texts[field] = value
             try:
                 values[field] = _parse_value(types[field], value)
             except ValueError:
