@@ -158,6 +158,9 @@ def test_for_people_and_refusals(run, capsys):
         (["--document", "nobody"], "no document of"),
         (["--tokens", "--until", "-3"], "--until -3: must be at least 0"),
         (["--step", "1", "--place", "99"], "--place 99: a batch has rows 0 to"),
+        (["--tokens", "--place", "3"], "--place 3: goes with --step alone"),
+        (["--step", "1", "--until", "3"], "--until 3: does not go with --step"),
+        (["--place", "3", "--until", "-3"], "3 problems\n"),
         ([], "give one of --step N, --document ID and --tokens"),
         (["--step", "1", "--tokens"], "give one of"),
     ):

@@ -145,14 +145,25 @@ def _open_held_out(config: Config):
     return data.validation_path and open_corpus(data.validation_path, data.tokenizer, data.index_dir)
 
 
+def _check_audit(args) -> None:
+    problems = []
+    if [args.step is not None, args.document is not None, args.tokens].count(True) != 1:
+        problems.append("audit: give one of --step N, --document ID and --tokens")
+    if args.place is not None and args.step is None:
+        problems.append(f"--place {args.place}: goes with --step alone, a row of whose batch it is")
+    if args.until is not None and args.step is not None:
+        problems.append(f"--until {args.until}: does not go with --step, which is one step; drop one of them")
+    if args.until is not None and args.until < 0:
+        problems.append(f"--until {args.until}: must be at least 0, a number of steps")
+    if problems:
+        raise UserError(*problems)
+
+
 def audit(args, rest: list[str]) -> int:
     """Print what the timeline of a run says of steps, documents and sources."""
     from k2jax.data import audit as audits
 
-    if [args.step is not None, args.document is not None, args.tokens].count(True) != 1:
-        raise UserError("audit: give one of --step N, --document ID and --tokens")
-    if args.until is not None and args.until < 0:
-        raise UserError(f"--until {args.until}: must be at least 0, a number of steps")
+    _check_audit(args)
     config, reader = _open_audit(args, rest)
     if args.place is not None and not 0 <= args.place < config.data.batch_sequences:
         raise UserError(f"--place {args.place}: a batch has rows 0 to {config.data.batch_sequences - 1}")
