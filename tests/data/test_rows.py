@@ -234,8 +234,7 @@ def test_an_unknown_id_stops_the_run_with_its_place(tmp_path):
         take(damaged(tmp_path), 20)
 
 
-def flip(folder):
-    path = Path(folder) / "train/web/00000/tokens/c/1"
+def flip(path):
     content = bytearray(path.read_bytes())
     content[5] ^= 1
     path.write_bytes(content)
@@ -243,7 +242,7 @@ def flip(folder):
 
 def test_bad_rows_are_replaced_alike_everywhere_and_entered(tmp_path):
     config = damaged(tmp_path, data__max_bad_rows=500)
-    flip(config.data.path)
+    flip(Path(config.data.path) / "train/web/00000/tokens/c/1")
     whole = take(config, 8)
     for count in (2, 3):
         shares = [take(config, 8, 0, places) for places in np.split(np.arange(B), count)]
@@ -275,6 +274,18 @@ def test_bad_rows_are_replaced_alike_everywhere_and_entered(tmp_path):
     with pytest.raises(RunFailed, match="3 bad rows by step .*: source web, .*data.max_bad_rows = 2 were allowed"):
         for step, batch in enumerate(whole):
             small.enter(step, batch["replaced"])
+
+
+def test_a_source_that_is_bad_everywhere_says_why(tmp_path):
+    config = damaged(tmp_path, data__max_bad_rows=500)
+    for path in Path(config.data.path).glob("train/web/*/tokens/c/*"):
+        flip(path)
+    corpus = open_data(config)
+    reader = RowReader(corpus, plan_run(corpus, config)[0], config)
+    size = int(reader.timeline.windows[0])
+    looked = rf"all {min(size, 64)} windows that were looked at, of {size}, are bad: a source whose one shard"
+    with pytest.raises(BadRow, match=rf"^source web, window 7, .*train/web/0000./tokens/c/\d: sha256 is .*; {looked}"):
+        reader.replacement(0, 7)
 
 
 def damaged_budget(config, rows):

@@ -137,15 +137,19 @@ class RowReader:
     def replacement(self, source: int, window: int) -> int:
         """The window that is read in place of a bad one. BadRow where many are bad."""
         size = int(self.timeline.windows[source])
-        stride = max(1, int(size * _STRIDE))
-        for number in range(1, _TRIES):
+        stride, bad = max(1, int(size * _STRIDE)), {}
+        for number in range(_TRIES):  # the first is the window itself, for its cause
             other = (window + number * stride) % size
             try:
                 self.read_window(source, other)
-                return other
-            except BadRow:
-                continue
-        raise BadRow(f"{self._describe(source, window, 0)}: {_TRIES} windows in its place are bad too")
+            except BadRow as error:
+                bad.setdefault(other, str(error))
+            else:
+                if number:
+                    return other
+        rule = "a source whose one shard is damaged cannot be replaced within itself; mend the store"
+        looked = f"all {len(bad)} windows that were looked at, of {size}, are bad"
+        raise BadRow(f"{next(iter(bad.values()))}; {looked}: {rule}")
 
     def read_rows(self, rows: np.ndarray) -> tuple[Row, np.ndarray]:
         """(Row of arrays [rows, ...], int64 [rows] the windows that replaced theirs, or -1) of rows of the data."""
