@@ -40,7 +40,7 @@ def check(config, mesh):
 )
 def test_it_passes_and_says_what_and_how_long(tiny, mesh_of, axes, kernels, dtype):
     line = check(config_of(tiny, dtype, **kernels), mesh_of(**axes))
-    assert kernels.get("grouped_matmul", "blocked") in line and line.endswith(" s") and "room for" not in line
+    assert kernels.get("grouped_matmul", "blocked") in line and line.endswith(" s") and "balanced loads" not in line
     assert ("ring x 4" in line) == ("exchange" in kernels)
 
 
