@@ -34,7 +34,7 @@ def interpreted(monkeypatch):
 
     kernel = pallas_mosaic_tpu.PallasMosaicTpuRaggedDot
     monkeypatch.setattr(kernel, "supported_on", lambda self, device: True)
-    v5p = lambda: tpu_info._get_tpu_info_impl(tpu_info.ChipVersion.TPU_V5P, 1)  # noqa: E731
+    v5p = lambda: tpu_info.get_tpu_info_for_chip(tpu_info.ChipVersion.TPU_V5P, 1)  # noqa: E731
     monkeypatch.setitem(tpu_info.registry, "cpu", v5p)
     implementations = dict(api.IMPLEMENTATIONS) | {"mosaic_tpu": kernel(interpret=True)}
     monkeypatch.setattr(api, "IMPLEMENTATIONS", implementations)

@@ -65,7 +65,7 @@ def test_grouped_matmul_compiles(monkeypatch):
     # tokamax asks the machine that it is on, not the one that it is compiled for
     kernel = pallas_mosaic_tpu.PallasMosaicTpuRaggedDot
     monkeypatch.setattr(kernel, "supported_on", lambda self, device: True)
-    v5p = lambda: tpu_info._get_tpu_info_impl(tpu_info.ChipVersion.TPU_V5P, 1)  # noqa: E731
+    v5p = lambda: tpu_info.get_tpu_info_for_chip(tpu_info.ChipVersion.TPU_V5P, 1)  # noqa: E731
     monkeypatch.setitem(tpu_info.registry, "cpu", v5p)
     monkeypatch.setattr(api, "IMPLEMENTATIONS", dict(api.IMPLEMENTATIONS) | {"mosaic": kernel(), "mosaic_tpu": kernel()})
 
