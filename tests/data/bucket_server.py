@@ -1,22 +1,18 @@
-"""A small server on loopback that speaks enough of S3 or GCS for TensorStore: a folder's folders are its buckets.
+"""A small server on loopback that speaks enough of S3 or GCS for TensorStore: a folder's folders are its buckets."""
 
-It stops by itself: with the `with` block, and its threads with the process.
-"""
-
-import contextlib
 import hashlib
-import http.server
 import json
 import re
-import threading
 from urllib.parse import parse_qsl, unquote
 from xml.sax.saxutils import escape
+
+import loopback
 
 KEY = "of-the-test"
 PAGE = 5  # names in an answer to a listing: a store takes several
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(loopback.Handler):
     """What the two have in common."""
 
     protocol_version, wbufsize = "HTTP/1.1", -1  # in one packet: a second would wait for the first's receipt
@@ -67,17 +63,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(content)
         return content
-
-    def answer(self, status, content, headers):
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": len(content)}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command != "HEAD" and status not in (204, 304):
-            self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
 
 
 class S3(Handler):
@@ -170,23 +155,6 @@ class GCS(Handler):
         self.answer(status, json.dumps({"error": {"code": status, "message": code}}).encode(), {})
 
 
-class Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request, client_address):
-        """A client that has gone is no news."""
-
-
-@contextlib.contextmanager
 def serve(root, handler):
     """(url, asked): the server's address, and (method, bucket, key, ...) of what it is asked."""
-    server = Server(("127.0.0.1", 0), handler)
-    server.root, server.asked, server.lock = root, [], threading.Lock()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", server.asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return loopback.serve(handler, root=root)

@@ -1,13 +1,11 @@
-"""A small server on loopback that speaks the OpenAI protocol: it rewrites by rule, judges, and fails on demand.
-
-It stops by itself: with the `with` block, and its threads with the process.
-"""
+"""A small server on loopback that speaks the OpenAI protocol: it rewrites by rule, judges, and fails on demand."""
 
 import contextlib
-import http.server
 import json
 import re
 import threading
+
+import loopback
 
 
 def rewrite(text):
@@ -21,7 +19,7 @@ def between(tag, text):
     return match and match[1]
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(loopback.Handler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         asked = self.server.asked
@@ -36,16 +34,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             choice = {"message": {"content": reply}, "finish_reason": "stop"}
             self.answer(200, json.dumps({"choices": [choice]}).encode(), {})
 
-    def answer(self, status, content, headers):
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": len(content)}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
 
 def usual(number, body):
     """Rewrites, and finds every rewrite faithful but one that speaks of dragons."""
@@ -55,26 +43,11 @@ def usual(number, body):
     return rewrite(between("text", user))
 
 
-class Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request, client_address):
-        """A client that was killed, or has given up, is no news."""
-
-
 @contextlib.contextmanager
 def serve(reply=usual):
     """(url, asked): the server's address and the list of what it is asked."""
-    server = Server(("127.0.0.1", 0), Handler)
-    server.reply, server.asked, server.lock = reply, [], threading.Lock()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", server.asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with loopback.serve(Handler, reply=reply) as (url, asked):
+        yield f"{url}/v1", asked
 
 
 def slow(seconds):

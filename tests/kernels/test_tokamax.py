@@ -26,18 +26,8 @@ SIZES = {"random": [100, 0, 56, 100], "rows_past_the_sum": [30, 90, 0, 60], "all
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    """tokamax takes its TPU kernel on this CPU, interpreted, and looks up v5p's tiles."""
-    load_tokamax("grouped_matmul")
-    from jax._src.pallas.mosaic import tpu_info
-    from tokamax._src.ops.ragged_dot import api, pallas_mosaic_tpu
-
-    kernel = pallas_mosaic_tpu.PallasMosaicTpuRaggedDot
-    monkeypatch.setattr(kernel, "supported_on", lambda self, device: True)
-    v5p = lambda: tpu_info.get_tpu_info_for_chip(tpu_info.ChipVersion.TPU_V5P, 1)  # noqa: E731
-    monkeypatch.setitem(tpu_info.registry, "cpu", v5p)
-    implementations = dict(api.IMPLEMENTATIONS) | {"mosaic_tpu": kernel(interpret=True)}
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", implementations)
+def interpreted(use_v5p_ragged_dot):
+    use_v5p_ragged_dot(interpret=True)
 
 
 @pytest.mark.kernels

@@ -38,7 +38,7 @@ def compile_gradient(function, mesh, dims, shapes, dtypes) -> str:
     return lowered.as_text()
 
 
-def test_attention_compiles(capsys):
+def test_attention_compiles():
     """64 heads of 192 / 128 over tensor 4, a sequence of 4,096 tokens to each of fsdp 16: one call each way."""
     load_tokamax("attention")
     mesh, tokens = make_v5p_mesh(fsdp=16, tensor=4), (16, 4096)
@@ -56,18 +56,9 @@ def test_attention_compiles(capsys):
     assert text.count(KERNEL_CALLS) == 2
 
 
-def test_grouped_matmul_compiles(monkeypatch):
+def test_grouped_matmul_compiles(use_v5p_ragged_dot):
     """Rows of 16,384 choices through 6 experts of 7168 x 2048, gate and up at once."""
-    load_tokamax("grouped_matmul")
-    from jax._src.pallas.mosaic import tpu_info
-    from tokamax._src.ops.ragged_dot import api, pallas_mosaic_tpu
-
-    # tokamax asks the machine that it is on, not the one that it is compiled for
-    kernel = pallas_mosaic_tpu.PallasMosaicTpuRaggedDot
-    monkeypatch.setattr(kernel, "supported_on", lambda self, device: True)
-    v5p = lambda: tpu_info.get_tpu_info_for_chip(tpu_info.ChipVersion.TPU_V5P, 1)  # noqa: E731
-    monkeypatch.setitem(tpu_info.registry, "cpu", v5p)
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", dict(api.IMPLEMENTATIONS) | {"mosaic": kernel(), "mosaic_tpu": kernel()})
+    use_v5p_ragged_dot()
 
     def loss(x, gate, up, scale, sizes):
         y = jax.shard_map(
