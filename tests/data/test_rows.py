@@ -285,7 +285,7 @@ def test_a_source_that_is_bad_everywhere_says_why(tmp_path):
     size = int(reader.timeline.windows[0])
     looked = rf"all {min(size, 64)} windows that were looked at, of {size}, are bad: a source whose one shard"
     with pytest.raises(BadRow, match=rf"^source web, window 7, .*train/web/0000./tokens/c/\d: sha256 is .*; {looked}"):
-        reader.replacement(0, 7)
+        reader._read(0, 0, 7)
 
 
 def damaged_budget(config, rows):

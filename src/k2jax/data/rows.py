@@ -12,9 +12,9 @@ import numpy as np
 from k2jax.config import Config, UserError
 from k2jax.data.corpus import Corpus, make_cut
 from k2jax.data.fim import fill_in_middle
+from k2jax.data.manifest import CorruptStore
 from k2jax.data.mixture import Timeline
 from k2jax.data.permutation import mix
-from k2jax.data.manifest import CorruptStore
 from k2jax.data.tokens import Stream
 
 _TRIES = 64  # windows to look at in place of a bad one
@@ -134,22 +134,21 @@ class RowReader:
             named = "a document whose name cannot be read"
         return f"source {self.timeline.names[source]}, window {window}, token {token}, {named}"
 
-    def replacement(self, source: int, window: int) -> int:
-        """The window that is read in place of a bad one. BadRow where many are bad."""
+    def _replace(self, source: int, window: int, why: str) -> tuple[tuple[np.ndarray, np.ndarray], int]:
+        """(`read_window`, its number) of the window in place of one that is bad for the reason `why`.
+
+        BadRow where many are bad.
+        """
         size = int(self.timeline.windows[source])
-        stride, bad = max(1, int(size * _STRIDE)), {}
-        for number in range(_TRIES):  # the first is the window itself, for its cause
+        stride, bad = max(1, int(size * _STRIDE)), {window}
+        for number in range(1, _TRIES):
             other = (window + number * stride) % size
             try:
-                self.read_window(source, other)
-            except BadRow as error:
-                bad.setdefault(other, str(error))
-            else:
-                if number:
-                    return other
+                return self.read_window(source, other), other
+            except BadRow:
+                bad.add(other)
         rule = "a source whose one shard is damaged cannot be replaced within itself; mend the store"
-        looked = f"all {len(bad)} windows that were looked at, of {size}, are bad"
-        raise BadRow(f"{next(iter(bad.values()))}; {looked}: {rule}")
+        raise BadRow(f"{why}; all {len(bad)} windows that were looked at, of {size}, are bad: {rule}")
 
     def read_rows(self, rows: np.ndarray) -> tuple[Row, np.ndarray]:
         """(Row of arrays [rows, ...], int64 [rows] the windows that replaced theirs, or -1) of rows of the data."""
@@ -177,8 +176,7 @@ class RowReader:
             if not self.data.max_bad_rows:
                 rule = "mend the store, or let data.max_bad_rows rows be replaced"
                 raise BadRow(f"row {row}: {error}; {rule}") from None
-            replaced = self.replacement(source, window)
-            return self.read_window(source, replaced), replaced
+            return self._replace(source, window, str(error))
 
     def _fill_in_middle(self, rows: list[int], tokens: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         width, changed = len(tokens) // len(rows), []
