@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from k2jax.config import Config, MeshConfig
+from k2jax.config import Config
 from k2jax.kernels.attention import Places
 from k2jax.kernels.library_attention import TILE
 from k2jax.model.attention import attention
 from k2jax.model.mla import keys_and_values
-from k2jax.sharding.mesh import make_mesh
 from k2jax.sharding.rules import place, whole
-from k2jax.train.check_part import Part, difference, num_rows
+from k2jax.train.check_part import Part, difference, num_rows, on_one_device
 
 LATENT, CHUNK = 64, 64
 DIMS = "BHSK", "BT", "BT", "CHN", "CHN"  # of the arguments: queries, latents, rotary keys, what makes keys and values
@@ -71,8 +70,7 @@ def check_attention(config: Config, mesh: jax.sharding.Mesh) -> Part:
         return out_BHSU, max_H, *pull(dout_BHSU)
 
     got = jax.device_get(jax.jit(chosen_path)(at, arguments, dout_BHSU))
-    with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices()[:1])), jax.default_matmul_precision("highest"):
-        want = jax.device_get(jax.jit(plain_path)(at, arguments, dout_BHSU))
+    want = on_one_device(plain_path, at, arguments, dout_BHSU)
     gradients = [f"gradient of {name}" for name in ("queries", "latents", "rotary keys", "key weights", "value weights")]
     names = ["attention's output", "largest logits", *gradients]
     remedy = "set kernels.attention = 'chunked'" if kernels.attention == "tokamax" else "try another mesh"

@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from k2jax.config import Config, MeshConfig
+from k2jax.config import Config
 from k2jax.model.moe import MoE, choose_experts
 from k2jax.model.weights import Param, RouterBias, Stack
-from k2jax.sharding.mesh import make_mesh
 from k2jax.sharding.rules import place, whole
 from k2jax.train import check_part as size
 from k2jax.train.banner import describe_experts
-from k2jax.train.check_part import Part, difference
+from k2jax.train.check_part import Part, difference, on_one_device
 
 
 def _dense_experts(params, x_BTD, score_BTX, bias_X, model) -> jax.Array:
@@ -80,9 +79,7 @@ def check_experts(config: Config, mesh: jax.sharding.Mesh) -> Part | None:
         return y_BTD, *pull(dy_BTD)
 
     y, dparams, dx, dscore, load = jax.device_get(jax.jit(chosen_path)(arguments, dy_BTD))
-    here = make_mesh(MeshConfig(), jax.local_devices()[:1])
-    with jax.set_mesh(here), jax.default_matmul_precision("highest"):
-        want_y, want_dparams, want_dx, want_dscore = jax.device_get(jax.jit(dense_path)(arguments, dy_BTD))
+    want_y, want_dparams, want_dx, want_dscore = on_one_device(dense_path, arguments, dy_BTD)
     found = [difference("output", y, want_y), difference("gradient of the tokens", dx, want_dx)]
     found += [difference(f"gradient of {name}", dparams[name], want_dparams[name]) for name in sorted(dparams)]
     found += [difference("gradient of the scores", dscore, want_dscore)]

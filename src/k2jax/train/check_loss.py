@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from k2jax.config import Config, MeshConfig
+from k2jax.config import Config
 from k2jax.kernels.cross_entropy import cross_entropy_sum
 from k2jax.model.head import head_loss
-from k2jax.sharding.mesh import make_mesh
 from k2jax.sharding.rules import place, whole
 from k2jax.train import check_part as size
-from k2jax.train.check_part import Part, difference
+from k2jax.train.check_part import Part, difference, on_one_device
 
 IDS = 384  # of each shard
 
@@ -38,8 +37,7 @@ def check_loss(config: Config, mesh: jax.sharding.Mesh) -> Part:
         return jax.value_and_grad(lambda x, w: cross_entropy_sum(x @ w, target_YBT), (0, 1))(x_YBTD, w_DV)
 
     loss, (dx, dw) = jax.device_get(jax.jit(chosen_path)(x_YBTD, w_DV, target_YBT))
-    with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices()[:1])), jax.default_matmul_precision("highest"):
-        want_loss, (want_dx, want_dw) = jax.device_get(jax.jit(plain_path)(x_YBTD, w_DV, target_YBT))
+    want_loss, (want_dx, want_dw) = on_one_device(plain_path, x_YBTD, w_DV, target_YBT)
     found = [difference("loss", loss, want_loss), difference("gradient of the hidden states", dx, want_dx)]
     found.append(difference("gradient of the head", dw, want_dw))
     return Part("loss at the head", found, "try another mesh")

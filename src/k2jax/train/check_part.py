@@ -1,10 +1,14 @@
 """What every part of the start-up check shares: sizes, and what it gives to compare."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import numpy as np
+
+from k2jax.config import MeshConfig
+from k2jax.sharding.mesh import make_mesh
 
 HIDDEN, WIDTH = 256, 128  # as small as the accelerators' kernels take
 TOKENS, FEWEST = 128, 8  # of one device, the fewer the more devices there are
@@ -35,3 +39,9 @@ def difference(name: str, got, want) -> Difference:
 def num_rows(mesh: jax.sharding.Mesh) -> int:
     """Sequences, one to each group of devices that have different ones."""
     return math.prod(mesh.shape[axis] for axis in ("replica", "fsdp", "expert"))
+
+
+def on_one_device(reference: Callable, *arguments):
+    """reference(*arguments) as NumPy arrays, by one device of this process and with matmuls in full."""
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices()[:1])), jax.default_matmul_precision("highest"):
+        return jax.device_get(jax.jit(reference)(*arguments))
