@@ -5,7 +5,8 @@
 Ours has MuonClip, QK-Clip, the router's balancing and all metrics; theirs Muon and AdamW (comparators/torch_muon.py).
 Each runs in a process of its own, compiled and warm; then they take turns of a few steps, so that all see the same
 machine. The first step of a turn is not counted: in training a step follows a step, while here it would pay for memory
-that the system took back during the others' turns. Same shapes, 8 x 512 tokens of a vocabulary of 4,096. Exits with 1 where a bound is missed.
+that the system took back during the others' turns. Same shapes, 8 x 512 tokens of a vocabulary of 4,096. Exits with 1
+where a bound is missed.
 """
 
 import argparse

@@ -14,10 +14,10 @@ from k2jax.data import folder as module
 from k2jax.data.batches import train_batches, validation_batches
 from k2jax.data.corpus import open_corpus
 from k2jax.data.folder import Folder
+from k2jax.data.manifest import CorruptStore
 from k2jax.data.plan import plan_run
 from k2jax.data.store_writer import TokenWriter
 from k2jax.data.tokenizer import load_tokenizer
-from k2jax.data.manifest import CorruptStore
 from k2jax.data.tokens import TokenStore
 from k2jax.launch.cli import main
 

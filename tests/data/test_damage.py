@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from k2jax.data import tokens as module
+from k2jax.data.manifest import CorruptStore
 from k2jax.data.store_writer import PartWriter, merge_parts
 from k2jax.data.tokenizer import load_tokenizer
-from k2jax.data.manifest import CorruptStore
 from k2jax.data.tokens import TokenStore
 
 

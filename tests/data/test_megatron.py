@@ -8,8 +8,8 @@ import pytest
 from k2jax.config import Config, UserError
 from k2jax.data.batches import num_windows, train_batches, validation_batches
 from k2jax.data.corpus import open_corpus, open_data
-from k2jax.data.plan import plan_run
 from k2jax.data.manifest import CorruptStore
+from k2jax.data.plan import plan_run
 
 CODES = {"uint8": 1, "int16": 3, "int32": 4, "int64": 5, "uint16": 8, "uint32": 9, "uint64": 10}
 T, B = 10, 4

@@ -15,9 +15,9 @@ import pytest
 from k2jax.config import UserError
 from k2jax.data.corpus import open_corpus
 from k2jax.data.folder import Folder
+from k2jax.data.manifest import CorruptStore
 from k2jax.data.store_writer import PartWriter, TokenWriter, finished_part, merge_parts, split_of
 from k2jax.data.tokenizer import load_tokenizer, train_bpe
-from k2jax.data.manifest import CorruptStore
 from k2jax.data.tokens import TokenStore
 
 SIZES = {"shard_tokens": 64, "chunk_tokens": 16}

@@ -10,9 +10,9 @@ import pytest
 from k2jax.config import UserError
 from k2jax.data import folder as folder_module
 from k2jax.data import tokens as module
+from k2jax.data.manifest import CorruptStore, sign
 from k2jax.data.store_writer import TokenWriter
 from k2jax.data.tokenizer import load_tokenizer, train_bpe
-from k2jax.data.manifest import CorruptStore, sign
 from k2jax.data.tokens import TokenStore
 from k2jax.files import sha256_of
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from k2jax.config import Config, UserError
 from k2jax.data.corpus import Corpus, held_out_streams
-from k2jax.data.rows import RowReader
 from k2jax.data.manifest import SPLITS
+from k2jax.data.rows import RowReader
 from k2jax.data.tokens import Stream
 
 

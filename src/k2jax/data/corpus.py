@@ -3,9 +3,9 @@
 import hashlib
 
 from k2jax.config import Config, UserError
+from k2jax.data.manifest import SPLITS
 from k2jax.data.megatron import MegatronStore, is_megatron
 from k2jax.data.packing import Packing, Windows
-from k2jax.data.manifest import SPLITS
 from k2jax.data.tokens import TokenStore
 
 class Corpus:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import tensorstore
 
+from k2jax.checks import is_url
 from k2jax.config import UserError
 from k2jax.files import sha256_of, write_atomic
 
@@ -33,7 +34,7 @@ def shared_context() -> tensorstore.Context:
 
 
 def _is_local(url: str) -> bool:
-    return "://" not in url or url.startswith("file://")
+    return not is_url(url) or url.startswith("file://")
 
 
 def _below(prefix: str) -> tensorstore.KvStore.KeyRange:

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from k2jax.config import UserError
-from k2jax.data.tokenizer import Tokenizer, load_tokenizer
 from k2jax.data.manifest import SPLITS, CorruptStore
+from k2jax.data.tokenizer import Tokenizer, load_tokenizer
 from k2jax.data.tokens import Recent, Stream
 from k2jax.files import write_atomic
 

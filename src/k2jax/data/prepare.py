@@ -22,10 +22,10 @@ from k2jax.checks import is_url
 from k2jax.config import UserError
 from k2jax.data import duplicates, filters
 from k2jax.data.executors import executor_problems, run_stage
+from k2jax.data.manifest import CHUNK_TOKENS, SHARD_TOKENS, SPLITS
 from k2jax.data.sources import EXTRA, File, Tally, find_files, missing_for, source_and_path
 from k2jax.data.stages import STAGES, fates, left_out
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_vocab
-from k2jax.data.manifest import CHUNK_TOKENS, SHARD_TOKENS, SPLITS
 from k2jax.data.watch import Progress, costs_of, watched
 from k2jax.data.work import FORMAT, Plan, cut_into_tasks, result, save_plan
 from k2jax.files import sync_folder

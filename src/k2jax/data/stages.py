@@ -20,11 +20,11 @@ import numpy as np
 from k2jax.config import UserError
 from k2jax.data import duplicates
 from k2jax.data.filters import make_filters
+from k2jax.data.manifest import SPLITS
 from k2jax.data.origins import Origins, rephrased_sources
 from k2jax.data.sources import File, Record, Tally, records
 from k2jax.data.store_writer import PartWriter, merge_parts
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_vocab
-from k2jax.data.manifest import SPLITS
 from k2jax.data.work import Meter, Plan, result, results, run_task
 
 _MAX_MATCH_TASKS = 1000

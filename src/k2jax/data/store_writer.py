@@ -15,8 +15,8 @@ import tensorstore
 
 from k2jax.config import UserError
 from k2jax.data.folder import Folder, shared_context
-from k2jax.data.tokenizer import Tokenizer
 from k2jax.data.manifest import CHUNK_TOKENS, FORMAT, SHARD_TOKENS, SPLITS, sign
+from k2jax.data.tokenizer import Tokenizer
 from k2jax.files import sync_folder
 
 PART_TOKENS = 2**30

@@ -1,7 +1,6 @@
 """Kernels of tokamax: how it is imported beside our command line, and called inside `jax.shard_map`."""
 
 from collections.abc import Callable
-from unittest import mock
 
 import jax
 from jax._src import config as jax_config
@@ -12,6 +11,8 @@ from k2jax.config import UserError
 def load_tokamax(field: str):
     """The module. Raises UserError, which names `field` of `kernels`, where it is not installed."""
     try:
+        from unittest import mock
+
         import typeguard
 
         # It was written for typeguard 2, whose decorator passed over jaxtyping's annotations; the 4 that tyro needs
