@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from measure import matmul_rate, report, timed
 
-from k2jax.launch.commands import use_cpu_devices
+from k2jax.launch.distributed import use_cpu_devices
 
 # (sequences, heads, tokens, key dim, value dim): the layer of `make train`; K2's heads
 SHAPES, PAIRS, BOUND = ((16, 4, 256, 48, 32), (1, 2, 2048, 192, 128)), 7, 1.0
@@ -31,7 +31,7 @@ def naive(q_BHSK, k_BZHK, v_BZHU, scale):
 
 def main() -> int:
     use_cpu_devices(1)
-    from k2jax.kernels.attention import Places, chunked_attention
+    from k2jax.kernels.chunked_attention import Places, chunked_attention
     from k2jax.model.attention import chunk_tokens
 
     rate, held = matmul_rate(), []

@@ -2,7 +2,7 @@
 
 import optax
 
-from k2jax.optim.build import Setup
+from k2jax.optim.setup import Setup
 
 
 def sgd(setup: Setup) -> optax.GradientTransformation:

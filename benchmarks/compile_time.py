@@ -14,12 +14,13 @@ import jax
 import numpy as np
 
 from k2jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from k2jax.launch.commands import use_cpu_devices
+from k2jax.launch.distributed import use_cpu_devices
 from k2jax.sharding.mesh import single_device_mesh
 from k2jax.sharding.rules import spec
+from k2jax.train.batch import Batch
 from k2jax.train.optimizer import make_optimizer
 from k2jax.train.state import abstract_state
-from k2jax.train.step import Batch, make_train_step
+from k2jax.train.step import make_train_step
 
 DEPTHS = 61, 6
 

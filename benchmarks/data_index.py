@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from k2jax.config import Config
-from k2jax.data.mixture import make_timeline
+from k2jax.data.loader.timeline import make_timeline
 
 WINDOWS = {"web": 2_300_000_000, "code": 900_000_000, "math": 350_000_000, "knowledge": 250_000_000}
 TRILLION = 10**12
@@ -33,7 +33,7 @@ STEPS, SEQUENCES, LENGTH = 230_968, 16_384, 4096
 FRESH = """import json, sys
 import numpy as np
 from k2jax.config import Config
-from k2jax.data.mixture import make_timeline
+from k2jax.data.loader.timeline import make_timeline
 folder, step, processes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 config = Config.from_json(open(folder + "/config.json").read())
 timeline = make_timeline(json.load(open(folder + "/timeline.json")), config)

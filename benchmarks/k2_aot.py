@@ -12,9 +12,9 @@ import resource
 import sys
 import time
 
-from k2jax.config import RunFailed, UserError
-from k2jax.launch.commands import use_cpu_devices
-from k2jax.launch.overrides import load_config, override
+from k2jax.cli.overrides import load_config, override
+from k2jax.errors import RunFailed, UserError
+from k2jax.launch.distributed import use_cpu_devices
 
 TOPOLOGY = "v5p:8x8x16"
 MAX_SECONDS = 600  # to compile, on two cores

@@ -19,10 +19,10 @@ import grain
 import numpy as np
 
 from k2jax.config import Config
-from k2jax.data.batches import train_batches
-from k2jax.data.corpus import open_corpus
-from k2jax.data.plan import plan_run
-from k2jax.data.store_writer import PartWriter, merge_parts
+from k2jax.data.loader.batches import train_batches
+from k2jax.data.loader.corpus import open_corpus
+from k2jax.data.loader.segments import plan_run
+from k2jax.data.store.writer import PartWriter, merge_parts
 from k2jax.data.tokenizer import load_tokenizer
 
 LENGTH, BATCH, VOCAB = 4096, 64, 163_840

@@ -8,7 +8,7 @@ float32, so it is from above; weights and the layer's other parts are not in it.
 import jax
 import jax.numpy as jnp
 
-from k2jax.launch.commands import use_cpu_devices
+from k2jax.launch.distributed import use_cpu_devices
 
 TENSOR, LENGTHS = 4, ((131_072, 8), (1_048_576, 64), (1_048_576, 256), (2_097_152, 128), (2_097_152, 512))
 
@@ -16,7 +16,7 @@ TENSOR, LENGTHS = 4, ((131_072, 8), (1_048_576, 64), (1_048_576, 256), (2_097_15
 def main() -> None:
     use_cpu_devices(1)
     from k2jax.config import ModelConfig
-    from k2jax.kernels.attention import Places, chunked_attention
+    from k2jax.kernels.chunked_attention import Places, chunked_attention
     from k2jax.model.attention import chunk_tokens
     from k2jax.model.mla import keys_and_values
 

@@ -11,7 +11,7 @@ import sys
 import jax
 from measure import matmul_rate, report, timed
 
-from k2jax.launch.commands import use_cpu_devices
+from k2jax.launch.distributed import use_cpu_devices
 
 TOKENS, HIDDEN, IDS, PAIRS, LESS_MEMORY, MOST_TIME = 2048, 256, 163_840, 5, 16, 1.05
 

@@ -18,7 +18,7 @@ from measure import report as show_line
 from measure import timed
 
 from k2jax.kernels.grouped_matmul import BLOCK_ROWS, grouped_matmul
-from k2jax.launch.commands import use_cpu_devices
+from k2jax.launch.distributed import use_cpu_devices
 from k2jax.sharding.exchange import exchange_experts
 
 TOKENS, HIDDEN, WIDTH, EXPERTS, CHOICES = 4096, 256, 128, 32, 4

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from measure import matmul_rate, report, timed
 
-from k2jax.launch.commands import use_cpu_devices
+from k2jax.launch.distributed import use_cpu_devices
 
 COUNT, N, M, PAIRS = 12, 256, 896, 21
 FASTER, RATE, FARTHER = 1.4, 0.75, 1e-4

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from k2jax.config import Config, DataConfig, ModelConfig, OptimConfig, StagesConfig, TrainConfig
-from k2jax.launch.commands import use_cpu_devices
+from k2jax.launch.distributed import use_cpu_devices
 
 CHEAPEST = {"optim.optimizer": f"{Path(__file__).with_name('chains.py')}:sgd", "optim.qk_clip_tau": None}
 STEPS_OF_SMALL_PARTS = 4
@@ -57,7 +57,7 @@ def config(sequences: int, microbatches: int) -> Config:
 
 def random_batch(config: Config):
     """As many tokens as a step takes, one document a row."""
-    from k2jax.train.step import Batch
+    from k2jax.train.batch import Batch
 
     shape = config.train.num_microbatches, -1, config.data.sequence_length
     tokens = np.random.default_rng(0).integers(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from k2jax.config import ModelConfig
 from k2jax.model.flops import count_parameters, flops_per_token
 from k2jax.model.transformer import declarations
-from k2jax.train.state import weight_leaves
+from k2jax.model.weights import weight_leaves
 
 MODEL, SEQUENCE, STEP_TOKENS, MFU = ModelConfig(), 4096, 2**26, 0.4
 WEIGHTS = weight_leaves(declarations(MODEL))

@@ -22,8 +22,8 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from k2jax.data.sources import Tally, find_files, records
-from k2jax.data.stages import STAGES
+from k2jax.data.text.sources import Tally, find_files, records
+from k2jax.data.text.tasks import STAGES
 from k2jax.data.tokenizer import train_bpe
 
 LEAST_RATE = 3.0
@@ -73,7 +73,7 @@ def write_tiktoken(path: Path, texts, vocab: int) -> int:
 
 CHILD = """
 import json, sys
-from k2jax.data.prepare import prepare
+from k2jax.data.text.prepare import prepare
 if __name__ == "__main__":
     options = json.loads(sys.argv[1])
     print("ready", flush=True)

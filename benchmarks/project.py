@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from measure import matmul_rate, timed
 
 from k2jax.kernels.project import project
-from k2jax.launch.commands import use_cpu_devices
+from k2jax.launch.distributed import use_cpu_devices
 
 BATCH, LENGTH, HIDDEN, WIDTH, PAIRS = 16, 256, 128, 512, 15
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from k2jax.launch.commands import use_cpu_devices
+from k2jax.launch.distributed import use_cpu_devices
 
 
 def bigram_bits(corpus, rows: np.ndarray) -> float:
@@ -36,8 +36,8 @@ def last_token_bits(run_dir: str, rows: np.ndarray, seed: int = 0) -> tuple[floa
     import jax
     import jax.numpy as jnp
 
+    from k2jax.inference.load import load_run
     from k2jax.model.transformer import build_model
-    from k2jax.train.loaded import load_run
 
     loaded = load_run(run_dir)
     config, state = loaded.config, loaded.state
@@ -97,12 +97,12 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=512)
     args = parser.parse_args()
     use_cpu_devices(1)
-    from k2jax.data.batches import validation_batches
-    from k2jax.data.corpus import open_data
-    from k2jax.train.evaluate import bits_per_byte
-    from k2jax.train.generate import generate
-    from k2jax.train.loaded import load_run
-    from k2jax.train.plot import plot_runs, read_run
+    from k2jax.data.loader.batches import validation_batches
+    from k2jax.data.loader.corpus import open_data
+    from k2jax.inference.generate import generate
+    from k2jax.inference.load import load_run
+    from k2jax.report.curves import plot_runs, read_run
+    from k2jax.train.validate import bits_per_byte
 
     config, records = read_run(args.run)
     _, unclipped = read_run(args.unclipped)

@@ -16,17 +16,9 @@ from unittest import mock
 
 import numpy as np
 
-from k2jax.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RunFailed,
-    StagesConfig,
-    TrainConfig,
-)
-from k2jax.launch.commands import use_cpu_devices
+from k2jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, StagesConfig, TrainConfig
+from k2jax.errors import RunFailed
+from k2jax.launch.distributed import use_cpu_devices
 
 BATCH_TOKENS, RATE, CAP = 16 * 128, 3e-2, 30.0
 ADAMW = {"optim.optimizer": f"{Path(__file__).with_name('chains.py')}:adamw"}
@@ -100,8 +92,8 @@ def soft_capped(q_BHSK, sources, weights, make, q_at, k_at, scale, kernels):
 
 def train(config: Config, soft_cap: bool) -> list[dict]:
     """The records of a run, which is made or finished first where it is not done."""
+    from k2jax.runs.records import read_records
     from k2jax.train.loop import run
-    from k2jax.train.run_dir import read_records
 
     folder = Path(config.train.run_dir)
 

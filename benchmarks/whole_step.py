@@ -22,7 +22,7 @@ from pathlib import Path
 from measure import matmul_rate, report
 from optimizer_share import config, make_step
 
-from k2jax.launch.commands import use_cpu_devices
+from k2jax.launch.distributed import use_cpu_devices
 
 HERE = Path(__file__).parent
 COMPARATOR_PYTHON = HERE.parent / ".venv-comparators/bin/python"
@@ -40,8 +40,8 @@ def step_flops() -> tuple[float, float]:
     """FLOPs of one step: the model's, forward and backward, and Newton-Schulz's in its plain form."""
     from k2jax.model.flops import flops_per_token
     from k2jax.model.transformer import declarations
-    from k2jax.optim.plans import matrix_flops
-    from k2jax.train.state import weight_leaves
+    from k2jax.model.weights import weight_leaves
+    from k2jax.optim.assignment import matrix_flops
 
     run = config(8, 1)
     leaves = weight_leaves(declarations(run.model))

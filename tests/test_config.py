@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from k2jax.config import Config, UserError, differences, field_types, flatten
+from k2jax.config import Config, differences, field_types, flatten
+from k2jax.errors import UserError
 
 
 def error_of(function):

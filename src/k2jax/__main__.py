@@ -1,5 +1,5 @@
 """`python -m k2jax` is the `k2jax` command."""
 
-from k2jax.launch.cli import entry
+from k2jax.cli.main import entry
 
 entry()

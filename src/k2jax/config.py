@@ -13,23 +13,11 @@ import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
-from k2jax import checks
-
+from k2jax import config_rules
+from k2jax.errors import UserError
 
 # What the backward pass finds of a layer: model/remat.py.
 Remat = Literal["none", "k2", "k2-offload", "layer", "offload"]
-
-
-class UserError(Exception):
-    """A mistake that the user can mend: every problem found, one line each. The CLI prints them and exits with 2."""
-
-    def __init__(self, *problems: str):
-        super().__init__("\n".join(problems))
-        self.problems = problems
-
-
-class RunFailed(Exception):
-    """A run that began well cannot go on. The CLI prints the message and exits with 1."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +213,7 @@ class Config:
 
     def validate(self) -> "Config":
         """Return self, or raise UserError with every violated rule."""
-        if problems := list(checks.problems(flatten(dataclasses.asdict(self)), field_types())):
+        if problems := list(config_rules.problems(flatten(dataclasses.asdict(self)), field_types())):
             raise UserError(*problems)
         return self
 

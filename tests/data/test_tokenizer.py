@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import tiktoken
 
-from k2jax.config import UserError
 from k2jax.data import tokenizer as module
 from k2jax.data.tokenizer import PRE_SPLIT, load_tokenizer, split_long, train_bpe
+from k2jax.errors import UserError
 
 TEXTS = [
     "",

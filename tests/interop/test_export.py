@@ -12,9 +12,9 @@ import tokenizers
 from safetensors.numpy import load_file
 from tiny_published import SHAPES, draw_tensors, write_checkpoint
 
-from k2jax.config import UserError
+from k2jax.data.saved_tokenizer import foreign_tokenizer, save_tokenizer
 from k2jax.data.tokenizer import load_tokenizer, train_bpe
-from k2jax.data.tokenizer_folder import foreign_tokenizer, save_tokenizer
+from k2jax.errors import UserError
 from k2jax.interop.export import export_run
 from k2jax.interop.hf import import_hf, open_published
 from k2jax.interop.tokenizer_files import tokenizer_files

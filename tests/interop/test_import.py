@@ -16,13 +16,13 @@ from tiny_published import SHAPES, draw_tensors, write_checkpoint
 
 import k2jax
 from k2jax import load_hf
-from k2jax.config import UserError
-from k2jax.data.prepare import prepare
+from k2jax.cli.main import main
+from k2jax.data.text.prepare import prepare
+from k2jax.errors import UserError
+from k2jax.inference.load import load_run
 from k2jax.interop.hf import import_hf, open_published
 from k2jax.interop.hf_config import hf_config
-from k2jax.launch.cli import main
 from k2jax.sharding.mesh import single_device_mesh
-from k2jax.train.loaded import load_run
 
 K2 = SHAPES["k2"]
 NAMES = {

@@ -10,12 +10,12 @@ import pytest
 from tiny_published import SHAPES, draw_tensors, inputs, write_checkpoint
 
 from k2jax import load_hf
+from k2jax.data.saved_tokenizer import save_tokenizer
 from k2jax.data.tokenizer import load_tokenizer
-from k2jax.data.tokenizer_folder import save_tokenizer
+from k2jax.inference.generate import continue_tokens
 from k2jax.interop.export import export_run
 from k2jax.interop.hf import import_hf, load_published
 from k2jax.sharding.mesh import single_device_mesh
-from k2jax.train.generate import continue_tokens
 
 # the other libraries' own warnings are none of ours
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
@@ -112,7 +112,7 @@ metric_list:
 
 def test_harness_task_from_a_folder(exported, tmp_path, capsys):
     """A multiple-choice task of our own: the model's accuracy is what its own logits say, counted here."""
-    from k2jax.launch.cli import main
+    from k2jax.cli.main import main
 
     folder, _ = exported
     stream, docs = np.random.RandomState(0), []
@@ -142,7 +142,7 @@ def test_harness_rolling_and_generation(exported):
     """Rolling log-likelihood is the sum over all bytes in windows; generate_until ends before its stop."""
     from lm_eval.api.instance import Instance
 
-    from k2jax.train.harness import harness_model
+    from k2jax.inference.lm_eval import harness_model
 
     loaded = load_published(exported[0])
     model = harness_model(loaded)

@@ -11,12 +11,12 @@ from flax import nnx
 from tiny_published import LONG_EVERY, SHAPES, draw_tensors, inputs, write_checkpoint
 
 from k2jax import load_hf
+from k2jax.inference.generate import continue_tokens
 from k2jax.interop.published import all_weights, published_names, to_published
-from k2jax.model import moe
 from k2jax.kernels.cross_entropy import cross_entropy_sum
+from k2jax.model import moe
 from k2jax.model.transformer import build_model, make_positions, make_rope
 from k2jax.model.weights import Param, RouterBias, Weight
-from k2jax.train.generate import continue_tokens
 
 NAMES = sorted(SHAPES)
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from k2jax.cli.overrides import load_config
 from k2jax.interop.hf_config import hf_config, model_config
-from k2jax.launch.overrides import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SAME = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from k2jax.kernels.library import load_tokamax
+from k2jax.kernels.tokamax import load_tokamax
 
 
 @pytest.fixture

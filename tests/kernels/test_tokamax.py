@@ -8,18 +8,20 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from k2jax.config import Config, DataConfig, KernelsConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig, UserError
-from k2jax.kernels.attention import Places
+from k2jax.config import Config, DataConfig, KernelsConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from k2jax.errors import UserError
+from k2jax.kernels.chunked_attention import Places
 from k2jax.kernels.grouped_matmul import grouped_matmul
-from k2jax.kernels.library import load_tokamax
-from k2jax.kernels.library_attention import library_attention
+from k2jax.kernels.tokamax import load_tokamax
+from k2jax.kernels.tokamax_attention import library_attention
 from k2jax.model import attention as model_attention
 from k2jax.model.mla import keys_and_values
 from k2jax.sharding.mesh import make_mesh
 from k2jax.sharding.rules import spec
+from k2jax.train.batch import Batch
 from k2jax.train.optimizer import make_optimizer
 from k2jax.train.state import init_state
-from k2jax.train.step import Batch, make_train_step
+from k2jax.train.step import make_train_step
 
 ROWS, GROUPS, WIDTH = 256, 4, 128  # the least that the kernel's tiles take
 SIZES = {"random": [100, 0, 56, 100], "rows_past_the_sum": [30, 90, 0, 60], "all_in_one": [0, 0, 256, 0]}

@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import AxisType
 
 from k2jax.config import KernelsConfig, MeshConfig
-from k2jax.kernels.attention import Places
+from k2jax.kernels.chunked_attention import Places
 from k2jax.kernels.grouped_matmul import grouped_matmul
-from k2jax.kernels.library import load_tokamax
+from k2jax.kernels.tokamax import load_tokamax
 from k2jax.model.attention import attention
 from k2jax.model.mla import keys_and_values
 from k2jax.plan.topology import topology_devices

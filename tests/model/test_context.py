@@ -8,8 +8,8 @@ from test_transformer import make_batch, make_values
 
 from k2jax.config import ModelConfig
 from k2jax.model.transformer import bias_declarations, build_model, declarations
-from k2jax.sharding.order import balanced
 from k2jax.sharding.rules import spec
+from k2jax.sharding.zigzag import balanced
 
 LONG = 131_072
 

@@ -13,8 +13,8 @@ from k2jax.model import mla
 from k2jax.model.rope import make_rope
 from k2jax.model.transformer import declarations, make_positions
 from k2jax.model.weights import Stack, init_params
-from k2jax.optim.build import map_weights
 from k2jax.optim.qk_clip import QKPart, clip_factors, qk_clip
+from k2jax.optim.setup import map_weights
 
 HEAD = 2  # the one that grows
 

@@ -14,7 +14,7 @@ from k2jax.model.rope import make_rope
 from k2jax.model.transformer import make_positions
 from k2jax.model.weights import Stack
 from k2jax.optim import QKPart, qk_clip
-from k2jax.optim.build import map_weights
+from k2jax.optim.setup import map_weights
 
 LAYERS, FIRST, TAU, TOKENS = 3, 1, 20.0, 11  # a stack that begins at layer 1 of the model
 

@@ -7,8 +7,8 @@ from compiled import assert_only_exchanges, compile_update
 
 from k2jax.config import Config, MeshConfig
 from k2jax.plan.aot import expected_exchanges
+from k2jax.plan.muon_work import describe_plan
 from k2jax.plan.topology import topology_mesh
-from k2jax.train.plan_table import describe_plan
 
 pytestmark = pytest.mark.tpu
 

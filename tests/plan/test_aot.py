@@ -5,7 +5,8 @@ import json
 import jax
 import pytest
 
-from k2jax.config import Config, DataConfig, MeshConfig, RunFailed, TrainConfig
+from k2jax.config import Config, DataConfig, MeshConfig, TrainConfig
+from k2jax.errors import RunFailed
 from k2jax.plan import aot
 from k2jax.sharding.mesh import make_mesh
 from k2jax.train.optimizer import make_optimizer

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from k2jax.launch.cli import main
+from k2jax.cli.main import main
 
 pytestmark = pytest.mark.tpu
 
@@ -27,7 +27,7 @@ def config():
 @pytest.mark.xfail(reason="an all-reduce under the optimizer's name has an array of two dims", strict=True)
 @pytest.mark.parametrize("topology", ["v5p:2x2x2"])
 def test_plan_for_a_slice(topology, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("k2jax.launch.commands.use_cpu_devices", lambda count: None)  # the tests have their own
+    monkeypatch.setattr("k2jax.cli.plan.use_cpu_devices", lambda count: None)  # the tests have their own
     # all sizes that XLA's TPU kernels tile: a few matrices of 128
     sizes = {"vocab_size": 1024, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 2}
     sizes |= {"q_lora_rank": 128, "kv_lora_rank": 128, "intermediate_size": 256, "moe_intermediate_size": 128}
@@ -49,7 +49,7 @@ def test_plan_for_a_slice(topology, tmp_path, monkeypatch, capsys):
 
 
 def test_a_mesh_that_the_torus_has_not(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("k2jax.launch.commands.use_cpu_devices", lambda count: None)
+    monkeypatch.setattr("k2jax.cli.plan.use_cpu_devices", lambda count: None)
     arguments = ["--topology", "v5p:8x8x16", "--mesh.fsdp", "32", "--mesh.expert", "32"]
     assert main(["plan", "configs/k2_1t.py", *arguments]) == 2
     message = capsys.readouterr().err

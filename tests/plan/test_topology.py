@@ -4,8 +4,9 @@ import importlib.util
 
 import pytest
 
-from k2jax.config import MeshConfig, UserError
-from k2jax.launch.cli import main
+from k2jax.cli.main import main
+from k2jax.config import MeshConfig
+from k2jax.errors import UserError
 from k2jax.plan import topology
 
 
@@ -47,7 +48,7 @@ def test_a_mesh_of_another_size(monkeypatch):
 
 
 def test_the_command_says_it_all_at_once(capsys, monkeypatch):
-    monkeypatch.setattr("k2jax.launch.commands.use_cpu_devices", lambda count: None)
+    monkeypatch.setattr("k2jax.cli.plan.use_cpu_devices", lambda count: None)
     assert main(["plan", "configs/tiny.py", "--topology", "v5q:2x2"]) == 2
     error = capsys.readouterr().err
     assert "v5p" in error and "Traceback" not in error

@@ -15,7 +15,7 @@ from k2jax.config import KernelsConfig
 from k2jax.model.transformer import build_model, declarations, init_router_bias
 from k2jax.model.weights import Weight
 from k2jax.sharding.exchange import choose_transport, exchange_experts
-from k2jax.sharding.rules import place
+from k2jax.sharding.place import place
 
 NUM_TOKENS, NUM_CHOICES, NUM_EXPERTS, WIDTH = 24, 3, 8, 5
 

@@ -6,7 +6,8 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
-from k2jax.config import MeshConfig, UserError
+from k2jax.config import MeshConfig
+from k2jax.errors import UserError
 from k2jax.sharding.mesh import make_mesh, nearest_on_torus, single_device_mesh
 from k2jax.sharding.names import AXES
 

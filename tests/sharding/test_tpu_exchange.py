@@ -17,7 +17,8 @@ from k2jax.model.moe import MoE
 from k2jax.model.weights import Param, RouterBias, Stack
 from k2jax.plan.topology import topology_devices
 from k2jax.sharding.names import AXES
-from k2jax.sharding.rules import place, spec
+from k2jax.sharding.place import place
+from k2jax.sharding.rules import spec
 
 pytestmark = pytest.mark.tpu
 

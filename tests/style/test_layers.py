@@ -1,4 +1,4 @@
-"""Imports point one way: a package knows only those below it, and never a sibling."""
+"""Imports point one way: each package may import those that stand before it, and never a sibling."""
 
 import ast
 import subprocess
@@ -8,46 +8,54 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2] / "src" / "k2jax"
-# Lowest first; packages of one row are siblings. sharding reads config, kernels read nothing.
+# Lowest first. Packages of one row are siblings: each can be read, and used, without the others.
 LAYERS = [
-    {"checks"},
-    {"config", "files", "dtypes"},
-    {"sharding", "kernels"},
+    {"errors"},
+    {"files", "dtypes", "tables"},
+    {"config_rules"},
+    {"config"},
+    {"sharding", "kernels", "optim", "data", "runs"},
     {"model"},
-    {"optim"},
-    {"data"},
+    {"launch", "report"},
+    {"preflight"},
     {"train"},
-    {"interop", "plan"},
-    {"launch"},
+    {"inference", "plan"},
+    {"interop"},
+    {"cli"},
 ]
-# Side by side in the middle, so that each can be read, and used, without the others.
-SIBLINGS = [{"sharding", "kernels"}, {"model", "optim", "data"}, {"interop", "plan"}]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# The rooms of data, in their own order.
+DATA_LEVEL = {"tokenizer": 0, "saved_tokenizer": 1, "store": 2, "text": 3, "loader": 3}
+WITHOUT_JAX = ("cli", "config.py", "config_rules.py", "data/store", "data/text", "errors.py", "files.py", "report", "runs")
 
 
-def package_of(path):
-    """src/k2jax/model/moe.py -> model, src/k2jax/config.py -> config"""
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def room_of(path):
+    """src/k2jax/model/moe.py -> model, None; src/k2jax/data/text/job.py -> data, text; src/k2jax/config.py -> config"""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0], parts[1] if parts[0] == "data" else None
 
 
-def imported_packages(source, package):
-    """(line, package of k2jax) of every import, wherever in the file."""
+def imported_rooms(source, package):
+    """(line, package, room of data or None) of every import of k2jax, wherever in the file."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.level:
-            yield node.lineno, package  # relative: within the package, as no file of k2jax is two levels deep
-        elif isinstance(node, ast.ImportFrom) and node.module == "k2jax":
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            yield node.lineno, "relative", None
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            yield from ((node.lineno, name.split(".")[1]) for name in names if name.startswith("k2jax."))
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                names = [alias.name for alias in node.names]
+            for _, other, *rest in (name.split(".") for name in names if name.startswith("k2jax.")):
+                yield node.lineno, other, rest[0] if other == "data" and rest else None
 
 
-def wrong_imports(source, package):
-    """Imports of `source`, a file of `package`, that point up or sideways."""
-    for line, other in imported_packages(source, package):
-        siblings = any({package, other} <= row for row in SIBLINGS)
-        if other != package and (siblings or LEVEL[other] >= LEVEL[package]):
+def wrong_imports(source, package, room=None):
+    """Imports of `source`, a file of `package`, that point up or sideways; relative ones are wrong anywhere."""
+    for line, other, other_room in imported_rooms(source, package):
+        if other != package and LEVEL.get(other, 99) >= LEVEL[package]:
             yield line, other
+        elif other == package == "data" and other_room != room and DATA_LEVEL[other_room] >= DATA_LEVEL[room]:
+            yield line, f"data.{other_room}"
 
 
 FILES = sorted(p for p in ROOT.rglob("*.py") if p.name not in ("__init__.py", "__main__.py"))
@@ -55,34 +63,55 @@ FILES = sorted(p for p in ROOT.rglob("*.py") if p.name not in ("__init__.py", "_
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path):
-    package = package_of(path)
-    assert not [f"line {line}: {package} imports {other}" for line, other in wrong_imports(path.read_text(), package)]
+    package, room = room_of(path)
+    wrong = wrong_imports(path.read_text(), package, room)
+    assert not [f"line {line}: {package} imports {other}" for line, other in wrong]
 
 
-def test_every_file_was_found():
-    assert len(FILES) > 20
-    assert {package_of(p) for p in FILES} <= set(LEVEL)
+def test_every_file_is_in_a_room():
+    assert len(FILES) > 100
+    assert {room_of(p)[0] for p in FILES} == set(LEVEL)
+    flat = {p.stem for p in (ROOT / "data").glob("*.py")} - {"__init__"}
+    assert flat == {"tokenizer", "saved_tokenizer"} and {room_of(p)[1] for p in FILES} - {None} == set(DATA_LEVEL)
 
 
 @pytest.mark.parametrize(
-    ("package", "source"),
+    ("package", "room", "source"),
     [
-        ("model", "from k2jax.train.step import x"),
-        ("model", "import k2jax.optim.muon"),
-        ("optim", "def f():\n    from k2jax.model import weights"),
-        ("kernels", "from k2jax.sharding.rules import spec"),
-        ("config", "from k2jax import sharding"),
+        ("model", None, "from k2jax.train.step import x"),
+        ("optim", None, "import k2jax.sharding.place"),
+        ("optim", None, "def f():\n    from k2jax.model import weights"),
+        ("kernels", None, "from k2jax.sharding.rules import spec"),
+        ("config", None, "from k2jax import sharding"),
+        ("runs", None, "from .folder import x"),
+        ("data", "store", "from k2jax.data.loader import rows"),
+        ("data", "text", "from k2jax.data.loader.rows import x"),
+        ("data", "tokenizer", "from k2jax.data import saved_tokenizer"),
     ],
 )
-def test_the_rule_bites(package, source):
-    assert len(list(wrong_imports(source, package))) == 1
+def test_the_rule_bites(package, room, source):
+    assert len(list(wrong_imports(source, package, room))) == 1
+
+
+def modules_of(paths):
+    return [".".join(p.relative_to(ROOT.parent).with_suffix("").parts) for p in paths]
+
+
+def imported_alone(modules, then):
+    """Import modules in a fresh process, then run a statement there."""
+    code = f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\n{then}"
+    environment = {"PYTHONPATH": str(ROOT.parent), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_import_has_a_side_effect_on_jax():
     """Every module imports without asking for devices, which would start a backend before the flags are read."""
-    modules = [".".join(p.relative_to(ROOT.parent).with_suffix("").parts) for p in FILES]
-    code = f"import importlib\nfor m in {modules!r}: importlib.import_module(m)\n"
-    code += "from jax._src import xla_bridge\nassert not xla_bridge.backends_are_initialized()"
-    environment = {"PYTHONPATH": str(ROOT.parent), "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    then = "from jax._src import xla_bridge\nassert not xla_bridge.backends_are_initialized()"
+    imported_alone(modules_of(FILES), then)
+
+
+def test_what_a_supervisor_reads_needs_no_jax():
+    paths = [p for p in FILES if p.relative_to(ROOT).as_posix().startswith(WITHOUT_JAX)]
+    assert len(paths) > 30
+    imported_alone(modules_of(paths), "assert 'jax' not in sys.modules, 'jax was imported'")

@@ -12,8 +12,8 @@ import signal
 import sys
 import threading
 
-from k2jax.launch.cli import main
-from k2jax.train import run_dir
+from k2jax.cli.main import main
+from k2jax.runs import folder
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"}
 
@@ -35,7 +35,7 @@ class FileOperations:
 
 
 def signal_at_record(step: int, number: int, half: bool) -> None:
-    whole = run_dir.MetricsFile.write
+    whole = folder.MetricsFile.write
 
     def write(self, record: dict) -> None:
         if record["step"] == step and half:
@@ -47,7 +47,7 @@ def signal_at_record(step: int, number: int, half: bool) -> None:
         if record["step"] == step:
             os.kill(os.getpid(), number)
 
-    run_dir.MetricsFile.write = write
+    folder.MetricsFile.write = write
 
 
 if __name__ == "__main__":

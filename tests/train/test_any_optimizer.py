@@ -13,12 +13,13 @@ from test_step import make_config, make_values
 from k2jax.config import MeshConfig, ModelConfig
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import Weight
-from k2jax.optim.build import map_weights
+from k2jax.optim.setup import map_weights
 from k2jax.sharding.mesh import make_mesh
 from k2jax.sharding.rules import spec
+from k2jax.train.batch import Batch
 from k2jax.train.optimizer import init_optimizer
-from k2jax.train.stages import stage_rope
-from k2jax.train.step import Batch, accumulate, make_loss, make_update
+from k2jax.train.phases import stage_rope
+from k2jax.train.step import accumulate, make_loss, make_update
 
 pytestmark = pytest.mark.slow
 CONFIG = make_config(

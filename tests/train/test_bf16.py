@@ -9,7 +9,8 @@ from k2jax.config import Config, TrainConfig
 from k2jax.model.rope import make_rope
 from k2jax.model.transformer import declarations, init_router_bias
 from k2jax.model.weights import init_params
-from k2jax.train.step import Batch, make_loss
+from k2jax.train.batch import Batch
+from k2jax.train.step import make_loss
 
 
 def gradients(model, params, batch, dtype: str):

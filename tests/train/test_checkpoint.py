@@ -8,16 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from k2jax.config import CheckpointConfig, Config, RunFailed, UserError
-from k2jax.train.checkpoint import (
-    Saver,
-    committed_steps,
-    newest_step,
-    remove_leftovers,
-    restore_run,
-    restore_state,
-    set_damaged_aside,
-)
+from k2jax.config import CheckpointConfig, Config
+from k2jax.errors import RunFailed, UserError
+from k2jax.runs.commits import committed_steps, newest_step, remove_leftovers, set_damaged_aside
+from k2jax.train.checkpoint import Saver, restore_run, restore_state
 from k2jax.train.guard import Guard
 from k2jax.train.state import TrainState
 
@@ -91,7 +85,7 @@ def test_saved_steps_without_a_record_stop_the_run(tmp_path, mesh_of):
 def test_a_save_that_fails_is_raised_and_leaves_no_record(tmp_path, mesh_of, monkeypatch):
     saver = Saver(tmp_path, CheckpointConfig())
     monkeypatch.setattr(
-        "k2jax.train.checkpoint.write_atomic", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+        "k2jax.runs.commits.write_atomic", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
     )
     saver.save(0, make_state(mesh_of()), Config(), {})
     with pytest.raises(RunFailed, match="could not be saved: .*No space left"):

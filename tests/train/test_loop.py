@@ -8,11 +8,11 @@ import jax
 import micro
 import pytest
 
-from k2jax.config import UserError
-from k2jax.data.prepare import prepare
+from k2jax.data.text.prepare import prepare
+from k2jax.errors import UserError
+from k2jax.runs.records import MetricsFile
 from k2jax.sharding.mesh import single_device_mesh
 from k2jax.train import loop
-from k2jax.train.run_dir import MetricsFile
 from k2jax.train.start import check_source
 
 BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from k2jax.data.prepare import prepare
+from k2jax.data.text.prepare import prepare
 
 MICRO = Path(__file__).parent / "micro.py"
 pytestmark = pytest.mark.slow

@@ -11,14 +11,14 @@ import optax
 import pytest
 from test_step import make_config
 
-from k2jax.config import UserError
-from k2jax.data.prepare import prepare
+from k2jax.data.text.prepare import prepare
+from k2jax.errors import UserError
 from k2jax.model.transformer import declarations
+from k2jax.model.weights import weight_leaves
 from k2jax.optim import group_labels
 from k2jax.sharding.mesh import single_device_mesh
 from k2jax.sharding.names import AXES
 from k2jax.train.optimizer import make_optimizer, state_specs
-from k2jax.train.state import weight_leaves
 
 CHAINS = """
 import jax, optax

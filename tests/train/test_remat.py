@@ -16,7 +16,8 @@ from k2jax.model.rope import make_rope
 from k2jax.model.transformer import declarations, init_router_bias
 from k2jax.model.weights import init_params
 from k2jax.sharding.rules import spec
-from k2jax.train.step import Batch, Losses, accumulate, make_loss
+from k2jax.train.batch import Batch
+from k2jax.train.step import Losses, accumulate, make_loss
 
 NUM_ROWS, LENGTH = 16, 16
 CUT = (("fsdp", 2), ("expert", 2), ("tensor", 2))

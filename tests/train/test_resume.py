@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from k2jax.config import Config
-from k2jax.data.prepare import prepare
+from k2jax.data.text.prepare import prepare
 from k2jax.sharding.mesh import single_device_mesh
 from k2jax.train.checkpoint import restore_state
 from k2jax.train.metrics import WALL_CLOCK

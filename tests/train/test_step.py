@@ -18,11 +18,12 @@ from k2jax.model.rope import make_rope
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import Weight
 from k2jax.sharding.mesh import make_mesh
-from k2jax.sharding.order import balanced
 from k2jax.sharding.rules import spec
+from k2jax.sharding.zigzag import balanced
+from k2jax.train.batch import Batch
 from k2jax.train.optimizer import make_optimizer
 from k2jax.train.state import abstract_state
-from k2jax.train.step import Batch, make_loss, make_train_step
+from k2jax.train.step import make_loss, make_train_step
 
 NUM_ROWS, LENGTH = 32, 16
 MESHES = [

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from k2jax.config import UserError
+from k2jax.errors import UserError
 
 # Kimi's pre-split: a token never crosses these pieces. Letters of Han script stand alone, so the letter classes
 # of words leave them out, by a set intersection that Python's `re` does not know.

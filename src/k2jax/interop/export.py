@@ -8,18 +8,18 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from k2jax.config import UserError
-from k2jax.data.tokenizer_folder import open_tokenizer
-from k2jax.files import write_atomic
+from k2jax.data.saved_tokenizer import open_tokenizer
+from k2jax.errors import UserError
+from k2jax.files import must_be_new, whole_folder, write_atomic
 from k2jax.interop.hf_config import hf_config
 from k2jax.interop.published import all_weights, published_names, published_shape, to_published
 from k2jax.interop.safetensor_files import NewTensor, write_tensors
 from k2jax.interop.tokenizer_files import tokenizer_files
-from k2jax.interop.whole_folder import must_be_new, whole_folder
 from k2jax.model.weights import Weight
-from k2jax.train.checkpoint import open_model_array, sound_step
-from k2jax.train.run_dir import read_config
-from k2jax.train.stages import rope_after
+from k2jax.runs.commits import sound_step
+from k2jax.runs.folder import read_config
+from k2jax.train.checkpoint import open_model_array
+from k2jax.train.phases import rope_after
 
 DTYPES = {"bf16": ("BF16", "bfloat16"), "f32": ("F32", "float32")}  # ours: (safetensors', torch's)
 FILE_BYTES = 5 * 10**9

@@ -11,21 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from k2jax import checks
-from k2jax.config import Config, MeshConfig, ModelConfig, StagesConfig, UserError, field_types, flatten
+from k2jax import config_rules
+from k2jax.config import Config, MeshConfig, ModelConfig, StagesConfig, field_types, flatten
+from k2jax.data.saved_tokenizer import published_tokenizer, save_tokenizer
 from k2jax.data.tokenizer import Tokenizer
-from k2jax.data.tokenizer_folder import published_tokenizer, save_tokenizer
-from k2jax.files import write_atomic
+from k2jax.errors import UserError
+from k2jax.files import must_be_new, whole_folder, write_atomic
+from k2jax.inference.load import Loaded
 from k2jax.interop.hf_config import model_config
 from k2jax.interop.published import SCALE, all_weights, published_names, published_shape, read_part
 from k2jax.interop.safetensor_files import StoredTensor, find_tensors
-from k2jax.interop.whole_folder import must_be_new, whole_folder
 from k2jax.model.transformer import Transformer, build_model
-from k2jax.model.weights import Weight
+from k2jax.model.weights import Weight, weight_leaves
 from k2jax.sharding.names import AXES
 from k2jax.train.checkpoint import save_model
-from k2jax.train.loaded import Loaded
-from k2jax.train.state import TrainState, weight_leaves
+from k2jax.train.state import TrainState
 
 FLOATS = ("F32", "BF16", "F16")
 STALE = ".rotary_emb.inv_freq"  # buffers that K2's checkpoint still holds; RoPE is computed from config.json
@@ -132,7 +132,7 @@ def _check_mesh(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
         )
     config = Config(model=model, mesh=MeshConfig(**mesh.shape))
     problems = [
-        p for p in checks.problems(flatten(dataclasses.asdict(config)), field_types()) if p.startswith("model.")
+        p for p in config_rules.problems(flatten(dataclasses.asdict(config)), field_types()) if p.startswith("model.")
     ]
     if problems:
         raise UserError(*problems)

@@ -8,8 +8,9 @@ import dataclasses
 import math
 from typing import Literal
 
-from k2jax import checks
-from k2jax.config import Config, ModelConfig, RopeConfig, UserError, field_types, flatten
+from k2jax import config_rules
+from k2jax.config import Config, ModelConfig, RopeConfig, field_types, flatten
+from k2jax.errors import UserError
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 # What the published files hold besides, and the only value that this network stands for (None: the field is free).
@@ -93,7 +94,7 @@ def model_config(values: dict) -> tuple[ModelConfig, Literal["plain", "yarn"]]:
         else:
             fields[name] = _OPTIONAL.get(name) if value is None else value
     model = dataclasses.replace(ModelConfig(rope=rope), **fields)
-    own = checks.problems(flatten(dataclasses.asdict(Config(model=model))), field_types())
+    own = config_rules.problems(flatten(dataclasses.asdict(Config(model=model))), field_types())
     problems += [f"config.json: {p.removeprefix('model.')}" for p in own if p.startswith("model.")]
     if problems:
         raise UserError(*problems)

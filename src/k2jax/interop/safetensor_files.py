@@ -11,7 +11,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from k2jax.config import UserError
+from k2jax.errors import UserError
 from k2jax.files import sync_folder, write_atomic
 
 DTYPES = {

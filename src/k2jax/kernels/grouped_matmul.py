@@ -17,7 +17,7 @@ from jax import lax
 
 from k2jax.config import KernelsConfig
 from k2jax.dtypes import wide
-from k2jax.kernels.library import call_kernel, load_tokamax
+from k2jax.kernels.tokamax import call_kernel, load_tokamax
 
 BLOCK_ROWS = 256  # benchmarks/moe_layer.py --blocks measures others
 Implementation = Literal["blocked", "ragged_dot", "tokamax"]

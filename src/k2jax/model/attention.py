@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from k2jax.config import KernelsConfig
-from k2jax.kernels.attention import Places, chunked_attention
-from k2jax.kernels.library_attention import library_attention
-from k2jax.sharding.rules import AXES_OF, on_mesh, platform, spec, uncut_axes, varying
-from k2jax.sharding.shared import shared
+from k2jax.kernels.chunked_attention import Places, chunked_attention
+from k2jax.kernels.tokamax_attention import library_attention
+from k2jax.sharding.place import on_mesh, platform, shared, uncut_axes, varying
+from k2jax.sharding.rules import AXES_OF, spec
 
 # benchmarks/attention.py: of 64 to 512 the fastest on a CPU, to the noise. Longer sequences have longer chunks, so that
 # an accelerator's matmuls are large enough and the loop's own cost stays small.

@@ -7,7 +7,8 @@ import jax
 
 from k2jax.kernels.cross_entropy import linear_cross_entropy_sum
 from k2jax.sharding.names import AXES
-from k2jax.sharding.rules import on_mesh, place, spec, uncut_axes, varying
+from k2jax.sharding.place import on_mesh, place, uncut_axes, varying
+from k2jax.sharding.rules import spec
 
 
 def head_loss(x: jax.Array, w_DV: jax.Array, targets: jax.Array) -> jax.Array:

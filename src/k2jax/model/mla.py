@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from k2jax.dtypes import wide
-from k2jax.kernels.attention import Places
+from k2jax.kernels.chunked_attention import Places
 from k2jax.kernels.project import project
 from k2jax.model.attention import attention
 from k2jax.model.remat import ATTENTION_OUT, KV_LATENT, Q_LATENT, named
 from k2jax.model.rope import Rope, apply_rope
 from k2jax.model.weights import Param, Stack
-from k2jax.sharding.rules import out_spec, place
+from k2jax.sharding.place import out_spec, place
 
 LATENT_NORM_EPS = 1e-6  # the published code builds the latent norms with this, whatever rms_norm_eps is
 

@@ -18,8 +18,8 @@ from k2jax.kernels.project import project
 from k2jax.model.remat import DISPATCHED, EXPERT_CHOICE, EXPERT_DOWN, GATE_UP, ROUTER_LOGITS, named
 from k2jax.model.weights import RouterBias, Stack
 from k2jax.sharding.exchange import choose_transport, exchange_experts
-from k2jax.sharding.rules import on_mesh, platform, spec, uncut_axes
-from k2jax.sharding.shared import shared
+from k2jax.sharding.place import on_mesh, platform, shared, uncut_axes
+from k2jax.sharding.rules import spec
 
 
 class SwiGLU(nnx.Module):

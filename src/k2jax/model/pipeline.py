@@ -18,7 +18,8 @@ from flax import nnx
 from k2jax.model.moe import Routing
 from k2jax.model.remat import rematerialise_stage
 from k2jax.sharding.names import AXES, LAYER_AXES
-from k2jax.sharding.rules import in_use_axes, spec, uncut_axes
+from k2jax.sharding.place import uncut_axes
+from k2jax.sharding.rules import in_use_axes, spec
 
 
 @jax.custom_vjp

@@ -11,7 +11,7 @@ from flax import nnx
 
 from k2jax.config import KernelsConfig, ModelConfig, Remat
 from k2jax.dtypes import wide
-from k2jax.kernels.attention import Places
+from k2jax.kernels.chunked_attention import Places
 from k2jax.kernels.project import project
 from k2jax.model.head import head_loss
 from k2jax.model.mla import MLA, Latents, Positions, rms_norm
@@ -20,8 +20,8 @@ from k2jax.model.pipeline import pipelined
 from k2jax.model.remat import ATTENDED, LAYER_INPUT, named, rematerialise
 from k2jax.model.rope import Rope, make_rope, rope_angles
 from k2jax.model.weights import Param, RouterBias, Stack, Weight, declare, dim_sizes
-from k2jax.sharding.order import balanced
-from k2jax.sharding.rules import num_stages, out_spec, place, whole
+from k2jax.sharding.place import num_stages, out_spec, place, whole
+from k2jax.sharding.zigzag import balanced
 
 
 class Output(NamedTuple):

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from k2jax.config import KernelsConfig, ModelConfig
 from k2jax.dtypes import wide
-from k2jax.sharding.rules import place, stored_spec
+from k2jax.sharding.place import place
+from k2jax.sharding.rules import stored_spec
 
 
 @dataclass(frozen=True)
@@ -168,3 +169,8 @@ def init_params(weights, key: jax.Array, std: float):
         return std * jax.random.normal(own_key, weight.shape, jnp.float32, out_sharding=out_sharding)
 
     return jax.tree_util.tree_map_with_path(init, weights, is_leaf=lambda x: isinstance(x, Weight))
+
+
+def weight_leaves(weights) -> list[Weight]:
+    """The declarations in a pytree of them."""
+    return jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Weight))

@@ -5,13 +5,14 @@ scale_by_muon(dimension_numbers=...)                            Muon, as a part 
 muonclip(2e-4, labels, parts)                                   all of K2's optimizer
 """
 
-from k2jax.optim.build import Setup, group_labels, matrix_labels, muonclip, muonclip_of
+from k2jax.optim.assignment import Plan, make_plan, make_plans
 from k2jax.optim.lse_gate import lse_gate
 from k2jax.optim.muon import MatrixView, scale_by_muon
+from k2jax.optim.muonclip import group_labels, matrix_labels, muonclip
 from k2jax.optim.newton_schulz import COEFFICIENTS, newton_schulz
-from k2jax.optim.plans import Plan, make_plan, make_plans
 from k2jax.optim.qk_clip import QKPart, clip_factors, qk_clip
 from k2jax.optim.rounding import lost_updates
+from k2jax.optim.setup import Setup, muonclip_of
 
 __all__ = [
     "COEFFICIENTS",

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from k2jax.optim.assignment import Plan
 from k2jax.optim.newton_schulz import Quintic, coefficients_of, newton_schulz
-from k2jax.optim.plans import Plan
 from k2jax.optim.spread import spread
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 
-from k2jax.optim.plans import Plan
+from k2jax.optim.assignment import Plan
 
 # Bytes of whole matrices that a device has from others at a time: what it holds beside the leaf is a few times this.
 CHUNK_BYTES = 128 * 2**20

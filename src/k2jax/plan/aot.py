@@ -8,17 +8,21 @@ from collections.abc import Mapping
 
 import jax
 
-from k2jax.config import Config, RunFailed
+from k2jax.config import Config
+from k2jax.errors import RunFailed
 from k2jax.model.transformer import declarations
-from k2jax.optim.plans import Plan, make_plans
+from k2jax.model.weights import weight_leaves
+from k2jax.optim.assignment import Plan, make_plans
 from k2jax.optim.spread import chunks
 from k2jax.plan.hlo import Collective, collectives
 from k2jax.plan.topology import MEMORY_GIB
 from k2jax.sharding.rules import spec
+from k2jax.tables import aligned
 from k2jax.train.banner import bytes_per_device
+from k2jax.train.batch import Batch
 from k2jax.train.optimizer import make_optimizer
-from k2jax.train.state import TrainState, abstract_state, weight_leaves
-from k2jax.train.step import OPTIMIZER_SCOPE, Batch, make_train_step
+from k2jax.train.state import TrainState, abstract_state
+from k2jax.train.step import OPTIMIZER_SCOPE, make_train_step
 
 GIB = 2**30
 
@@ -154,11 +158,6 @@ def describe_step(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str,
     }
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
 MEMORY_ROWS = (
     ("parameters", "parameters"),
     ("optimizer_state", "optimizer's state"),
@@ -203,9 +202,9 @@ def plan_lines(found: dict) -> list[str]:
         f"{found['tokens_per_device_and_microbatch']:,} tokens per device and microbatch",
         f"lowered in {found['lower_seconds']:.1f} s, compiled in {found['compile_seconds']:.0f} s",
         "",
-        *_table(memory),
+        *aligned(memory),
         "",
-        *_table(traffic),
+        *aligned(traffic),
         "",
         "the optimizer's matrices: " + ("; ".join(beyond) or "all-to-all and nothing else"),
     ]

@@ -9,7 +9,8 @@ import re
 import jax
 from jax.experimental import topologies
 
-from k2jax.config import MeshConfig, UserError
+from k2jax.config import MeshConfig
+from k2jax.errors import UserError
 from k2jax.sharding.mesh import make_mesh
 from k2jax.sharding.names import AXES
 

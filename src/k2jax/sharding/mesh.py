@@ -6,7 +6,8 @@ import math
 import jax
 from jax.sharding import AxisType
 
-from k2jax.config import MeshConfig, UserError
+from k2jax.config import MeshConfig
+from k2jax.errors import UserError
 from k2jax.sharding.names import AXES
 
 

@@ -11,10 +11,9 @@ With tokens cut over `tensor` outside attention no token is normalised, routed o
 import math
 from collections.abc import Mapping
 
-import jax
 from jax.sharding import PartitionSpec as P
 
-from k2jax.sharding.names import DIMS, LAYER_AXES
+from k2jax.sharding.names import DIMS
 
 AXES_OF = {
     "Y": ("stage",),
@@ -68,49 +67,3 @@ def stored_spec(dims: str, matrix_dims: str, shape: tuple[int, ...], sizes: Mapp
                 cuts[dim].append(axis)
                 break
     return P(*(tuple(axes) or None for axes in cuts.values()))
-
-
-def on_mesh() -> bool:
-    """Whether arrays have shardings here: a mesh is set (a model may be called without), outside of `jax.shard_map`."""
-    return bool(jax.sharding.get_abstract_mesh().explicit_axes)
-
-
-def num_stages() -> int:
-    """Pipeline stages of the mesh that is set; 1 without one."""
-    return jax.sharding.get_abstract_mesh().shape.get("stage", 1)
-
-
-def platform() -> str:
-    """"cpu", "gpu" or "tpu": of the mesh that is set (which need not be of this machine), else of JAX's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = device.platform if device is not None else jax.default_backend()
-    return "gpu" if name in ("cuda", "rocm") else name
-
-
-def place(x: jax.Array, dims: str) -> jax.Array:
-    """`x` with its dims laid out as the table says; moves data where the layout changes."""
-    return jax.sharding.reshard(x, spec(dims)) if on_mesh() else x
-
-
-def uncut_axes(dims: str, axes: tuple[str, ...] = LAYER_AXES) -> tuple[str, ...]:
-    """Those of the mesh `axes` along which arrays with these dims are the same, in use."""
-    cut = {axis for group in in_use_axes(dims) for axis in group}
-    return tuple(axis for axis in axes if axis not in cut)
-
-
-def varying(tree, dims: str, axes: tuple[str, ...] = LAYER_AXES):
-    """Inside `jax.shard_map`: local parts of arrays [dims], said to differ along the axes that do not cut them too.
-
-    Before use, so that autodiff sums their gradients over the devices that share them.
-    """
-    return jax.lax.pcast(tree, uncut_axes(dims, axes), to="varying")
-
-
-def whole(x: jax.Array) -> jax.Array:
-    """`x` on every device: for the few numbers that are reported."""
-    return jax.sharding.reshard(x, P()) if on_mesh() else x
-
-
-def out_spec(dims: str) -> P | None:
-    """`spec(dims)` for an `out_sharding` argument; None without a mesh."""
-    return spec(dims) if on_mesh() else None

@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from k2jax.config import TrainConfig, UserError
+from k2jax.config import TrainConfig
+from k2jax.errors import UserError
 
 
 @contextlib.contextmanager

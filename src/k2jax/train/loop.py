@@ -8,27 +8,31 @@ from pathlib import Path
 import jax
 
 from k2jax.config import Config
-from k2jax.data.batches import data_position, train_batches
-from k2jax.data.corpus import open_data
-from k2jax.data.plan import describe_mixture, plan_run
-from k2jax.data.rows import RowReader
-from k2jax.data.tokenizer_folder import save_tokenizer
+from k2jax.data.loader.batches import data_position, train_batches
+from k2jax.data.loader.corpus import open_data
+from k2jax.data.loader.rows import RowReader
+from k2jax.data.loader.segments import describe_mixture, plan_run, read_plan, write_plan
+from k2jax.data.saved_tokenizer import save_tokenizer
 from k2jax.files import write_atomic
 from k2jax.model.transformer import declarations
+from k2jax.model.weights import weight_leaves
+from k2jax.preflight.availability import check_kernels
+from k2jax.preflight.self_check import is_on, self_check
+from k2jax.runs.commits import newest_step
+from k2jax.runs.folder import lock_run
 from k2jax.sharding.mesh import make_mesh
 from k2jax.train.banner import banner, versions
-from k2jax.train.checkpoint import Saver, newest_step
+from k2jax.train.batch import split_rows
+from k2jax.train.checkpoint import Saver
 from k2jax.train.compile_cache import cache_notes, compile_cache
 from k2jax.train.display import Display
-from k2jax.train.evaluate import bits_per_byte, make_evaluator, split_rows
+from k2jax.train.ledger import Ledger
 from k2jax.train.optimizer import make_optimizer
 from k2jax.train.recorder import Recorder
-from k2jax.train.run_dir import lock_run
-from k2jax.train.self_check import is_on, self_check
-from k2jax.train.start import check_kernels, check_resume, check_run_dir, check_source, make_run_dir, start_state
-from k2jax.train.state import TrainState, abstract_state, weight_leaves
+from k2jax.train.start import check_resume, check_run_dir, check_source, make_run_dir, start_state
+from k2jax.train.state import TrainState, abstract_state
 from k2jax.train.step import make_train_step
-from k2jax.train.timeline_file import Ledger, read_plan, write_plan
+from k2jax.train.validate import bits_per_byte, make_evaluator
 
 
 class StopRequest:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from k2jax.config import Config, RunFailed
+from k2jax.config import Config
+from k2jax.errors import RunFailed
 from k2jax.train.step import Metrics
 
 WALL_CLOCK = ("seconds", "tokens_per_second")  # the only fields that a repeated run need not reproduce

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from k2jax.config import Config, UserError
+from k2jax.config import Config
+from k2jax.errors import UserError
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import Weight
-from k2jax.optim.build import Setup, map_weights, muonclip_of
-from k2jax.optim.plans import make_plans
+from k2jax.optim.assignment import make_plans
 from k2jax.optim.qk_clip import QKClipState
-from k2jax.sharding.rules import on_mesh
+from k2jax.optim.setup import Setup, map_weights, muonclip_of
+from k2jax.sharding.place import on_mesh
 
 
 def find_function(name: str) -> Callable[[Setup], optax.GradientTransformation]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 
 from k2jax.config import Config
+from k2jax.runs.records import MetricsFile
 from k2jax.train.display import Display
 from k2jax.train.metrics import TensorBoard, check_health, make_record
-from k2jax.train.run_dir import MetricsFile
 from k2jax.train.step import Metrics
 
 

@@ -5,31 +5,18 @@ from pathlib import Path
 
 import jax
 
-from k2jax.config import Config, UserError, differences
-from k2jax.data.batches import check_position, data_position
-from k2jax.data.corpus import Corpus
-from k2jax.data.mixture import Timeline
-from k2jax.data.plan import plan_run
-from k2jax.data.tokenizer_folder import open_tokenizer
-from k2jax.kernels.library_attention import TILE
-from k2jax.train.checkpoint import (
-    Saver,
-    committed_steps,
-    damage,
-    held_parts,
-    newest_step,
-    parts,
-    remove_leftovers,
-    restore_model,
-    restore_run,
-    restore_state,
-    set_damaged_aside,
-)
+from k2jax.config import Config, differences
+from k2jax.data.loader.batches import check_position, data_position
+from k2jax.data.loader.corpus import Corpus, writes_alike
+from k2jax.data.loader.segments import plan_run, read_plan
+from k2jax.data.loader.timeline import Timeline
+from k2jax.data.saved_tokenizer import open_tokenizer
+from k2jax.errors import UserError
+from k2jax.runs.commits import committed_steps, damage, held_parts, newest_step, remove_leftovers, set_damaged_aside
+from k2jax.runs.folder import read_config
+from k2jax.train.checkpoint import Saver, parts, restore_model, restore_run, restore_state
 from k2jax.train.display import Display
-from k2jax.train.evaluate import writes_alike
-from k2jax.train.run_dir import read_config
 from k2jax.train.state import TrainState, abstract_state, init_state
-from k2jax.train.timeline_file import read_plan
 
 # Fields that a resumed run may change: no later state depends on how it is cut, shown, read and kept; and where the
 # guard has ended a run, only another rule for its steps lets it go on. timeline.json and the data position keep the
@@ -100,27 +87,6 @@ def check_source(config: Config, corpus: Corpus) -> None:
     if (folder / "tokenizer").is_dir() and not writes_alike(open_tokenizer(folder / "tokenizer"), corpus):
         problems.append(f"data.path = {corpus.path!r}: was written by another tokenizer than that of {source!r}")
     if problems := problems + damage(folder / "checkpoints", step):
-        raise UserError(*problems)
-
-
-def check_kernels(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Raise UserError where `kernels` names what the mesh's devices do not have."""
-    kernels, platform = config.kernels, mesh.devices.flat[0].platform
-    problems = []
-    if kernels.exchange == "ragged" and platform == "cpu" and mesh.shape["expert"] > 1:
-        problems.append("kernels.exchange = 'ragged': CPUs have no such collective; use 'dense', 'ring' or 'auto'")
-    if kernels.grouped_matmul == "tokamax" and platform == "cpu":
-        problems.append("kernels.grouped_matmul = 'tokamax': has no kernel for CPUs; use 'blocked' or 'auto'")
-    if kernels.attention == "tokamax":
-        if platform == "cpu":
-            problems.append("kernels.attention = 'tokamax': has no kernel for CPUs; use 'chunked'")
-        if mesh.shape["context"] > 1:
-            problems.append("kernels.attention = 'tokamax': needs mesh.context = 1; use 'chunked', or give tensor more")
-        if (length := config.data.sequence_length) % TILE:
-            nearest = max(TILE, round(length / TILE) * TILE)
-            rule = f"must be a multiple of {TILE} for kernels.attention = 'tokamax'"
-            problems.append(f"data.sequence_length = {length}: {rule}, such as {nearest}; or use 'chunked'")
-    if problems:
         raise UserError(*problems)
 
 

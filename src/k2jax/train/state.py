@@ -25,11 +25,6 @@ class TrainState:
     guard: Guard
 
 
-def weight_leaves(weights) -> list[Weight]:
-    """The declarations in a pytree of them."""
-    return jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, Weight))
-
-
 def init_state(config: Config, tx: optax.GradientTransformation) -> TrainState:
     """The state at step 0, a function of `config.train.seed`; sharded as declared where a mesh is set."""
 

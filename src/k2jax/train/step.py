@@ -10,27 +10,18 @@ import optax
 
 from k2jax.config import Config
 from k2jax.model.rope import Rope
+from k2jax.model.router_bias import balance
 from k2jax.model.transformer import build_model, declarations
-from k2jax.optim.balance import balance
-from k2jax.optim.build import map_weights
 from k2jax.optim.rounding import lost_updates
 from k2jax.optim.schedule import learning_rate_of_step
-from k2jax.sharding.rules import num_stages
+from k2jax.optim.setup import map_weights
+from k2jax.train.batch import Batch, passes
 from k2jax.train.guard import after_step, is_good
 from k2jax.train.optimizer import call_update
-from k2jax.train.stages import stage_of, stage_rope, stage_value
+from k2jax.train.phases import stage_of, stage_rope, stage_value
 from k2jax.train.state import TrainState
 
 OPTIMIZER_SCOPE = "optimizer"  # in the name of every operation of the update: what a compiled step says of itself
-
-
-class Batch(NamedTuple):
-    """int32 arrays [M, B, T]: M microbatches of B sequences."""
-
-    inputs: jax.Array
-    targets: jax.Array
-    positions: jax.Array
-    segment_ids: jax.Array
 
 
 class Metrics(NamedTuple):
@@ -58,15 +49,6 @@ class Losses(NamedTuple):
     max_logits: jax.Array  # [layers, H]
     expert_load: jax.Array  # [MoE layers, E]
     rows_dropped: jax.Array  # [MoE layers]
-
-
-def passes(batch: Batch, together: int | None = None) -> Batch:
-    """The batch as a stack of what a forward pass takes: a microbatch [B, T], or with pipeline stages many [M, B, T].
-
-    together: how many these are; None: all.
-    """
-    split = lambda x: x.reshape(-1, together or len(x), *x.shape[1:])  # noqa: E731
-    return jax.tree.map(split, batch) if num_stages() > 1 else batch
 
 
 def make_loss(config: Config) -> Callable:

@@ -1,0 +1,96 @@
+"""`k2jax generate`, `eval`, `import` and `export`."""
+
+import json
+from pathlib import Path
+
+from k2jax.cli.overrides import read_overrides
+from k2jax.config import Config
+from k2jax.errors import UserError
+from k2jax.launch.distributed import use_cpu_devices
+
+
+def _load(source: str, step: int | None):
+    """A run, or the folder of a published checkpoint: the one has checkpoints, the other a model_type."""
+    from k2jax.inference.load import load_run
+
+    config = Path(source) / "config.json"
+    if config.is_file() and '"model_type"' in config.read_text(encoding="utf-8"):
+        if step is not None:
+            raise UserError(f"--step {step}: {source} is a published checkpoint, which has no steps")
+        from k2jax.interop.hf import load_published
+
+        return load_published(source)
+    return load_run(source, step)
+
+
+def generate(args, rest: list[str]) -> int:
+    """Print each prompt with its continuation."""
+    from k2jax.inference import generate as generation
+
+    generation.check_sampling(args.tokens, args.temperature, args.seed)
+    texts = generation.generate(_load(args.run, args.step), args.prompt, args.tokens, args.temperature, args.seed)
+    print("\n---\n".join(prompt + text for prompt, text in zip(args.prompt, texts, strict=True)))
+    return 0
+
+
+def evaluate(args, rest: list[str]) -> int:
+    """Perplexity on a held-out split, or tasks of the evaluation harness."""
+    others = ("data", "source", "sequences", "length") if args.tasks else ("task_folder", "limit")
+    where = "does not go with --tasks" if args.tasks else "goes with --tasks alone"
+    problems = [f"--{n.replace('_', '-')}: {where}" for n in others if getattr(args, n) is not None]
+    if args.limit is not None and args.limit < 1:
+        problems.append(f"--limit {args.limit}: must be at least 1")
+    if problems:
+        raise UserError(*problems)
+    if args.tasks:
+        from k2jax.inference.lm_eval import run_tasks
+
+        results, shortened = run_tasks(_load(args.run, args.step), args.tasks.split(","), args.task_folder, args.limit)
+        print(json.dumps({"results": results, "requests_shortened": shortened}, indent=2, default=str))
+        return 0
+    from k2jax.data.loader.corpus import open_corpus, open_data
+    from k2jax.inference.evaluate import perplexity
+
+    loaded = _load(args.run, args.step)
+    data = loaded.config.data
+    if args.data is None and "://" not in data.path and not any(Path(path).exists() for path in data.path.split(",")):
+        raise UserError(f"{args.run}: its token store, {data.path!r}, is not here; give --data STORE")
+    corpus = open_data(loaded.config) if args.data is None else open_corpus(args.data, data.tokenizer, data.index_dir)
+    found = perplexity(loaded, corpus, args.sequences, args.length, args.source)
+    if args.json:
+        print(json.dumps(found._asdict(), indent=2))
+    else:
+        nats = f"{found.nats_per_token:.4f} nats per token"
+        print(f"perplexity {found.perplexity:.4f} ({nats}) over {found.tokens:,} tokens")
+        print(f"{found.bits_per_byte:.4f} bits per byte")
+    return 0
+
+
+def import_(args, rest: list[str]) -> int:
+    """Make a run directory of a published checkpoint."""
+    values, problems = read_overrides(rest)
+    problems += [f"{name}: import takes fields of the mesh alone" for name in values if not name.startswith("mesh.")]
+    if problems:
+        raise UserError(*problems)
+    mesh = Config().replace(values).mesh
+    if args.simulate is not None:
+        use_cpu_devices(args.simulate)
+    from k2jax.interop.hf import import_hf
+    from k2jax.sharding.mesh import make_mesh, single_device_mesh
+
+    to = args.to or str(Path("runs") / Path(args.folder).resolve().name)
+    import_hf(args.folder, to, make_mesh(mesh) if rest or args.simulate else single_device_mesh(), args.drop_mtp)
+    known = (Path(to) / "tokenizer").is_dir()
+    use = f"continue a text with: k2jax generate {to} PROMPT" if known else "it brought no tokenizer, so no text"
+    print(f"{to}: imported; {use}")
+    return 0
+
+
+def export(args, rest: list[str]) -> int:
+    """Write a checkpoint for other libraries."""
+    from k2jax.interop.export import export_run
+
+    step = export_run(args.run, args.to, args.dtype, args.step, args.rope)
+    known = (Path(args.run) / "tokenizer").is_dir()
+    print(f"{args.to}: step {step} of {args.run}, {args.dtype}{'' if known else '; without a tokenizer, as the run'}")
+    return 0

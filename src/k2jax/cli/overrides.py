@@ -1,0 +1,120 @@
+"""A Config from a config file and `--section.field value` arguments; every problem is reported at once."""
+
+import contextlib
+import io
+import runpy
+import typing
+from pathlib import Path
+from types import NoneType
+
+from k2jax.config import Config, field_types, unknown_field
+from k2jax.config_rules import describe_type
+from k2jax.errors import UserError
+
+
+def load_config(path: str) -> Config:
+    """The value of config() in a Python file. Raises UserError where there is no such file, function or value."""
+    if not Path(path).is_file():
+        near = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
+        raise UserError(f"{path}: no such config file" + (f"; there are {near}" if near else ""))
+    try:
+        names = runpy.run_path(path)
+        config = names["config"]() if callable(names.get("config")) else None
+    except Exception as error:  # the file is the user's code: whatever it raises is theirs to mend
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
+    if not isinstance(config, Config):
+        raise UserError(f"{path}: must define config() and return a k2jax.config.Config, got {type(config).__name__}")
+    return config
+
+
+def _with_lists():
+    """Tyro's rules, but a list is one argument, its values joined by commas: read so, and shown so by --help."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if typing.get_origin(info.type) is not tuple:
+            return None
+        one = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(typing.get_args(info.type)[0], set()))
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=f"{one.metavar}[,{one.metavar} ...]",
+            instance_from_str=lambda args: tuple(one.instance_from_str([value]) for value in args[0].split(",")),
+            is_instance=lambda values: isinstance(values, tuple),
+            str_from_instance=lambda values: [",".join(one.str_from_instance(value)[0] for value in values)],
+        )
+
+    return registry
+
+
+def _parse_value(kind: object, text: str) -> object:
+    """`text` as a value of a field's type, as tyro reads it; raises ValueError."""
+    import tyro  # 0.1 s, and only needed where something is overridden
+
+    if kind is str:
+        return text
+    if text.lower() == "none" and NoneType in typing.get_args(kind):  # train.remat has a "none" of its own
+        text = "None"
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), _with_lists():
+            return tyro.cli(kind, args=[text], console_outputs=False)
+    except SystemExit:
+        raise ValueError(text) from None
+
+
+def _describe_text(kind: object) -> str:
+    commas = ", joined by commas" if tuple in map(typing.get_origin, (kind, *typing.get_args(kind))) else ""
+    return describe_type(kind) + commas
+
+
+def read_overrides(arguments: list[str]) -> tuple[dict[str, object], list[str]]:
+    """({"section.field": value}, problems) of `--section.field value` (or `--section.field=value`) arguments."""
+    types, texts, values, problems = field_types(), {}, {}, []
+    rest = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--") and "=" in a else [a])]
+    while rest:
+        name = rest.pop(0)
+        if not name.startswith("--"):
+            rule = "arguments are pairs --section.field value, the values of a list joined by commas"
+            problems.append(f"{name}: stands alone; {rule}")
+            continue
+        field = name[2:].replace("-", "_")
+        value = rest.pop(0) if rest and not rest[0].startswith("--") else None
+        if field not in types:
+            problems.append(unknown_field(field))
+        elif value is None:
+            problems.append(f"{field}: needs a value, {_describe_text(types[field])}")
+        elif field in texts:
+            problems.append(f"{field}: given twice, as {texts[field]!r} and as {value!r}; give it once")
+        else:
+            texts[field] = value
+            try:
+                values[field] = _parse_value(types[field], value)
+            except ValueError:
+                problems.append(f"{field} = {value!r}: must be {_describe_text(types[field])}")
+    return values, problems
+
+
+def override(config: Config, arguments: list[str]) -> Config:
+    """`config` with the arguments of `read_overrides` applied, then validated.
+
+    Raises UserError that lists unknown fields, unreadable values and violated rules together.
+    """
+    values, problems = read_overrides(arguments)
+    changed = config.replace(values)
+    try:
+        changed.validate()
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return changed
+
+
+def print_fields(config: Config, prog: str) -> None:
+    """All fields with their types and the values that `config` gives them."""
+    import tyro
+
+    with contextlib.suppress(SystemExit), _with_lists():
+        tyro.cli(Config, default=config, args=["--help"], prog=prog, config=(tyro.conf.FlagConversionOff,))

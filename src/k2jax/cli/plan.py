@@ -1,0 +1,44 @@
+"""`k2jax inspect`, `plan` and `plot`."""
+
+import json
+import shutil
+
+from k2jax.cli.overrides import load_config, override
+from k2jax.launch.distributed import use_cpu_devices
+
+
+def inspect(args, rest: list[str]) -> int:
+    """Print what a config means, from abstract shapes."""
+    config = override(load_config(args.config), rest)
+    from k2jax.plan.mesh_picture import draw_mesh, plot_mesh
+    from k2jax.plan.parameters import describe, tables
+
+    found = describe(config)
+    if args.png:
+        plot_mesh(config, args.png)
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    print(tables(found))
+    print(draw_mesh(config, shutil.get_terminal_size((120, 24)).columns))
+    return 0
+
+
+def plan(args, rest: list[str]) -> int:
+    """Compile the step of a config for a topology, and print what it needs."""
+    config = override(load_config(args.config), rest)
+    use_cpu_devices(1)  # whatever is here takes no part
+    from k2jax.plan.aot import describe_step, plan_lines
+    from k2jax.plan.topology import topology_mesh
+
+    found = describe_step(config, topology_mesh(config.mesh, args.topology))
+    print(json.dumps(found, indent=2) if args.json else "\n".join(plan_lines(found)))
+    return 0
+
+
+def plot(args, rest: list[str]) -> int:
+    from k2jax.report.curves import plot_runs
+
+    plot_runs(args.run, args.out)
+    print(args.out)
+    return 0

@@ -1,0 +1,247 @@
+"""The rules that a config must keep, over its flat form {"section.field": value}; every violation is found."""
+
+import itertools
+import math
+import types
+import typing
+from collections.abc import Iterator
+from typing import Literal
+
+from k2jax.files import is_url
+
+
+def _fits(value: object, kind: object) -> bool:
+    origin = typing.get_origin(kind)
+    if origin is types.UnionType:
+        return any(_fits(value, k) for k in typing.get_args(kind))
+    if origin is Literal:
+        return isinstance(value, str) and value in typing.get_args(kind)
+    if origin is tuple:
+        return isinstance(value, tuple) and value != () and all(_fits(v, typing.get_args(kind)[0]) for v in value)
+    if kind is float:  # an int is a fine float; a bool is neither
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is kind
+
+
+def describe_type(kind: object) -> str:
+    """How a field's type is called in messages."""
+    origin = typing.get_origin(kind)
+    if origin is types.UnionType:
+        return " or ".join(describe_type(k) for k in typing.get_args(kind))
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
+    if origin is tuple:
+        return f"a list, each {describe_type(typing.get_args(kind)[0])}"
+    return {float: "a finite number", int: "an integer", str: "text", bool: "True or False", types.NoneType: "None"}[
+        kind
+    ]
+
+
+MAX_WEIGHTS = 1_000_000  # a stage's pattern of sources is a table of so many rows
+
+
+def read_shares(text: str) -> dict[str, int]:
+    """{"web": 70, "code": 30} of "web=70 code=30". ValueError with the rule that it breaks."""
+    pairs = [pair.partition("=") for pair in text.split()]
+    if not pairs or not all(name and number.isascii() and number.isdigit() for name, _, number in pairs):
+        raise ValueError("must be pairs source=integer with spaces between, such as 'web=70 code=30'")
+    shares = {name: int(number) for name, _, number in pairs}
+    if len(shares) < len(pairs):
+        raise ValueError("must name each source once")
+    return shares
+
+
+def read_steps(text: str) -> tuple[int, int]:
+    """(1200, 1220) of "1200-1219": the first step, and the first one after. ValueError with the rule."""
+    first, dash, last = text.partition("-")
+    if not (dash and first.isdecimal() and last.isdecimal()) or int(first) > int(last):
+        raise ValueError("must be FIRST-LAST, two steps that rise, such as '1200-1219'")
+    return int(first), int(last) + 1
+
+
+# Fields that may be zero; every other number must be positive.
+_MAY_BE_ZERO = {
+    "model.first_k_dense_replace", "model.n_shared_experts", "optim.final_learning_rate", "optim.warmup_tokens",
+    "optim.weight_decay", "optim.momentum", "optim.adam_b1", "optim.adam_b2", "model.rope.mscale_all_dim",
+    "stages.start_tokens", "stages.router_bias_rate", "stages.balance_alpha", "data.seed",
+    "data.read_threads", "data.fim_rate", "data.fim_tokens", "data.max_bad_rows", "train.seed",
+}  # fmt: skip
+# (jax.random.key would drop the higher bits of a seed)
+_AT_LEAST = {"guard.window": (2, "since one step has no deviation")}
+_BELOW = {"data.fim_rate": 1, "optim.momentum": 1, "optim.adam_b1": 1, "optim.adam_b2": 1, "train.seed": 2**32}
+_FOLDERS = {"train.run_dir", "train.compile_cache", "data.index_dir"}  # written to; a URL would become one called "gs:"
+
+
+def _own_problems(values: dict, kinds: dict) -> dict[str, str]:
+    """{field: problem} of the fields that are wrong whatever the others are."""
+    problems = {}
+    for name, kind in kinds.items():
+        value = values[name]
+        least = "at least 0" if name in _MAY_BE_ZERO else "greater than 0"
+        if not _fits(value, kind):
+            problems[name] = f"must be {describe_type(kind)}"
+            continue
+        if name == "optim.optimizer" and value != "muonclip" and not all(value.rpartition(":")):
+            example = "such as 'docs/chains.py:adamw' (docs/own_optimizer.md)"
+            problems[name] = f"must be 'muonclip', 'FILE.py:function' or 'module:function', {example}"
+        numbers = [v for v in (value if isinstance(value, tuple) else [value]) if type(v) in (int, float)]
+        if any(v < 0 or (v == 0 and name not in _MAY_BE_ZERO) for v in numbers):
+            problems[name] = f"must be {least}"
+        elif name in _AT_LEAST and value < _AT_LEAST[name][0]:
+            problems[name] = "must be at least {}, {}".format(*_AT_LEAST[name])
+        elif any(v >= _BELOW.get(name, math.inf) for v in numbers):
+            problems[name] = f"must be below {_BELOW[name]}"
+        elif name in _FOLDERS and value is not None and is_url(value):
+            problems[name] = "must be a folder, no URL; copy it there when the run is done, or mount the bucket"
+    return {name: f"{name} = {values[name]!r}: {rule}" for name, rule in problems.items()}
+
+
+# (a field, the fields whose product must divide it). Explicit shardings need every cut dim to divide evenly.
+_MULTIPLES = [
+    ("model.n_routed_experts", ["mesh.expert"]),
+    ("model.n_routed_experts", ["model.n_group"]),
+    ("model.num_attention_heads", ["mesh.tensor"]),
+    ("model.vocab_size", ["mesh.tensor"]),
+    ("model.hidden_size", ["mesh.fsdp"]),
+    ("model.q_lora_rank", ["mesh.fsdp"]),
+    ("model.kv_lora_rank", ["mesh.fsdp"]),
+    ("model.qk_rope_head_dim", [2]),  # RoPE turns pairs
+    ("data.sequence_length", ["mesh.context", "mesh.tensor"]),
+    ("data.batch_sequences", ["train.num_microbatches", "mesh.replica", "mesh.fsdp", "mesh.expert"]),
+    ("train.num_microbatches", ["mesh.stage"]),
+    ("train.num_microbatches", ["train.microbatches_together"]),
+    ("train.microbatches_together", ["mesh.stage"]),
+    ("train.eval_sequences", ["mesh.replica", "mesh.stage", "mesh.fsdp", "mesh.expert"]),
+]
+# (a field, the field it must not exceed)
+_AT_MOST = [
+    ("model.first_k_dense_replace", "model.num_hidden_layers"),
+    ("model.num_experts_per_tok", "model.n_routed_experts"),
+    ("model.topk_group", "model.n_group"),
+    ("optim.warmup_tokens", "optim.constant_until_tokens"),
+    ("optim.constant_until_tokens", "optim.cosine_until_tokens"),
+    ("optim.final_learning_rate", "optim.learning_rate"),
+]
+
+
+def _fit_problems(values: dict):
+    """Rules between fields; a rule is passed over where one of its fields is wrong in itself and so absent here."""
+    for name, divisors in _MULTIPLES:
+        sizes = [values.get(d) if isinstance(d, str) else d for d in divisors]
+        if values.get(name) is None or None in sizes or values[name] % (divisor := math.prod(sizes)) == 0:
+            continue
+        value = values[name]
+        near = [n for n in (value // divisor * divisor, (value // divisor + 1) * divisor) if n > 0]
+        rule = f"must be a multiple of {' * '.join(map(str, divisors))} = {divisor}"
+        yield f"{name} = {value}: {rule}; nearest: {' or '.join(map(str, near))}"
+    for name, limit in _AT_MOST:
+        if name in values and limit in values and values[name] > values[limit]:
+            yield f"{name} = {values[name]}: must be at most {limit} = {values[limit]}"
+    if (values.get("kernels.expert_buffer") or 1) < 1:
+        rule = "must be at least 1, the balanced load, or None for no bound"
+        yield f"kernels.expert_buffer = {values['kernels.expert_buffer']}: {rule}; nearest: 1.0"
+    yield from _pipeline_problems(values)
+    yield from _group_problems(values)
+    yield from _stage_problems(values)
+    yield from _mixture_problems(values)
+    yield from _data_problems(values)
+
+
+def _pipeline_problems(values: dict):
+    """Whether the MoE layers can be dealt out to pipeline stages, and the other axes go with them."""
+    names = "mesh.stage", "model.num_hidden_layers", "model.first_k_dense_replace"
+    stages, layers, dense = map(values.get, names)
+    if (together := values.get("train.microbatches_together")) is not None and stages == 1:
+        yield f"train.microbatches_together = {together}: must be None without pipeline stages (mesh.stage = 1)"
+    if None in (stages, layers, dense) or stages == 1:
+        return
+    if (moe := layers - dense) < 1 or moe % stages:
+        divisors = [n for n in range(1, moe + 1) if moe % n == 0]
+        below, above = [n for n in divisors if n < stages], [n for n in divisors if n > stages]
+        near = [*(below[-1:] or [1]), *above[:1]]
+        rule = f"must divide the {max(moe, 0)} MoE layers, of which each stage has as many"
+        yield f"mesh.stage = {stages}: {rule}; nearest: {' or '.join(map(str, near))}"
+    for axis in ("tensor", "context"):
+        if values.get(f"mesh.{axis}", 1) > 1:
+            yield f"mesh.{axis} = {values[f'mesh.{axis}']}: must be 1 with mesh.stage = {stages}; use fsdp or expert"
+
+
+def _group_problems(values: dict):
+    """Whether enough experts are left once the groups are chosen."""
+    experts, groups, used, chosen = (
+        values.get(f"model.{n}") for n in ("n_routed_experts", "n_group", "topk_group", "num_experts_per_tok")
+    )
+    if None in (experts, groups, used, chosen) or groups == 1 or experts % groups:
+        return
+    size = experts // groups
+    if size < 2:
+        yield f"model.n_group = {groups}: a group's score is the sum of its best two experts; at most {experts // 2}"
+    if size * used < chosen <= experts:
+        yield (
+            f"model.num_experts_per_tok = {chosen}: model.topk_group = {used} groups of {size} experts hold "
+            f"{size * used}; at most that, or a model.topk_group of at least {-(-chosen // size)}"
+        )
+
+
+def _stage_problems(values: dict):
+    names = [name for name in values if name.startswith("stages.")]
+    starts = values.get("stages.start_tokens")
+    if starts is None:
+        return
+    for name in names:
+        if len(values[name]) != len(starts):
+            count = f"{len(starts)}, one per stage, as stages.start_tokens has"
+            yield f"{name} = {values[name]!r}: has {len(values[name])} values, must have {count}"
+    if starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
+        yield f"stages.start_tokens = {starts!r}: must begin with 0 and rise; nearest: {tuple(sorted({0, *starts}))!r}"
+    stretched = "yarn" in values.get("stages.rope", ())
+    if stretched and values.get("model.rope.factor", 1) is None:
+        yield "stages.rope: 'yarn' needs model.rope.factor, which is None; give the factor or use 'plain'"
+
+
+def _mixture_problems(values: dict):
+    stages, weights = values.get("stages.start_tokens", ()), values.get("mixture.weights", ())
+    if weights and stages and len(weights) not in (1, len(stages)):
+        counts = "1" if len(stages) == 1 else f"1 or {len(stages)}"
+        rule = f"has {len(weights)} entries, must have {counts}, one per stage, as stages.start_tokens has"
+        yield f"mixture.weights = {weights!r}: {rule}"
+    for text in weights:
+        try:
+            shares = {} if text == "natural" else read_shares(text)
+        except ValueError as rule:
+            yield f"mixture.weights: {text!r} {rule}, or 'natural'"
+            continue
+        if shares and not 0 < sum(shares.values()) <= MAX_WEIGHTS:
+            yield f"mixture.weights: {text!r} adds up to {sum(shares.values())}, must be 1 to {MAX_WEIGHTS:,}"
+    if epochs := values.get("mixture.epochs"):
+        try:
+            if 0 in read_shares(epochs).values():
+                yield f"mixture.epochs = {epochs!r}: must be at least 1 of each source; a weight of 0 leaves it out"
+        except ValueError as rule:
+            yield f"mixture.epochs = {epochs!r}: {rule}"
+
+
+def _data_problems(values: dict):
+    if (values.get("data.fim_rate") is None) != (values.get("data.fim_tokens") is None):
+        yield "data.fim_rate, data.fim_tokens: must be given together, or neither"
+    if (tokens := values.get("data.fim_tokens")) is not None and len({*tokens}) != 3:
+        yield f"data.fim_tokens = {tokens!r}: must be three different ids, before prefix, suffix and middle"
+    for token in tokens or ():
+        if token >= values.get("model.vocab_size", math.inf):
+            yield f"data.fim_tokens: {token} must be below model.vocab_size = {values['model.vocab_size']}"
+    ranges = []
+    for text in values.get("data.skip_steps") or ():
+        try:
+            ranges.append(read_steps(text))
+        except ValueError as rule:
+            yield f"data.skip_steps: {text!r} {rule}"
+    for (first, last), (start, stop) in itertools.pairwise(ranges):
+        if start < last:
+            yield f"data.skip_steps: {start}-{stop - 1} must come after {first}-{last - 1}, and not meet it"
+
+
+def problems(values: dict[str, object], kinds: dict[str, object]) -> Iterator[str]:
+    """What is wrong with the values of all fields, whose types are `kinds`."""
+    own = _own_problems(values, kinds)
+    yield from own.values()
+    yield from _fit_problems({name: value for name, value in values.items() if name not in own})

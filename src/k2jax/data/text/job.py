@@ -1,0 +1,180 @@
+"""A preparation under way: its plan, and the stages and tasks whose results lie in a folder.
+
+A task is a pure function of the plan and of earlier stages' results. It writes into a folder of its own and renames it
+to STAGE/RANK when it is done, so that a result is there whole or not at all: after a kill the tasks without one run
+again, wherever, even twice at once, and give the same bytes.
+
+plan.json     what is prepared and how, the files and their cut into tasks
+STAGE/RANK/   results, one folder per task
+progress/     what each task has done so far, and at last its cost
+errors/       why a task failed
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from k2jax.data.text.sources import File
+from k2jax.errors import UserError
+from k2jax.files import sync_folder, write_atomic
+
+FORMAT = 1
+_MAX_TASKS, _MAX_FILES = 10_000, 4096
+_SECONDS_BETWEEN_REPORTS = 0.5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that the result depends on, as JSON values; `tasks` are [first, last + 1) of `files`."""
+
+    format: int
+    sources: list[str]
+    pattern: str
+    exclude: list[str]
+    text_field: str
+    validation_fraction: float
+    min_chars: int
+    max_chars: int | None
+    filters: list[str]
+    near_duplicates: float | None
+    tokenizer: str
+    tokenizer_digest: str | None  # None: trained on the way
+    shard_tokens: int
+    chunk_tokens: int
+    versions: dict[str, str]  # of libraries that decide what stays
+    files: list[list]
+    tasks: list[list[int]]
+    skipped: dict  # before any task: what was found and left out
+
+    def files_of(self, rank: int) -> list[File]:
+        start, stop = self.tasks[rank]
+        return [File(*entry) for entry in self.files[start:stop]]
+
+
+def cut_into_tasks(files: list[File], least_bytes: int) -> list[list[int]]:
+    """Consecutive files of at least `least_bytes` together; more where that would be over 10,000 tasks."""
+    least_bytes = max(least_bytes, -(-sum(file.size for file in files) // _MAX_TASKS))
+    tasks, start, size = [], 0, 0
+    for number, file in enumerate(files, 1):
+        size += file.size
+        if size >= least_bytes or number - start == _MAX_FILES:
+            tasks.append([start, number])
+            start, size = number, 0
+    return [*tasks, [start, len(files)]] if start < len(files) else tasks
+
+
+def _differences(old: dict, new: dict) -> Iterator[str]:
+    for name in [field.name for field in fields(Plan)]:
+        if old.get(name) == new[name] or name in ("tasks", "skipped"):
+            continue
+        if name == "files":
+            before, now = ({(e[0], e[2]): list(e) for e in files} for files in (old["files"], new["files"]))
+            changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+            many = f"{len(changed)} of its files are not as they were, such as {changed[0][1]}" if changed else None
+            yield f"source: {many or 'its files come in another order, or number, than they did'}"
+        else:
+            yield f"{name} = {new[name]!r}: was {old.get(name)!r} when it began"
+
+
+def save_plan(work: Path, plan: Plan) -> None:
+    """Write the plan, or find the same one. UserError where another one was begun."""
+    path, new = work / "plan.json", json.loads(json.dumps(asdict(plan)))
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if old != new:
+            hint = f"an unfinished preparation is in {work}; repeat it as it was, or remove the folder to begin anew"
+            raise UserError(*_differences(old, new), hint)
+        return
+    for name in ("progress", "errors"):
+        (work / name).mkdir(exist_ok=True)
+    write_atomic(path, json.dumps(new))
+
+
+def load_plan(work: Path) -> Plan:
+    return Plan(**json.loads((work / "plan.json").read_text(encoding="utf-8")))
+
+
+class Meter:
+    """What a task has done: counts, and seconds by the name of what took them."""
+
+    def __init__(self, path: Path):
+        self.path, self.counts, self.seconds = path, {}, {}
+        self.started, self.reported = time.process_time(), time.monotonic()
+
+    def add(self, **counts: int) -> None:
+        for name, count in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+        if time.monotonic() - self.reported > _SECONDS_BETWEEN_REPORTS:
+            self.report(False)
+
+    @contextlib.contextmanager
+    def timed(self, name: str):
+        """Count this thread's seconds under `name`."""
+        started = time.thread_time()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.thread_time() - started
+
+    def report(self, done: bool) -> None:
+        self.reported = time.monotonic()
+        total = time.process_time() - self.started
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({**self.counts, "seconds": self.seconds, "total": total, "done": done}))
+        os.replace(temporary, self.path)
+
+
+def result(work: Path, stage: str, rank: int) -> Path:
+    return work / stage / f"{rank:05d}"
+
+
+def results(work: Path, stage: str, num_tasks: int) -> list[Path]:
+    return [result(work, stage, rank) for rank in range(num_tasks)]
+
+
+def unfinished(work: Path, stage: str, num_tasks: int) -> list[int]:
+    """Ranks of a stage without a result."""
+    done = {entry.name for entry in os.scandir(work / stage)} if (work / stage).is_dir() else set()
+    return [rank for rank in range(num_tasks) if f"{rank:05d}" not in done]
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Make a task's folder durable, then its result; where another got there first, its equal stays."""
+    for root, _, names in os.walk(temporary):
+        for name in names:
+            with open(os.path.join(root, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(root))
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if not final.is_dir():
+            raise
+        shutil.rmtree(temporary)
+    sync_folder(final.parent)
+
+
+def run_task(work: Path, stage: str, rank: int, task: Callable[[Plan, Path, int, Path, Meter], None]) -> None:
+    """Run one task unless its result is there. What it raises is also written down, for whoever started the stage."""
+    final = result(work, stage, rank)
+    if final.is_dir():
+        return
+    final.parent.mkdir(exist_ok=True)  # not the work folder itself: it is gone once another has finished
+    temporary = final.with_name(f"{rank:05d}.{socket.gethostname()}-{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    meter = Meter(work / "progress" / f"{stage}-{rank:05d}.json")
+    try:
+        task(load_plan(work), work, rank, temporary, meter)
+    except Exception as error:
+        problems = [*error.problems] if isinstance(error, UserError) else None
+        content = {"problems": problems, "error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+        write_atomic(work / "errors" / f"{stage}-{rank:05d}.json", json.dumps(content, indent=1))
+        raise
+    meter.report(True)
+    _publish(temporary, final)

@@ -1,0 +1,258 @@
+"""Documents to a token store: read, filter, drop duplicates, split by content, tokenise, write.
+
+A document belongs to validation by a hash of its content, a rephrased one by that of its source: the same text is
+always on the same side, whatever the order or the other documents. What is left out is counted by reason, in the
+summary and in the manifest.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from k2jax.data.store.manifest import CHUNK_TOKENS, SHARD_TOKENS, SPLITS
+from k2jax.data.text import dedup, filters
+from k2jax.data.text.executors import executor_problems, run_stage
+from k2jax.data.text.job import FORMAT, Plan, cut_into_tasks, result, save_plan
+from k2jax.data.text.progress import Progress, costs_of, watched
+from k2jax.data.text.sources import EXTRA, File, Tally, find_files, missing_for, source_and_path
+from k2jax.data.text.tasks import STAGES, fates, left_out
+from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_vocab
+from k2jax.errors import UserError
+from k2jax.files import is_url, sync_folder
+
+TASK_BYTES = 2**26
+
+
+def _source_problems(specs: list[str], out: Path):
+    if not specs:
+        yield "source: is an empty list; name a folder or a file"
+    for spec in specs:
+        _, path = source_and_path(spec)
+        if is_url(path):
+            if importlib.util.find_spec("fsspec") is None:
+                yield f"source = {path!r}: a URL needs fsspec; {EXTRA}"
+        elif not os.path.exists(path):
+            yield f"source = {path!r}: no such file or folder"
+        elif os.path.isdir(path) and out.resolve().is_relative_to(Path(path).resolve()):
+            yield f"out = {str(out)!r}: must not lie inside source = {path!r}; name a folder outside"
+
+
+def _argument_problems(out: Path, plan: dict):
+    if is_url(out):
+        yield f"out = {str(out)!r}: must be a folder, no URL; copy the store there when it is made"
+    elif os.path.lexists(out):
+        yield f"out = {str(out)!r}: exists already; name a new folder, or remove this one"
+    fraction, least, most = plan["validation_fraction"], plan["min_chars"], plan["max_chars"]
+    if not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+        yield f"validation_fraction = {fraction!r}: must be above 0 and below 1; 0.02 is usual"
+    if least < 1:
+        yield f"min_chars = {least}: must be at least 1"
+    if most is not None and most < least:
+        yield f"max_chars = {most}: must be at least min_chars = {least}"
+    for name in plan["filters"]:
+        if name not in filters.KINDS:
+            yield f"filters: {name!r} must be one of {', '.join(filters.KINDS)}"
+    near = plan["near_duplicates"]
+    if near is not None and not dedup.LEAST_THRESHOLD <= near <= 1:
+        rule = f"must be at least {dedup.LEAST_THRESHOLD} and at most 1, a Jaccard similarity; 0.8 is usual"
+        yield f"near_duplicates = {near}: {rule}"
+    for what, module, wanted in (("filters", "datatrove", plan["filters"]), ("near_duplicates", "rensa", near)):
+        if wanted and importlib.util.find_spec(module) is None:
+            yield f"{what} = {wanted}: needs {module}; {EXTRA}"
+
+
+def _tokenizer_or_problems(spec: str) -> tuple[Tokenizer | None, tuple[str, ...]]:
+    """None without problems stands for one yet to be trained."""
+    try:
+        return (load_tokenizer(spec) if train_vocab(spec) is None else None), ()
+    except UserError as error:
+        return None, error.problems
+
+
+def _find(specs: list[str], plan: dict, skipped: Tally) -> list[File]:
+    """The files of all sources; UserError where a URL cannot be listed or a kind of file not be read here."""
+    try:
+        files = find_files(specs, plan["pattern"], tuple(plan["exclude"]), skipped)
+    except (OSError, ImportError, ValueError) as error:  # a URL's: what fsspec raises for a bucket, or says to install
+        raise UserError(f"source: cannot be listed: {type(error).__name__}: {error}") from None
+    if problems := [*missing_for(files)]:
+        raise UserError(*problems)
+    return files
+
+
+def _versions(plan: dict) -> dict[str, str]:
+    used = {"datatrove": plan["filters"], "rensa": plan["near_duplicates"]}
+    return {name: importlib.metadata.version(name) for name, wanted in used.items() if wanted}
+
+
+@contextlib.contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """The folder beside `out` in which it is prepared; a lock keeps others away, and dies with this process."""
+    work = out.with_name(f".{out.name}.k2jax-partial")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(work, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"out = {str(out)!r}: cannot be made: {error.strerror}; name another folder") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(descriptor), os.stat(work))
+        except OSError:
+            mine = False
+        if not mine or out.exists():
+            raise UserError(f"out = {str(out)!r}: another prepare is writing it; wait for it, or name another folder")
+        yield work
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_bad(work: Path, plan: Plan) -> None:
+    """UserError for all lines and files that could not be read as what they are."""
+    bad = Tally(num_examples=10)
+    for rank in range(len(plan.tasks)):
+        bad.merge(json.loads((result(work, "read", rank) / "tally.json").read_text())["bad"])
+    for entry in bad.reasons.values():
+        rest = [f"{entry['count']} bad lines in all; the first 10 are above"] if entry["count"] > 10 else []
+        raise UserError(*entry["examples"], *rest)
+
+
+def _refuse_lopsided(work: Path, plan: Plan) -> None:
+    """UserError unless both splits have a document."""
+    ranks = range(len(plan.tasks))
+    places = [np.load(result(work, "read", rank) / "places.npy")[fates(work, rank) == 0] for rank in ranks]
+    places, fraction = np.concatenate([np.empty(0), *places]), plan.validation_fraction
+    held_out = int((places < fraction).sum())
+    counts = [len(places) - held_out, held_out]
+    if all(counts):
+        return
+    source = plan.sources[0] if len(plan.sources) == 1 else plan.sources
+    reasons = ", ".join(f"{entry['count']} {reason}" for reason, entry in left_out(plan, work, "read").reasons.items())
+    besides = f" (left out: {reasons})" if reasons else ""
+    if not any(counts):
+        rule = f"no document matches pattern = {plan.pattern!r}{besides}"
+        raise UserError(f"source = {source!r}: {rule}; change one of them")
+    if sum(counts) == 1:
+        raise UserError(
+            f"source = {source!r}: holds one document{besides}, but training and validation need one each; "
+            "split it into files, or into the lines of a .jsonl"
+        )
+    found = f"validation_fraction = {fraction}: leaves none of {sum(counts)} documents for {SPLITS[counts.index(0)]}"
+    fits = f"above {places.min():.6g} and at most {places.max():.6g}"
+    raise UserError(f"{found}; for these documents it must be {fits}")
+
+
+def _run(work: Path, plan: Plan, executor: tuple, progress: Callable[[Progress], None] | None) -> None:
+    """All stages, one after the other."""
+    if not plan.tasks:
+        _refuse_lopsided(work, plan)
+    for stage in STAGES:
+        with watched(work, plan, stage, progress):
+            run_stage(*executor, plan, work, stage)
+        if stage == "read":
+            _refuse_bad(work, plan)
+        if stage == "resolve":
+            _refuse_lopsided(work, plan)
+
+
+def _plan(specs: list[str], out: Path, values: dict, task_bytes: int, executor: tuple) -> tuple[Plan, Tokenizer | None]:
+    """UserError with every problem that the arguments alone show, then with those of the files."""
+    chosen, problems = _tokenizer_or_problems(values["tokenizer"])
+    problems = [*_source_problems(specs, out), *_argument_problems(out, values), *problems]
+    problems += executor_problems(*executor)
+    if problems:
+        raise UserError(*problems)
+    skipped = Tally()
+    files = _find(specs, values, skipped)
+    plan = Plan(
+        format=FORMAT,
+        sources=specs,
+        tokenizer_digest=chosen.digest if chosen else None,
+        versions=_versions(values),
+        files=[[*file] for file in files],
+        tasks=cut_into_tasks(files, task_bytes),
+        skipped=skipped.reasons,
+        **values,
+    )
+    return plan, chosen
+
+
+def _finish(work: Path, out: Path) -> dict:
+    """Move the finished store to `out`, remove the rest, and say what was made."""
+    costs, content = costs_of(work), (work / "store/manifest.json").read_bytes()
+    os.rename(work / "store", out)
+    sync_folder(out.parent)
+    shutil.rmtree(work, ignore_errors=True)
+    manifest = json.loads(content)
+    summary = {key: manifest[key] for key in manifest if key != "files"}
+    return {"path": str(out), "digest": hashlib.sha256(content).hexdigest(), **summary, "stages": costs}
+
+
+def prepare(
+    source: str | list[str],
+    out: str,
+    tokenizer: str,
+    *,
+    pattern: str = "**/*",
+    exclude: tuple[str, ...] = (),
+    validation_fraction: float = 0.02,
+    text_field: str = "text",
+    min_chars: int = 1,
+    max_chars: int | None = None,
+    filters: tuple[str, ...] = (),
+    near_duplicates: float | None = None,
+    executor: str = "local",
+    workers: int = 1,
+    executor_options: dict[str, str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    task_bytes: int = TASK_BYTES,
+    shard_tokens: int = SHARD_TOKENS,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> dict:
+    """Make the token store `out` and return its manifest without the files, with "path", "digest" and "stages".
+
+    source: folders, files and URLs, each alone or as NAME=PATH, where NAME is the source that the store records. The
+    suffix says how a file is read: .jsonl has a document on each line in the field `text_field`, .parquet in each row,
+    both also compressed (.gz, .zst); every other file in a folder is one document, and a text named by itself is cut
+    at line ends into documents of 16 KiB or more. `pattern` and `exclude` (`**/`, `*`, `?`) choose files in folders, by
+    their path in there.
+    tokenizer: "byte", a .tiktoken file, a tokenizer.json, or "train:VOCAB", trained on the training split.
+    filters: of filters.KINDS. near_duplicates: the Jaccard similarity of two documents' sets of 5 words from which the
+    later one is left out. executor: see executors.py; the result does not depend on it, nor on `workers`.
+
+    After a kill, or an error that is nobody's mistake, the same call goes on where it stood. UserError, and nothing
+    left behind, for arguments and lines that cannot be, and where training or validation would have no document.
+    """
+    specs = [str(s) for s in ([source] if isinstance(source, (str, Path)) else source)]
+    values = {
+        "pattern": pattern,
+        "exclude": [exclude] if isinstance(exclude, str) else [*exclude],
+        "text_field": text_field,
+        "validation_fraction": validation_fraction,
+        "min_chars": min_chars,
+        "max_chars": max_chars,
+        "filters": [*filters],
+        "near_duplicates": near_duplicates,
+        "tokenizer": tokenizer,
+        "shard_tokens": shard_tokens,
+        "chunk_tokens": chunk_tokens,
+    }
+    runner = (executor, workers, dict(executor_options or {}))
+    plan, chosen = _plan(specs, Path(out), values, task_bytes, runner)
+    with _work_folder(Path(out)) as work:
+        save_plan(work, plan)
+        try:
+            _run(work, plan, runner, progress)
+        except UserError:
+            shutil.rmtree(work)
+            raise
+        return _finish(work, Path(out))

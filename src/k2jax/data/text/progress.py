@@ -1,0 +1,94 @@
+"""What a preparation has done so far, and what it cost, from the reports of its tasks, wherever they run."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from k2jax.data.text.job import Plan
+from k2jax.data.text.tasks import STAGES, num_tasks
+
+_SECONDS = 0.5
+
+
+class Progress(NamedTuple):
+    """How far a stage is, all its tasks together."""
+
+    stage: str
+    tasks: tuple[int, int]  # done, of
+    documents: int
+    text_bytes: int
+    tokens: int
+    file_bytes: tuple[int, int]  # read, of; 0 where a stage reads no documents
+    seconds: float  # since this process began the stage
+    before: tuple[int, int, int, int]  # documents, text_bytes, tokens and file_bytes done by earlier ones
+
+
+class _Watch(threading.Thread):
+    """Calls `progress` twice a second with what the tasks of a stage have reported."""
+
+    def __init__(self, work: Path, plan: Plan, stage: str, progress: Callable[[Progress], None]):
+        super().__init__(daemon=True)
+        self.work, self.plan, self.stage, self.progress = work, plan, stage, progress
+        self.stopped, self.started, self.done = threading.Event(), time.monotonic(), {}
+        self.total = sum(file[3] for file in plan.files) if stage in ("read", "tokenizer", "write") else 0
+        self.before = self._sums()[1:]
+
+    def _sums(self) -> tuple[int, int, int, int, int]:
+        """(tasks done, documents, text_bytes, tokens, file_bytes)."""
+        running = {}
+        for path in (self.work / "progress").glob(f"{self.stage}-*.json"):
+            if path.name not in self.done:
+                with contextlib.suppress(OSError, ValueError):  # replaced this moment
+                    found = json.loads(path.read_text())
+                    (self.done if found["done"] else running)[path.name] = found
+        entries = [*self.done.values(), *running.values()]
+        names = ("documents", "text_bytes", "tokens", "file_bytes")
+        return len(self.done), *(sum(entry.get(name, 0) for entry in entries) for name in names)
+
+    def show(self) -> None:
+        done, documents, text_bytes, tokens, file_bytes = self._sums()
+        tasks, seconds = (done, num_tasks(self.plan, self.stage)), time.monotonic() - self.started
+        sizes = (file_bytes, self.total)
+        self.progress(Progress(self.stage, tasks, documents, text_bytes, tokens, sizes, seconds, self.before))
+
+    def run(self) -> None:
+        while not self.stopped.wait(_SECONDS):
+            self.show()
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.join()
+        self.show()
+
+
+@contextlib.contextmanager
+def watched(work: Path, plan: Plan, stage: str, progress: Callable[[Progress], None] | None) -> Iterator[None]:
+    """Have `progress` called, if there is one, while a stage runs, and once when it has ended."""
+    if progress is None:
+        yield
+        return
+    watch = _Watch(work, plan, stage, progress)
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.stop()
+
+
+def costs_of(work: Path) -> dict[str, dict]:
+    """By stage: counts, CPU seconds of all tasks, and of them by the name of what took them."""
+    stages = {}
+    for stage in STAGES:
+        entry = stages.setdefault(stage, {"cpu_seconds": 0.0, "parts": {}})
+        for path in sorted((work / "progress").glob(f"{stage}-*.json")):
+            found = json.loads(path.read_text())
+            entry["cpu_seconds"] += found["total"]
+            for name, seconds in found["seconds"].items():
+                entry["parts"][name] = entry["parts"].get(name, 0.0) + seconds
+            for name in ("documents", "text_bytes", "tokens"):
+                entry[name] = entry.get(name, 0) + found.get(name, 0)
+    return stages

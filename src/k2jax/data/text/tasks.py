@@ -1,0 +1,243 @@
+"""The stages of a preparation. Documents are read twice, so that no second copy of all the text is ever kept.
+
+read       filters each document, and keeps its number, digest and signature
+match      pairs of equal and of similar documents, each task a share of all keys
+resolve    one task: which documents stay
+tokenizer  one task: a copy of the tokenizer, or one trained on the training split
+write      reads again and writes the documents that stay, as part of the store
+merge      one task: the parts become the store
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from k2jax.data.store.manifest import SPLITS
+from k2jax.data.store.writer import PartWriter, merge_parts
+from k2jax.data.text import dedup
+from k2jax.data.text.filters import make_filters
+from k2jax.data.text.job import Meter, Plan, result, results, run_task
+from k2jax.data.text.provenance import Origins, rephrased_sources
+from k2jax.data.text.sources import File, Record, Tally, records
+from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_vocab
+from k2jax.errors import UserError
+
+_MAX_MATCH_TASKS = 1000
+
+
+def place_of(digest: bytes) -> float:
+    """In [0, 1), by the content alone: below `validation_fraction` is validation, whatever the order or the company.
+
+    It is `store_writer.split_of` before a fraction is chosen.
+    """
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _records(plan: Plan, rank: int, skipped: Tally, bad: Tally, meter: Meter) -> Iterator[tuple[File, Record]]:
+    """Every record of a task; the meter gets the bytes of files, of the one being read as far as its text says."""
+    for file in plan.files_of(rank):
+        seen = 0
+        for record in records(file, plan.text_field, skipped, bad):
+            yield file, record
+            part = min(len(record.text), file.size - seen)
+            seen += part
+            meter.add(file_bytes=part)
+        meter.add(file_bytes=file.size - seen)
+
+
+def _reason_to_skip(record: Record, filters: list, meter: Meter) -> str | None:
+    if not record.text:
+        return "empty"
+    for rule in filters:
+        with meter.timed(rule.name):
+            reason = rule.reason(record)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _read(plan: Plan, work: Path, rank: int, folder: Path, meter: Meter) -> None:
+    skipped, bad = Tally(), Tally(num_examples=10)
+    filters = make_filters(tuple(plan.filters), plan.min_chars, plan.max_chars)
+    digests, signatures, ordinals, places, origins = [], [], [], [], Origins()
+    for ordinal, (file, record) in enumerate(_records(plan, rank, skipped, bad, meter)):
+        try:
+            content = record.text.encode("utf-8")
+        except UnicodeEncodeError:  # JSON can spell half a surrogate pair
+            skipped.add("not UTF-8", record.name)
+            continue
+        meter.add(documents=1, text_bytes=len(content))
+        if (reason := _reason_to_skip(record, filters, meter)) is not None:
+            skipped.add(reason, record.name)
+            continue
+        digest = hashlib.sha256(content).digest()
+        if plan.near_duplicates is not None:
+            with meter.timed("fingerprint"):
+                signatures.append(dedup.signature(record.text))
+        digests.append(digest)
+        ordinals.append(ordinal)
+        origins.add(file.source, record)
+        places.append(place_of(bytes.fromhex(record.origin["sha256"]) if record.origin else digest))
+    near = None if plan.near_duplicates is None else np.array(signatures, np.uint32).reshape(-1, dedup.NUM_HASHES)
+    dedup.write_index(folder, np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32), near)
+    np.save(folder / "ordinals.npy", np.array(ordinals, np.uint32))
+    np.save(folder / "places.npy", np.array(places, np.float64))
+    origins.save(folder)
+    (folder / "tally.json").write_text(json.dumps({"skipped": skipped.reasons, "bad": bad.reasons}))
+
+
+def _match(plan: Plan, work: Path, rank: int, folder: Path, meter: Meter) -> None:
+    folders = results(work, "read", len(plan.tasks))
+    exact, near = dedup.find_pairs(folders, rank, num_tasks(plan, "match"), plan.near_duplicates)
+    np.save(folder / "exact.npy", exact)
+    np.save(folder / "near.npy", near)
+
+
+def _resolve(plan: Plan, work: Path, rank: int, folder: Path, meter: Meter) -> None:
+    found = results(work, "match", num_tasks(plan, "match"))
+    exact, near = (np.concatenate([np.load(path / f"{kind}.npy") for path in found]) for kind in ("exact", "near"))
+    counts = [len(np.load(path / "ordinals.npy", mmap_mode="r")) for path in results(work, "read", len(plan.tasks))]
+    is_exact, is_near = dedup.resolve(sum(counts), exact, near)
+    fates = np.where(is_exact, np.uint8(1), np.where(is_near, np.uint8(2), np.uint8(0)))
+    for number, part in enumerate(np.split(fates, np.cumsum(counts)[:-1])):
+        np.save(folder / f"{number:05d}.npy", part)
+    rephrased = rephrased_sources(results(work, "read", len(plan.tasks)))
+    (folder / "rephrased.json").write_text(json.dumps(rephrased))
+
+
+_FATES = (None, "duplicate", "near-duplicate")
+
+
+def fates(work: Path, rank: int) -> np.ndarray:
+    """uint8 per document that passed the filters of a task: 0 stays, 1 a duplicate, 2 a near duplicate."""
+    return np.load(result(work, "resolve", 0) / f"{rank:05d}.npy")
+
+
+def _kept(plan: Plan, work: Path, rank: int, skipped: Tally, meter: Meter) -> Iterator[tuple[File, Record, float]]:
+    """(file, record, place) of the documents that stay; UserError where the files have changed since they were read."""
+    folder = result(work, "read", rank)
+    ordinals, places, digests = (np.load(folder / f"{name}.npy") for name in ("ordinals", "places", "digests"))
+    fate, row = fates(work, rank), 0
+    for ordinal, (file, record) in enumerate(_records(plan, rank, Tally(), Tally(), meter)):
+        if row == len(ordinals) or ordinal != ordinals[row]:
+            continue
+        if hashlib.sha256(record.text.encode("utf-8", "replace")).digest() != digests[row].tobytes():
+            raise UserError(f"{file.path}: has changed while it was being prepared; begin anew")
+        if (reason := _FATES[fate[row]]) is None:
+            yield file, record, places[row]
+        else:
+            skipped.add(reason, record.name)
+        row += 1
+    if row < len(ordinals):
+        raise UserError(f"{plan.files_of(rank)[-1].path}: has changed while it was being prepared; begin anew")
+
+
+def save_tokenizer_copy(folder: Path, tokenizer: Tokenizer) -> None:
+    """Write what `tokenizer_copy` reads; the folder must exist."""
+    if tokenizer.definition is not None:
+        (folder / tokenizer.file_name).write_bytes(tokenizer.definition)
+    (folder / "spec.json").write_text(json.dumps([tokenizer.spec, tokenizer.file_name]))
+
+
+def tokenizer_copy(work: Path) -> Tokenizer:
+    """The tokenizer of the preparation, which needs no other file than the work folder's."""
+    folder = result(work, "tokenizer", 0)
+    spec, name = json.loads((folder / "spec.json").read_text())
+    return replace(load_tokenizer("byte" if name is None else str(folder / name)), spec=spec)
+
+
+def _tokenizer(plan: Plan, work: Path, rank: int, folder: Path, meter: Meter) -> None:
+    vocab = train_vocab(plan.tokenizer)
+    if vocab is None:
+        chosen = load_tokenizer(plan.tokenizer)
+        if chosen.digest != plan.tokenizer_digest:
+            raise UserError(f"tokenizer = {plan.tokenizer!r}: has changed since the preparation began; begin anew")
+    else:
+        documents = (kept for r in range(len(plan.tasks)) for kept in _kept(plan, work, r, Tally(), meter))
+        chosen = train_bpe((d.text for _, d, place in documents if place >= plan.validation_fraction), vocab)
+    save_tokenizer_copy(folder, chosen)
+
+
+def _write(plan: Plan, work: Path, rank: int, folder: Path, meter: Meter) -> None:
+    sizes = {"shard_tokens": plan.shard_tokens, "chunk_tokens": plan.chunk_tokens}
+    writer, skipped = PartWriter(folder, rank, tokenizer_copy(work), **sizes), Tally()
+    for file, record, place in _kept(plan, work, rank, skipped, meter):
+        before, origin = writer.num_tokens, record.origin
+        origin = origin and {"name": origin["name"], "sha256": origin["sha256"]}
+        split = SPLITS[int(place < plan.validation_fraction)]
+        with meter.timed("tokenise"):
+            size = writer.append(split, file.source, record.name, record.text, origin)
+        meter.add(documents=1, text_bytes=size, tokens=writer.num_tokens - before)
+    writer.finish()
+    (folder / "tally.json").write_text(json.dumps({"skipped": skipped.reasons}))
+
+
+def left_out(plan: Plan, work: Path, *stages: str) -> Tally:
+    """What was left out before the stages, and by them."""
+    skipped = Tally()
+    skipped.merge(plan.skipped)
+    for stage in stages:
+        for folder in results(work, stage, len(plan.tasks)):
+            skipped.merge(json.loads((folder / "tally.json").read_text())["skipped"])
+    return skipped
+
+
+def _move(path: Path, target: Path) -> None:
+    """Move a file or folder, unless an earlier try has done so."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.rename(path, target)
+    except OSError:
+        if not target.exists():
+            raise
+
+
+def _merge(plan: Plan, work: Path, rank: int, folder: Path, meter: Meter) -> None:
+    """The parts are where their writers have put them; moving them together needs no copy."""
+    store = work / "store"
+    for part in results(work, "write", len(plan.tasks)):
+        for path in [*part.glob("parts/*.json"), *(path for split in SPLITS for path in part.glob(f"{split}/*/*"))]:
+            _move(path, store / path.relative_to(part))
+    created = {
+        "source": plan.sources,
+        "pattern": plan.pattern,
+        "exclude": plan.exclude,
+        "validation_fraction": plan.validation_fraction,
+        "text_field": plan.text_field,
+        "min_chars": plan.min_chars,
+        "max_chars": plan.max_chars,
+        "filters": plan.filters,
+        "near_duplicates": plan.near_duplicates,
+        "versions": plan.versions,
+        "skipped": left_out(plan, work, "read", "write").reasons,
+    }
+    rephrased = json.loads((result(work, "resolve", 0) / "rephrased.json").read_text())
+    merge_parts(store, len(plan.tasks), tokenizer_copy(work), rephrased, **created)
+
+
+_TASKS: dict[str, Callable] = {
+    "read": _read,
+    "match": _match,
+    "resolve": _resolve,
+    "tokenizer": _tokenizer,
+    "write": _write,
+    "merge": _merge,
+}
+STAGES = tuple(_TASKS)
+
+
+def num_tasks(plan: Plan, stage: str) -> int:
+    """Of the plan alone, never of the executor, so that results do not depend on it."""
+    return {"read": len(plan.tasks), "write": len(plan.tasks), "match": min(len(plan.tasks), _MAX_MATCH_TASKS)}.get(
+        stage, 1
+    )
+
+
+def run_stage_task(work: str, stage: str, rank: int) -> None:
+    """What an executor calls, on any machine that sees the work folder."""
+    run_task(Path(work), stage, rank, _TASKS[stage])

@@ -1,0 +1,130 @@
+"""A model of ours as a model of EleutherAI's evaluation harness (extra [eval]), and the tasks of a local folder."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from k2jax.errors import UserError
+from k2jax.inference.generate import continue_tokens
+from k2jax.inference.load import Loaded
+from k2jax.model.transformer import build_model
+from k2jax.train.phases import rope_after
+
+
+def _padded_length(length: int, window: int) -> int:
+    """Few lengths, so that few programs are compiled."""
+    return min(window, 1 << max(length - 1, 0).bit_length())
+
+
+class Scorer:
+    """Log-probabilities of tokens, in batches."""
+
+    def __init__(self, loaded: Loaded, batch: int):
+        config, self._window, self._batch = loaded.config, loaded.window, batch
+        self._values = loaded.state.params, loaded.state.router_bias
+        rope = rope_after(config, int(loaded.state.step))
+
+        @jax.jit
+        def score(values, tokens_BT, targets_BT):
+            dtype = jnp.dtype(config.train.compute_dtype)
+            logits_BTV = build_model(config.model, *values, dtype, rope=rope, kernels=config.kernels)(tokens_BT).logits
+            chosen = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)
+            greedy_BT = jnp.argmax(logits_BTV, -1) == targets_BT
+            return chosen[..., 0] - jax.nn.logsumexp(logits_BTV, -1), greedy_BT
+
+        self._score = score
+
+    def __call__(self, rows: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation, whether it is the greedy one) for rows of (context, continuation).
+
+        At most window + 1 tokens a row, the context not empty.
+        """
+        results = []
+        for start in range(0, len(rows), self._batch):
+            part = rows[start : start + self._batch]
+            length = _padded_length(max(len(c) + len(t) for c, t in part) - 1, self._window)
+            padded = np.zeros((2, self._batch, length), np.int32)
+            for row, (context, continuation) in enumerate(part):
+                tokens = [*context, *continuation]
+                padded[:, row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
+            logprob_BT, greedy_BT = map(np.asarray, self._score(self._values, *padded))
+            for row, (context, continuation) in enumerate(part):
+                span = slice(len(context) - 1, len(context) + len(continuation) - 1)
+                results.append((float(logprob_BT[row, span].sum()), bool(greedy_BT[row, span].all())))
+        return results
+
+
+def harness_model(loaded: Loaded, batch: int = 16):
+    """An `lm_eval` LM. `.shortened` counts the requests whose beginning did not fit the window."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    tokenizer, window, scorer = loaded.need_tokenizer(), loaded.window, Scorer(loaded, batch)
+
+    class K2Model(TemplateLM):
+        shortened = 0
+        eot_token_id = tokenizer.eos
+        prefix_token_id = tokenizer.bos
+        tokenizer_name = tokenizer.digest
+
+        def tok_encode(self, string: str, **kwargs) -> list[int]:
+            return [int(i) for i in tokenizer.encode(string)]
+
+        def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
+            rows = []
+            for _, context, continuation in requests:
+                context = context if context[:1] == [tokenizer.bos] else [tokenizer.bos, *context]
+                room = max(window + 1 - len(continuation), 1)
+                self.shortened += len(context) > room or len(continuation) > window
+                rows.append((context[-room:], continuation[-window:]))
+            return scorer(rows)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+            totals = []
+            for request in requests:
+                windows = get_rolling_token_windows(
+                    self.tok_encode(request.args[0]), tokenizer.bos, max_seq_len=window, context_len=1
+                )
+                totals.append(sum(value for value, _ in scorer([make_disjoint_window(w) for w in windows])))
+            return totals
+
+        def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+            texts = []
+            for request in requests:
+                prompt, options = request.args
+                until = options.get("until") or []
+                until = [until] if isinstance(until, str) else until
+                context = [tokenizer.bos, *self.tok_encode(prompt)]
+                temperature = float(options.get("temperature") or 0) if options.get("do_sample") else 0.0
+                num_tokens = int(options.get("max_gen_toks", 256))
+                self.shortened += len(context) > window
+                ids = continue_tokens(loaded, [context], num_tokens, temperature, 0, tokenizer.eos)[0]
+                text = tokenizer.decode(ids)
+                for stop in until:
+                    text = text.split(stop)[0] if stop else text
+                texts.append(text)
+            return texts
+
+    return K2Model()
+
+
+def run_tasks(loaded: Loaded, tasks: list[str], folder: str | None, limit: int | None) -> tuple[dict, int]:
+    """({task: {metric: value}}, requests shortened). folder: where the tasks' YAML files lie, beside the harness's own.
+
+    Raises UserError where lm-eval is not installed or does not know a task.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UserError("--tasks: needs the evaluation harness: pip install lm-eval") from None
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError(f"--task-folder {folder}: no such folder")
+    manager = TaskManager(include_path=folder)
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise UserError(*(f"--tasks {task}: the harness knows no such task" for task in unknown))
+    model = harness_model(loaded)
+    results = simple_evaluate(model, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0)
+    return results["results"], model.shortened

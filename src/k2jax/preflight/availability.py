@@ -1,0 +1,28 @@
+"""Whether the kernels that a config names exist on the devices of its mesh."""
+
+import jax
+
+from k2jax.config import Config
+from k2jax.errors import UserError
+from k2jax.kernels.tokamax_attention import TILE
+
+
+def check_kernels(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Raise UserError where `kernels` names what the mesh's devices do not have."""
+    kernels, platform = config.kernels, mesh.devices.flat[0].platform
+    problems = []
+    if kernels.exchange == "ragged" and platform == "cpu" and mesh.shape["expert"] > 1:
+        problems.append("kernels.exchange = 'ragged': CPUs have no such collective; use 'dense', 'ring' or 'auto'")
+    if kernels.grouped_matmul == "tokamax" and platform == "cpu":
+        problems.append("kernels.grouped_matmul = 'tokamax': has no kernel for CPUs; use 'blocked' or 'auto'")
+    if kernels.attention == "tokamax":
+        if platform == "cpu":
+            problems.append("kernels.attention = 'tokamax': has no kernel for CPUs; use 'chunked'")
+        if mesh.shape["context"] > 1:
+            problems.append("kernels.attention = 'tokamax': needs mesh.context = 1; use 'chunked', or give tensor more")
+        if (length := config.data.sequence_length) % TILE:
+            nearest = max(TILE, round(length / TILE) * TILE)
+            rule = f"must be a multiple of {TILE} for kernels.attention = 'tokamax'"
+            problems.append(f"data.sequence_length = {length}: {rule}, such as {nearest}; or use 'chunked'")
+    if problems:
+        raise UserError(*problems)
