@@ -40,11 +40,11 @@ def test_logits_maxima_and_loss(case, model):
     _, _, given, golden = case
     out = jax.jit(lambda t: model(t))(given["tokens"])
     np.testing.assert_allclose(out.logits, golden["logits"], rtol=0, atol=5e-5)
-    np.testing.assert_allclose(out.max_logits, golden["max_logits"], rtol=2e-5)
+    np.testing.assert_allclose(out.report.max_logits, golden["max_logits"], rtol=2e-5)
     loss = cross_entropy_sum(out.logits[:, :-1], given["tokens"][:, 1:]) / given["tokens"][:, 1:].size
     assert float(loss) == pytest.approx(float(golden["loss"]), rel=1e-5)
-    counts = np.stack([np.bincount(layer.ravel(), minlength=out.expert_load.shape[1]) for layer in golden["choices"]])
-    np.testing.assert_array_equal(out.expert_load, counts)
+    counts = np.stack([np.bincount(layer.ravel(), minlength=out.report.expert_load.shape[1]) for layer in golden["choices"]])
+    np.testing.assert_array_equal(out.report.expert_load, counts)
 
 
 def test_hidden_states_and_routing(case, model, monkeypatch):
@@ -140,8 +140,8 @@ def test_float64_against_numpy(case):
     )
     assert out.logits.dtype == np.float64
     np.testing.assert_allclose(out.logits, logits, rtol=0, atol=1e-9)
-    np.testing.assert_allclose(out.max_logits, largest, rtol=1e-9)
-    np.testing.assert_array_equal(out.expert_load, loads)
+    np.testing.assert_allclose(out.report.max_logits, largest, rtol=1e-9)
+    np.testing.assert_array_equal(out.report.expert_load, loads)
 
 
 @pytest.mark.parametrize("axes", [{"expert": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str)

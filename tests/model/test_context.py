@@ -44,7 +44,7 @@ def test_same_on_every_mesh(tiny, mesh_of, axes, length):
 
     def look(model, values, tokens, targets, positions, segments):
         out = model(values)(tokens, positions, segments)
-        return out.logits, out.max_logits, model(values)(tokens, positions, segments, targets=targets).loss
+        return out.logits, out.report.max_logits, model(values)(tokens, positions, segments, targets=targets).loss
 
     found = []
     for mesh in (mesh_of(), mesh_of(**axes)):
@@ -73,7 +73,7 @@ def test_128k_tokens_over_eight_devices(mesh_of):
 
     def forward(model, values, tokens):
         out = model(values)(tokens)
-        return out.logits, out.max_logits
+        return out.logits, out.report.max_logits
 
     def gradient(model, values, tokens, targets):
         return jax.grad(lambda params: model((params, values[1]))(tokens, targets=targets).loss)(values[0])

@@ -72,8 +72,8 @@ def test_float64_agrees_with_reference(tiny, changes, rope):
         out, loss = jax.device_get(apply(config, "float64", params, bias, *batch, rope=rope))
     assert out.logits.dtype == np.float64
     assert worst(out.logits, logits) < 1e-9
-    assert worst(out.max_logits, largest) < 1e-9
-    assert np.array_equal(out.expert_load, loads)
+    assert worst(out.report.max_logits, largest) < 1e-9
+    assert np.array_equal(out.report.expert_load, loads)
     assert loss == pytest.approx(reference.cross_entropy_sum(logits, targets), rel=1e-9)
 
 
@@ -86,8 +86,8 @@ def test_float32_agrees_with_reference(tiny):
     out, loss = jax.device_get(apply(tiny, "float32", params, bias, tokens, targets, positions, segments))
     assert out.logits.dtype == np.float32
     assert worst(out.logits, logits) < 2e-6
-    assert worst(out.max_logits, largest) < 2e-6
-    assert np.array_equal(out.expert_load, loads)
+    assert worst(out.report.max_logits, largest) < 2e-6
+    assert np.array_equal(out.report.expert_load, loads)
     assert loss == pytest.approx(reference.cross_entropy_sum(logits, targets), rel=1e-6)
 
 
@@ -98,8 +98,8 @@ def test_router_bias_changes_the_choice(tiny):
     batch = make_batch(tiny, rng)
     drawn = jax.tree.map(lambda b: np.where(np.arange(b.shape[-1]) == 3, 10.0, b), bias)
     num_tokens = batch[0].size
-    assert (apply(tiny, "float32", params, drawn, *batch)[0].expert_load[:, 3] == num_tokens).all()
-    assert (apply(tiny, "float32", params, bias, *batch)[0].expert_load[:, 3] < num_tokens).all()
+    assert (apply(tiny, "float32", params, drawn, *batch)[0].report.expert_load[:, 3] == num_tokens).all()
+    assert (apply(tiny, "float32", params, bias, *batch)[0].report.expert_load[:, 3] < num_tokens).all()
 
 
 def test_future_and_other_documents_are_unseen(tiny):

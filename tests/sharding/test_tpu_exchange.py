@@ -39,8 +39,8 @@ def lower_layer(mesh, kernels, sequences_per_chip, length):
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec("BTD")))
 
     def loss(params, x, bias):
-        y, routing = nnx.merge(graph, params, bias)(place(x, "BTD"))
-        return jnp.sum(jnp.square(y.astype(jnp.float32))) + routing.balance.sum(), routing.dropped
+        y, report = nnx.merge(graph, params, bias)(place(x, "BTD"))
+        return jnp.sum(jnp.square(y.astype(jnp.float32))) + report.balance_loss.sum(), report.rows_dropped
 
     with jax.set_mesh(mesh):
         return jax.jit(jax.grad(loss, (0, 1), has_aux=True)).lower(params, x, bias)

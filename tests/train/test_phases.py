@@ -99,14 +99,14 @@ def test_balance_loss_reaches_the_router_with_its_weight(tiny):
                     lambda *args: f(*args, rope=make_rope(tiny, "plain")), jnp.float32(a), p, b, x
                 )
             )(params, bias, jax.tree.map(jnp.asarray, batch))
-        gradients[alpha, count] = jax.device_get(grads)["moe"]["ffn"]["router"], float(losses.balance_loss[0])
+        gradients[alpha, count] = jax.device_get(grads)["moe"]["ffn"]["router"], float(losses.report.balance_loss[0])
 
     def direct(router):
         config = make_config(tiny, 1)
         params, bias, batch = jax.tree.map(jnp.asarray, make_values(config))
         params["moe"]["ffn"]["router"] = router
         one = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
-        return make_loss(config)(params, bias, one, make_rope(tiny, "plain")).balance_loss.sum()
+        return make_loss(config)(params, bias, one, make_rope(tiny, "plain")).report.balance_loss.sum()
 
     own = jax.jit(jax.grad(direct))(make_values(make_config(tiny, 1))[0]["moe"]["ffn"]["router"])
     assert np.abs(own).max() > 1e-4

@@ -12,7 +12,7 @@ from flax import nnx
 from test_remat import equations
 from test_step import assert_same_step, make_config, one_step
 
-from k2jax.model.moe import Routing
+from k2jax.model.layer_report import LayerReport
 from k2jax.model.pipeline import pipelined
 from k2jax.model.rope import make_rope
 from k2jax.model.transformer import build_model, declarations, init_router_bias
@@ -110,11 +110,11 @@ def test_gradients_are_summed_in_float32_over_microbatches(tiny, mesh_of):
     x_YBTD = np.broadcast_to(1 + np.arange(count, dtype=np.float32)[:, None, None, None] % 64, (count, 2, 1, 48))
 
     def run(layers, x_BTD, known, constants):
-        seen = jnp.ones((1, 8), jnp.int32), jnp.ones(1, jnp.int32), jnp.ones(1)
+        routing = jnp.ones((1, 8), jnp.int32), jnp.ones(1, jnp.int32), jnp.ones(1)
         own = 1 + known[0] % 64 + tiny.q_lora_rank * jax.lax.axis_index("stage")
         apart = jnp.abs(x_BTD[..., 0] - own.astype(x_BTD.dtype)).astype(jnp.float32).max()
         y_BTD = x_BTD + layers.w.use(x_BTD.dtype).sum((0, 1)).astype(x_BTD.dtype)
-        return y_BTD, (apart * jnp.ones((1, 4)), Routing(*seen))
+        return y_BTD, LayerReport(apart * jnp.ones((1, 4)), *routing)
 
     def loss(w, x_YBTD, index_MBT):
         layers = nnx.merge(graph, jax.tree.map(lambda _: w, state))
@@ -129,10 +129,11 @@ def test_gradients_are_summed_in_float32_over_microbatches(tiny, mesh_of):
     assert grad.dtype == np.float32
     np.testing.assert_array_equal(grad, 2 * count * each)
     np.testing.assert_array_equal(passed.y_YBTD.astype(np.float32), x_YBTD + weight.shape[0] * weight.shape[1])
-    np.testing.assert_array_equal(passed.max_logits[0], 0)
-    np.testing.assert_array_equal(passed.routing.load_E, 2 * count)
-    np.testing.assert_array_equal(passed.routing.dropped, 2 * count)
-    np.testing.assert_array_equal(passed.routing.balance, count)
+    (report,) = passed.reports
+    np.testing.assert_array_equal(report.max_logits, 0)
+    np.testing.assert_array_equal(report.expert_load, 2 * count)
+    np.testing.assert_array_equal(report.rows_dropped, 2 * count)
+    np.testing.assert_array_equal(report.balance_loss, count)
 
 
 def test_a_model_is_called_on_one_stage(tiny, mesh_of):

@@ -12,6 +12,7 @@ import pytest
 
 import k2jax
 from k2jax.config import Config, Remat, TrainConfig
+from k2jax.model.layer_report import LayerReport
 from k2jax.model.rope import make_rope
 from k2jax.model.transformer import declarations, init_router_bias
 from k2jax.model.weights import init_params
@@ -37,7 +38,7 @@ def mean_loss(model, remat: str, dtype: str):
 
     def loss(params, batch):
         losses = loss_fn(params, init_router_bias(model), batch, make_rope(model, "plain"))
-        return losses.loss / batch.inputs.size + 0.1 * losses.balance_loss.sum()
+        return losses.loss / batch.inputs.size + 0.1 * losses.report.balance_loss.sum()
 
     return loss
 
@@ -142,7 +143,7 @@ def test_gradients_are_summed_in_float32_over_microbatches():
 
     def loss_fn(params, router_bias, batch):
         loss = jnp.sum(params["w"].astype(jnp.bfloat16)) * jnp.bfloat16(each)
-        return Losses(loss.astype(jnp.float32) * count, *[jnp.zeros(1)] * (len(Losses._fields) - 1))
+        return Losses(loss.astype(jnp.float32) * count, LayerReport(*[jnp.zeros(1)] * 4))
 
     batch = Batch(*[jnp.zeros((count, 1, 1), jnp.int32)] * 4)
     _, grads = jax.jit(functools.partial(accumulate, loss_fn, 0.0))({"w": jnp.zeros(3)}, {}, batch)

@@ -146,10 +146,13 @@ def assert_same_step(reference, got):
     Float32 sums in another order; 485 times that after Newton-Schulz.
     """
     (before, after, metrics, _), (_, got_after, got_metrics, _) = reference, got
-    assert not got_metrics.rows_dropped.any()
-    for name in ("loss", "balance_loss", "grad_norm", "learning_rate", "max_logits", "router_bias"):
+    assert not got_metrics.report.rows_dropped.any()
+    for name in ("loss", "grad_norm", "learning_rate", "router_bias"):
         assert_close(getattr(got_metrics, name), getattr(metrics, name), 2e-6, (jax.tree_util.GetAttrKey(name),))
-    np.testing.assert_array_equal(got_metrics.expert_load, metrics.expert_load)
+    for name in ("balance_loss", "max_logits"):
+        pair = getattr(got_metrics.report, name), getattr(metrics.report, name)
+        assert_close(*pair, 2e-6, (jax.tree_util.GetAttrKey(name),))
+    np.testing.assert_array_equal(got_metrics.report.expert_load, metrics.report.expert_load)
     np.testing.assert_array_equal(got_after.router_bias["moe"]["ffn"]["bias"], after.router_bias["moe"]["ffn"]["bias"])
     assert got_after.step == after.step == 1
     moved, got_moved = (jax.tree.map(np.subtract, a.params, before.params) for a in (after, got_after))
@@ -206,8 +209,8 @@ def test_step_did_something(tiny):
     for path, moved in jax.tree_util.tree_leaves_with_path(jax.tree.map(np.subtract, after.params, before.params)):
         assert np.abs(moved).max() > 1e-3, jax.tree_util.keystr(path)
     assert np.abs(after.router_bias["moe"]["ffn"]["bias"] - before.router_bias["moe"]["ffn"]["bias"]).max() > 5e-4
-    assert 0 < np.sum(metrics.max_logits > 1.05) < metrics.max_logits.size
-    assert metrics.expert_load.sum() == NUM_ROWS * LENGTH * tiny.num_experts_per_tok
+    assert 0 < np.sum(metrics.report.max_logits > 1.05) < metrics.report.max_logits.size
+    assert metrics.report.expert_load.sum() == NUM_ROWS * LENGTH * tiny.num_experts_per_tok
     assert metrics.grad_norm > 0.1
     assert metrics.learning_rate == pytest.approx(1e-2)
 

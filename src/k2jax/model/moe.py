@@ -5,7 +5,6 @@ W rows that the experts of one device work on
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from k2jax.config import ModelConfig
 from k2jax.dtypes import wide
 from k2jax.kernels.grouped_matmul import choose_grouped_matmul, grouped_matmul
 from k2jax.kernels.project import project
+from k2jax.model.layer_report import LayerReport
 from k2jax.model.remat import DISPATCHED, EXPERT_CHOICE, EXPERT_DOWN, GATE_UP, ROUTER_LOGITS, named
 from k2jax.model.weights import RouterBias, Stack
 from k2jax.sharding.exchange import choose_transport, exchange_experts
@@ -74,14 +74,6 @@ def sequence_balance(score_BTX: jax.Array, num_choices: int) -> jax.Array:
     return jnp.mean(jnp.sum(count_BX * share_BX, -1)) * (num_experts / (num_choices * num_tokens))
 
 
-class Routing(NamedTuple):
-    """What an MoE layer says of the whole batch."""
-
-    load_E: jax.Array  # int32: rows that the router chose for each expert
-    dropped: jax.Array  # int32: those that no expert worked on, for want of room in a bounded buffer
-    balance: jax.Array  # `sequence_balance`
-
-
 class MoE(nnx.Module):
     """Routed experts plus shared ones, which see every token and are not weighted."""
 
@@ -100,8 +92,8 @@ class MoE(nnx.Module):
         if config.n_shared_experts:
             self.shared = SwiGLU(stack, config.n_shared_experts * width, "shared experts", "mlp.shared_experts.")
 
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Routing]:
-        """Output [B, T, D], and what is to be known of the whole batch's routing."""
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, LayerReport]:
+        """Output [B, T, D], and the routing of the whole batch as a LayerReport without max_logits."""
         dtype = x_BTD.dtype
         # At least float32, and in full: bf16 logits, which accelerators make of float32 by default, would flip choices.
         router_DX = self.router.use(wide(dtype))
@@ -111,10 +103,11 @@ class MoE(nnx.Module):
         y_BTD, load_E, dropped = self.routed(x_BTD, score_BTX)
         if self.config.n_shared_experts:
             y_BTD += self.shared(x_BTD)
-        return y_BTD, Routing(load_E, dropped, sequence_balance(score_BTX, self.config.num_experts_per_tok))
+        balance = sequence_balance(score_BTX, self.config.num_experts_per_tok)
+        return y_BTD, LayerReport(None, load_E, dropped, balance)
 
     def routed(self, x_BTD: jax.Array, score_BTX: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The routed experts' part of the output, and the first two fields of `Routing`."""
+        """Output [B, T, D] of the routed experts, load_E and the number of dropped rows."""
         weights = [w.use(x_BTD.dtype) for w in (self.gate, self.up, self.down)]
         local, in_dims = partial(self._routed, on_mesh()), ("BTD", "BTX", "X", "EDF", "EDF", "EFD")
         if on_mesh():

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from k2jax.model.moe import Routing
+from k2jax.model.layer_report import LayerReport
 from k2jax.model.remat import rematerialise_stage
 from k2jax.sharding.names import AXES, LAYER_AXES
 from k2jax.sharding.place import uncut_axes
@@ -78,7 +78,7 @@ def _shifted(x: jax.Array, by: int) -> jax.Array:
 def _through_stages(run_stage: Callable, x_YBTD: jax.Array, num_microbatches: int):
     """The microbatches through all stages: outputs where their inputs were, and what the layers here saw of them all.
 
-    run_stage(x [B, T, D], microbatch) -> (y, (max_logit [L, H], Routing)). At tick t stage s works on microbatch t - s.
+    run_stage(x [B, T, D], microbatch) -> (y, LayerReport of its layers). At tick t stage s works on microbatch t - s.
     The places of a stage's own microbatches are a stream that brings inputs to the first stage and takes outputs from
     the last: one of them moves a stage down in each tick, and the last stage puts what it has made in its place.
     """
@@ -89,32 +89,32 @@ def _through_stages(run_stage: Callable, x_YBTD: jax.Array, num_microbatches: in
         first_BTD = jax.lax.dynamic_index_in_dim(stream_YBTD, t % num_own, keepdims=False)
         is_real = (t >= stage) & (t < stage + num_microbatches)
         x_BTD = jnp.where(is_real, jnp.where(stage == 0, first_BTD, x_BTD), 0)
-        y_BTD, (max_logit_LH, routed) = run_stage(x_BTD, jnp.clip(t - stage, 0, num_microbatches - 1))
+        y_BTD, report = run_stage(x_BTD, jnp.clip(t - stage, 0, num_microbatches - 1))
         left_BTD = jnp.where(stage == num_stages - 1, y_BTD, _shifted(first_BTD, -1))
         stream_YBTD = jax.lax.dynamic_update_index_in_dim(stream_YBTD, left_BTD, t % num_own, 0)
-        seen = jnp.where(is_real, max_logit_LH, -jnp.inf), jax.tree.map(lambda r: jnp.where(is_real, r, 0), routed)
-        return (_shifted(y_BTD, 1), stream_YBTD), seen
+        real = jax.tree.map(lambda r: jnp.where(is_real, r, 0), report)
+        real = real._replace(max_logits=jnp.where(is_real, report.max_logits, -jnp.inf))
+        return (_shifted(y_BTD, 1), stream_YBTD), real
 
     ticks = jnp.arange(num_microbatches + num_stages - 1)
-    (_, stream_YBTD), (max_logit, routed) = jax.lax.scan(tick, (jnp.zeros_like(x_YBTD[0]), x_YBTD), ticks)
-    seen = max_logit.max(0), jax.tree.map(lambda r: r.sum(0), routed)
-    return jnp.roll(stream_YBTD, -((num_stages - 1) % num_own), 0), seen
+    (_, stream_YBTD), reports = jax.lax.scan(tick, (jnp.zeros_like(x_YBTD[0]), x_YBTD), ticks)
+    report = jax.tree.map(lambda r: r.sum(0), reports)._replace(max_logits=reports.max_logits.max(0))
+    return jnp.roll(stream_YBTD, -((num_stages - 1) % num_own), 0), report
 
 
-class Passed(NamedTuple):
-    """What the layers made of all microbatches."""
+class PipelineOutput(NamedTuple):
+    """Activations after the last layer, and the report of each stack: maxima and sums over the microbatches."""
 
     y_YBTD: jax.Array
-    max_logits: list[jax.Array]  # [L, H] of each stack
-    routing: Routing  # of the MoE layers [L, ...], summed over the microbatches
+    reports: list[LayerReport]
 
 
 def pipelined(
     dense: nnx.Module | None, moe: nnx.Module, run: Callable, x_YBTD: jax.Array, known: tuple, constants: tuple
-) -> Passed:
+) -> PipelineOutput:
     """All layers of a step: the dense ones where the microbatches are, the MoE layers stage by stage.
 
-    run(layers, x [B, T, D], known of the microbatch, constants) -> (y, (max_logit [L, H], Routing or None)). known:
+    run(layers, x [B, T, D], known of the microbatch, constants) -> (y, LayerReport of the stack). known:
     arrays [M, B, T], the same on every stage. Neither they nor constants have a gradient.
     """
     stacks = [(nnx.split(layers), kept) for layers, kept in ((dense, ""), (moe, "stage")) if layers is not None]
@@ -136,18 +136,25 @@ def pipelined(
             return rematerialise_stage(run_stack)
 
         *before, run_stage = map(runner, range(len(stacks)))
-        max_logits = []
+        reports = []
         for run_dense in before:
             own = jax.lax.axis_index("stage") * x_YBTD.shape[0] + jnp.arange(x_YBTD.shape[0])
-            x_YBTD, (max_YLH, _) = jax.lax.map(lambda part, run=run_dense: run(*part), (x_YBTD, own))
-            max_logits.append(jax.lax.pmax(jax.lax.stop_gradient(max_YLH.max(0)), AXES))
-        x_YBTD, (max_LH, routed) = _through_stages(run_stage, x_YBTD, num_microbatches)
-        max_logits.append(jax.lax.pmax(jax.lax.stop_gradient(max_LH), LAYER_AXES))
-        load_LE = jax.lax.psum(routed.load_E, uncut_axes("E"))
-        dropped_L = jax.lax.psum(routed.dropped, LAYER_AXES)
-        return Passed(x_YBTD, max_logits, Routing(load_LE, dropped_L, jax.lax.pmean(routed.balance, LAYER_AXES)))
+            x_YBTD, dense_report = jax.lax.map(lambda part, run=run_dense: run(*part), (x_YBTD, own))
+            max_LH = jax.lax.stop_gradient(dense_report.max_logits.max(0))
+            reports.append(LayerReport(jax.lax.pmax(max_LH, AXES)))
+        x_YBTD, report = _through_stages(run_stage, x_YBTD, num_microbatches)
+        reports.append(
+            LayerReport(
+                max_logits=jax.lax.pmax(jax.lax.stop_gradient(report.max_logits), LAYER_AXES),
+                expert_load=jax.lax.psum(report.expert_load, uncut_axes("E")),
+                rows_dropped=jax.lax.psum(report.rows_dropped, LAYER_AXES),
+                balance_loss=jax.lax.pmean(report.balance_loss, LAYER_AXES),
+            )
+        )
+        return PipelineOutput(x_YBTD, reports)
 
     own_L = spec("Y")
-    specs = Passed(spec("YBTD"), [spec("")] * (len(stacks) - 1) + [own_L], Routing(spec("YE"), own_L, own_L))
+    moe_specs = LayerReport(own_L, spec("YE"), own_L, own_L)
+    specs = PipelineOutput(spec("YBTD"), [LayerReport(spec(""))] * (len(stacks) - 1) + [moe_specs])
     weights = [_at_rest(state) for (_, state), _ in stacks]
     return jax.shard_map(on_device, out_specs=specs)(x_YBTD, known, constants, *weights)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def balance(bias: jax.Array, expert_load: jax.Array, rate: float) -> jax.Array:
+def update_router_bias(bias: jax.Array, expert_load: jax.Array, rate: float) -> jax.Array:
     """bias [layers, E] after a step whose whole batch gave `expert_load` [layers, E].
 
     b_i += rate * (sign(e_i) - mean_j sign(e_j)), e = mean load - load: underloaded experts rise, and the mean

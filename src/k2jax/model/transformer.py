@@ -14,8 +14,9 @@ from k2jax.dtypes import wide
 from k2jax.kernels.chunked_attention import Places
 from k2jax.kernels.project import project
 from k2jax.model.head import head_loss
+from k2jax.model.layer_report import LayerReport, join_stacks
 from k2jax.model.mla import MLA, Latents, Positions, rms_norm
-from k2jax.model.moe import MoE, Routing, SwiGLU
+from k2jax.model.moe import MoE, SwiGLU
 from k2jax.model.pipeline import pipelined
 from k2jax.model.remat import ATTENDED, LAYER_INPUT, named, rematerialise
 from k2jax.model.rope import Rope, make_rope, rope_angles
@@ -25,14 +26,11 @@ from k2jax.sharding.zigzag import balanced
 
 
 class Output(NamedTuple):
-    """What one forward pass gives; floats in at least float32."""
+    """Result of one forward pass; floats in at least float32."""
 
-    logits: jax.Array | None  # [B, T, V]; None where there were targets
-    max_logits: jax.Array  # [layers, H]
-    expert_load: jax.Array  # [MoE layers, E] int32: rows that the router chose
-    balance_loss: jax.Array  # [MoE layers]: moe.sequence_balance
-    rows_dropped: jax.Array  # [MoE layers] int32: rows that no expert worked on, for want of room
-    loss: jax.Array | None = None  # nats, summed over the targets
+    logits: jax.Array | None  # [B, T, V]; None with targets
+    loss: jax.Array | None  # nats, summed over the targets; None without
+    report: LayerReport
 
 
 class Cache(NamedTuple):
@@ -58,14 +56,14 @@ class Layer(nnx.Module):
     @jax.named_scope("ffn")
     def _feed_forward(self, x_BTD: jax.Array):
         normed_BTD = rms_norm(x_BTD, self.ffn_norm, self.config.rms_norm_eps)
-        y_BTD, routing = self.ffn(normed_BTD) if isinstance(self.ffn, MoE) else (self.ffn(normed_BTD), None)
-        return x_BTD + y_BTD, routing
+        y_BTD, report = self.ffn(normed_BTD) if isinstance(self.ffn, MoE) else (self.ffn(normed_BTD), LayerReport(None))
+        return x_BTD + y_BTD, report
 
-    def __call__(self, x_BTD: jax.Array, positions: Positions):
+    def __call__(self, x_BTD: jax.Array, positions: Positions) -> tuple[jax.Array, LayerReport]:
         x_BTD = named(x_BTD, LAYER_INPUT)
         attended_BTD, max_logit_H = self.attention(self._normed(x_BTD), positions)
-        x_BTD, routing = self._feed_forward(named(x_BTD + attended_BTD, ATTENDED))
-        return x_BTD, (max_logit_H, routing)
+        x_BTD, report = self._feed_forward(named(x_BTD + attended_BTD, ATTENDED))
+        return x_BTD, report._replace(max_logits=max_logit_H)
 
     def decode(self, x_BTD: jax.Array, positions: Positions, slots_BS: jax.Array, past: Latents):
         attended_BTD, past = self.attention.decode(self._normed(x_BTD), positions, slots_BS, past)
@@ -136,6 +134,10 @@ class Transformer(nnx.Module):
         # The head in float32: its gradient is a sum over all tokens of the step.
         return head_loss(x, place(stored_DV.astype(wide(self.dtype)), "DV"), targets)
 
+    def _join(self, reports: list[LayerReport]) -> LayerReport:
+        """The report of the whole model, on every device."""
+        return join_stacks(jax.tree.map(whole, reports), self.config.n_routed_experts, wide(self.dtype))
+
     def __call__(self, tokens, positions=None, segment_ids=None, rope: Rope | None = None, targets=None) -> Output:
         """tokens, positions, segment_ids: int32 [B, T]. Positions count from 0 and all is one document unless given.
 
@@ -157,19 +159,15 @@ class Transformer(nnx.Module):
         )
         known = make_positions(positions_BT, segment_ids_BT, rope or make_rope(self.config, self.rope))
         x_BTD = self._embed(tokens_BT)
-        max_logits, routing = [], []
+        reports = []
         for layers in (self.dense, self.moe):
             if layers is not None:
-                x_BTD, (max_logit_LH, routed) = scan_layers(layers, x_BTD, known, self.remat)
-                max_logits.append(whole(max_logit_LH))
-                routing += [Routing(*map(whole, routed))] if routed is not None else []
-        no_load = jnp.zeros((0, self.config.n_routed_experts), jnp.int32)
-        no_routing = Routing(no_load, jnp.zeros(0, jnp.int32), jnp.zeros(0, wide(self.dtype)))
-        load_LE, dropped_L, balance_L = routing[0] if routing else no_routing
-        seen = jnp.concatenate(max_logits), load_LE, balance_L, dropped_L
+                x_BTD, report = scan_layers(layers, x_BTD, known, self.remat)
+                reports.append(report)
+        report = self._join(reports)
         if targets is not None:
-            return Output(None, *seen, self._loss(x_BTD, place(balanced(jnp.asarray(targets)), "BT")))
-        return Output(self._logits(place(balanced(x_BTD, back=True), "BSD")), *seen)
+            return Output(None, self._loss(x_BTD, place(balanced(jnp.asarray(targets)), "BT")), report)
+        return Output(self._logits(place(balanced(x_BTD, back=True), "BSD")), None, report)
 
     def losses(self, tokens_MBT, positions_MBT, segment_ids_MBT, rope: Rope, target_MBT) -> Output:
         """As a call with targets, of M microbatches together, on a mesh with pipeline stages.
@@ -183,10 +181,8 @@ class Transformer(nnx.Module):
         x_YBTD = self._embed(place(tokens_MBT, "YBT"))
         places = place(positions_MBT, "MBT"), place(segment_ids_MBT, "MBT")
         rope = jax.tree.map(jnp.asarray, rope)
-        x_YBTD, max_logits, routed = pipelined(self.dense, self.moe, run, x_YBTD, places, rope)
-        load_LE, dropped_L, balance_L = map(whole, routed)
-        seen = jnp.concatenate([whole(x) for x in max_logits]), load_LE, balance_L, dropped_L
-        return Output(None, *seen, self._loss(x_YBTD, target_MBT))
+        x_YBTD, reports = pipelined(self.dense, self.moe, run, x_YBTD, places, rope)
+        return Output(None, self._loss(x_YBTD, target_MBT), self._join(reports))
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` sequences of up to `length` tokens."""
@@ -265,5 +261,3 @@ def init_router_bias(config: ModelConfig) -> dict:
         lambda w: jnp.zeros(w.shape), bias_declarations(config), is_leaf=lambda x: isinstance(x, Weight)
     )
 
-
-__all__ = ["Output", "Transformer", "Weight", "bias_declarations", "build_model", "declarations", "init_router_bias"]

@@ -23,8 +23,8 @@ def make_record(step: int, metrics: Metrics, config: Config, seconds: float) -> 
     None stands for numbers that are not finite, and for what a skipped step did not do.
     """
     tau, skipped = config.optim.qk_clip_tau, bool(metrics.skipped_in_a_row)
-    clipped = np.argwhere(metrics.max_logits > tau) if tau is not None and not skipped else []
-    load = metrics.expert_load
+    clipped = np.argwhere(metrics.report.max_logits > tau) if tau is not None and not skipped else []
+    load = metrics.report.expert_load
     over_mean = load.max(-1) / load.mean(-1) if load.size else np.zeros(0)
     low, high = metrics.router_bias if load.size else (0.0, 0.0)
     lost = {
@@ -40,16 +40,16 @@ def make_record(step: int, metrics: Metrics, config: Config, seconds: float) -> 
         "grad_norm": _number(metrics.grad_norm),
         "param_norm": _number(metrics.param_norm),
         "learning_rate": float(metrics.learning_rate),
-        "max_logit": _number(metrics.max_logits.max()),
-        "max_logit_by_layer": [_number(layer.max()) for layer in metrics.max_logits],
+        "max_logit": _number(metrics.report.max_logits.max()),
+        "max_logit_by_layer": [_number(layer.max()) for layer in metrics.report.max_logits],
         "heads_clipped": len(clipped),
         "clipped_heads": [f"L{layer}H{head}" for layer, head in clipped],
-        "balance_loss": _number(metrics.balance_loss.mean()) if load.size else None,
+        "balance_loss": _number(metrics.report.balance_loss.mean()) if load.size else None,
         "expert_load_max_over_mean": float(over_mean.max()) if load.size else None,
         "expert_load_max_over_mean_by_layer": [float(layer) for layer in over_mean],
         "router_bias_min": float(low),
         "router_bias_max": float(high),
-        "rows_dropped": int(metrics.rows_dropped.sum(dtype=np.int64)),
+        "rows_dropped": int(metrics.report.rows_dropped.sum(dtype=np.int64)),
         "skipped": skipped,
         "skipped_in_a_row": int(metrics.skipped_in_a_row),
         "skipped_so_far": int(metrics.skipped),

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from k2jax.config import Config
+from k2jax.model.layer_report import LayerReport
 from k2jax.model.rope import Rope
-from k2jax.model.router_bias import balance
+from k2jax.model.router_bias import update_router_bias
 from k2jax.model.transformer import build_model, declarations
 from k2jax.optim.rounding import lost_updates
 from k2jax.optim.schedule import learning_rate_of_step
@@ -25,16 +26,13 @@ OPTIMIZER_SCOPE = "optimizer"  # in the name of every operation of the update: w
 
 
 class Metrics(NamedTuple):
-    """What one step reports; all of the whole batch."""
+    """Metrics of one step over the whole batch."""
 
     loss: jax.Array  # nats per token, without the balance loss
-    balance_loss: jax.Array  # [MoE layers], mean over the sequences, before its weight
+    report: LayerReport  # its balance loss before the weight of the phase
     grad_norm: jax.Array  # before clipping
-    param_norm: jax.Array  # after the update: not finite where the new state is broken
+    param_norm: jax.Array  # after the update: not finite if the new state is broken
     learning_rate: jax.Array
-    max_logits: jax.Array  # [layers, H]
-    expert_load: jax.Array  # [MoE layers, E] rows that the router chose
-    rows_dropped: jax.Array  # [MoE layers] int32: those that no expert worked on, for want of room
     router_bias: jax.Array  # [2]: smallest and largest after the update; no MoE layer, no entries
     lost_updates: dict[str, dict[str, jax.Array]]  # {dtype: {group: share}}, of a skipped step without meaning
     skipped: jax.Array  # bad steps so far
@@ -42,13 +40,10 @@ class Metrics(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """What a forward pass says of a batch, or of several together."""
+    """Loss and report of one forward pass, over one microbatch or several together."""
 
     loss: jax.Array  # nats, summed over tokens or their mean
-    balance_loss: jax.Array  # [MoE layers], mean over sequences
-    max_logits: jax.Array  # [layers, H]
-    expert_load: jax.Array  # [MoE layers, E]
-    rows_dropped: jax.Array  # [MoE layers]
+    report: LayerReport
 
 
 def make_loss(config: Config) -> Callable:
@@ -59,7 +54,7 @@ def make_loss(config: Config) -> Callable:
         model = build_model(config.model, params, router_bias, dtype, config.train.remat, kernels=config.kernels)
         run = model if batch.inputs.ndim == 2 else model.losses
         out = run(batch.inputs, batch.positions, batch.segment_ids, rope, batch.targets)
-        return Losses(out.loss, out.balance_loss, out.max_logits, out.expert_load, out.rows_dropped)
+        return Losses(out.loss, out.report)
 
     return loss_fn
 
@@ -75,9 +70,9 @@ def accumulate(
     num_microbatches, num_tokens = batch.inputs.shape[0], batch.inputs.size
 
     def objective(params, microbatch):
-        of_all = loss_fn(params, router_bias, microbatch)
-        share = of_all._replace(loss=of_all.loss / num_tokens, balance_loss=of_all.balance_loss / num_microbatches)
-        return share.loss + balance_alpha * share.balance_loss.sum(), share
+        loss, report = loss_fn(params, router_bias, microbatch)
+        loss, balance_loss = loss / num_tokens, report.balance_loss / num_microbatches
+        return loss + balance_alpha * balance_loss.sum(), Losses(loss, report._replace(balance_loss=balance_loss))
 
     def one(total, microbatch):
         total_losses, total_grads = total
@@ -85,14 +80,16 @@ def accumulate(
         now, microbatch = jax.lax.optimization_barrier((params, microbatch))
         (_, losses), grads = jax.value_and_grad(objective, has_aux=True)(now, microbatch)
         summed = jax.tree.map(jnp.add, total_losses, losses)
-        summed = summed._replace(max_logits=jnp.maximum(total_losses.max_logits, losses.max_logits))
+        max_logits = jnp.maximum(total_losses.report.max_logits, losses.report.max_logits)
+        summed = summed._replace(report=summed.report._replace(max_logits=max_logits))
         return (summed, jax.tree.map(jnp.add, total_grads, grads)), None
 
     batch = passes(batch, together)
     _, shapes = jax.eval_shape(objective, params, jax.tree.map(lambda x: x[0], batch))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    start = zeros._replace(max_logits=jnp.full_like(zeros.max_logits, -jnp.inf)), optax.tree.zeros_like(params)
-    return jax.lax.scan(one, start, batch)[0]
+    lowest = jnp.full_like(zeros.report.max_logits, -jnp.inf)
+    start = zeros._replace(report=zeros.report._replace(max_logits=lowest))
+    return jax.lax.scan(one, (start, optax.tree.zeros_like(params)), batch)[0]
 
 
 def make_update(tx: optax.GradientTransformation, labels: optax.Params) -> Callable:
@@ -104,7 +101,7 @@ def make_update(tx: optax.GradientTransformation, labels: optax.Params) -> Calla
 
     def update(good, losses: Losses, grads, opt_state, params):
         updates, new_state = call_update(
-            tx, grads, opt_state, params, value=losses.loss, grad=grads, max_logits=losses.max_logits
+            tx, grads, opt_state, params, value=losses.loss, grad=grads, max_logits=losses.report.max_logits
         )
         lost = {str(jnp.dtype(d)): lost_updates(params, updates, labels, d) for d in (jnp.float32, jnp.bfloat16)}
         new = optax.apply_updates(params, updates), new_state
@@ -136,15 +133,15 @@ def make_train_step(config: Config, tx: optax.GradientTransformation) -> Callabl
         together = config.train.microbatches_together
         losses, grads = accumulate(at_stage, alpha, state.params, state.router_bias, batch, together)
         grad_norm = optax.tree.norm(grads)
-        good = is_good(config.guard, state.guard, losses.loss, grad_norm, losses.max_logits)
+        good = is_good(config.guard, state.guard, losses.loss, grad_norm, losses.report.max_logits)
         (params, opt_state), lost = update(good, losses, grads, state.opt_state, state.params)
         router_bias = jax.tree.map(
-            lambda b: jnp.where(good, balance(b, losses.expert_load, bias_rate), b), state.router_bias
+            lambda b: jnp.where(good, update_router_bias(b, losses.report.expert_load, bias_rate), b), state.router_bias
         )
         guard = after_step(state.guard, good, losses.loss, grad_norm)
         bias_range = [jnp.stack([b.min(), b.max()]) for b in jax.tree.leaves(router_bias)]
         metrics = Metrics(
-            **losses._asdict(),
+            *losses,
             grad_norm=grad_norm,
             param_norm=optax.tree.norm(params),
             learning_rate=learning_rate_of_step(config.optim, state.step - state.guard.skipped, config.batch_tokens),
