@@ -13,6 +13,8 @@ from k2jax.errors import UserError
 from k2jax.runs.records import MetricsFile
 from k2jax.sharding.mesh import single_device_mesh
 from k2jax.train import loop
+from k2jax.train import start as start_module
+from k2jax.train.display import Display
 from k2jax.train.start import check_source
 
 BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
@@ -21,7 +23,7 @@ BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 @pytest.fixture(scope="module")
 def patch():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_mesh", lambda config: single_device_mesh())
+        patch.setattr(start_module, "make_mesh", lambda config: single_device_mesh())
         before = jax.config.jax_persistent_cache_min_compile_time_secs
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         yield patch
@@ -65,7 +67,7 @@ def starts(config):
     """Events of a run that validates and saves twice, and of its resume; and what both said."""
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Display, "say", lambda self, text: said.append(text))
+        patch.setattr(Display, "say", lambda self, text: said.append(text))
         first = start(config)
         second = start(config.replace({"train.num_steps": 10}))
     return first, second, [text for text in said if text.startswith("compile:")]
@@ -110,7 +112,7 @@ def test_a_kill_at_any_file_before_the_first_step_can_be_started_again(config, t
 
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(os, "replace", counted)
-            inner.setattr(loop, "Saver", lambda *_: (_ for _ in ()).throw(Killed))
+            inner.setattr(start_module, "Saver", lambda *_: (_ for _ in ()).throw(Killed))
             with pytest.raises(Killed):
                 loop.run(config.replace({"train.run_dir": str(folder)}))
         return names

@@ -3,12 +3,14 @@
 import importlib.metadata
 import math
 import platform
+from collections import Counter
 
 import jax
 
 from k2jax.config import Config
 from k2jax.model.choices import describe_attention, describe_experts, describe_pipeline
 from k2jax.model.flops import count_parameters, flops_per_token
+from k2jax.model.transformer import declarations
 from k2jax.model.weights import weight_leaves
 from k2jax.train.state import TrainState
 
@@ -33,11 +35,11 @@ def bytes_per_device(tree) -> int:
     return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
-def banner(
-    config: Config, weights, abstract: TrainState, mesh: jax.sharding.Mesh, optimizer_groups: dict[str, int]
-) -> str:
+def banner(config: Config, abstract: TrainState, mesh: jax.sharding.Mesh) -> str:
     """Versions, devices, mesh, parameters, bytes per device, FLOPs per token, optimizer groups."""
-    leaves = weight_leaves(weights)
+    leaves, optimizer_groups = weight_leaves(declarations(config.model)), Counter()
+    for weight in leaves:
+        optimizer_groups[weight.group] += weight.size
     counts = count_parameters(leaves, config.model)
     total, active = (sum(c[i] for c in counts.values()) for i in (0, 1))
     library = versions()

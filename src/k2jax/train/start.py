@@ -1,21 +1,29 @@
 """Where a run begins: may it, from which step, with which state. Everything is checked before anything is written."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import optax
 
 from k2jax.config import Config, differences
 from k2jax.data.loader.batches import check_position, data_position
-from k2jax.data.loader.corpus import Corpus, writes_alike
-from k2jax.data.loader.segments import plan_run, read_plan
+from k2jax.data.loader.corpus import Corpus, open_data, writes_alike
+from k2jax.data.loader.segments import describe_mixture, plan_run, read_plan
 from k2jax.data.loader.timeline import Timeline
 from k2jax.data.saved_tokenizer import open_tokenizer
 from k2jax.errors import UserError
+from k2jax.preflight.availability import check_kernels
 from k2jax.runs.commits import committed_steps, damage, held_parts, newest_step, remove_leftovers, set_damaged_aside
-from k2jax.runs.folder import read_config
+from k2jax.runs.folder import lock_run, read_config
+from k2jax.sharding.mesh import make_mesh
+from k2jax.train.banner import banner
 from k2jax.train.checkpoint import Saver, parts, restore_model, restore_run, restore_state
-from k2jax.train.display import Display
+from k2jax.train.optimizer import make_optimizer
+from k2jax.train.outputs import Outputs
 from k2jax.train.state import TrainState, abstract_state, init_state
 
 # Fields that a resumed run may change: no later state depends on how it is cut, shown, read and kept; and where the
@@ -122,18 +130,66 @@ def with_model_of(source: str, state: TrainState) -> TrainState:
     return dataclasses.replace(state, **restore_model(folder, newest_step(folder), layout))
 
 
-def start_state(config: Config, tx, step: int | None, timeline, mesh, saver: Saver, display: Display) -> TrainState:
-    """The state committed at `step`, or for None a new one, committed as step 0 before the first step."""
-    folder = Path(config.train.run_dir) / "checkpoints"
+@dataclass(frozen=True)
+class Run:
+    """An open run: everything that training needs besides the state. Its folder is locked by this process.
+
+    resumed_step: the committed step that it goes on from, None for a new run. saver, outputs: closed with the run.
+    """
+
+    config: Config
+    folder: Path
+    mesh: jax.sharding.Mesh
+    tx: optax.GradientTransformation
+    corpus: Corpus
+    timeline: Timeline
+    resumed_step: int | None
+    saver: Saver
+    outputs: Outputs
+
+
+@contextlib.contextmanager
+def open_run(config: Config, change_mixture: bool) -> Iterator[Run]:
+    """The run of `config`, locked, checked and described in its folder; `jax.set_mesh` holds inside.
+
+    Everything is checked before anything is written. Raises UserError with what the user can correct.
+    """
+    config.validate()
+    mesh = make_mesh(config.mesh)
+    check_kernels(config, mesh)
+    check_run_dir(config)  # before anything is written, and again below under the lock
+    corpus, folder = open_data(config), Path(config.train.run_dir)
+    plan_run(corpus, config, read_plan(folder), newest_step(folder / "checkpoints") or 0, change_mixture)
+    check_source(config, corpus)
+    tx = make_optimizer(config, mesh)
+    make_run_dir(folder)
+    with lock_run(folder), jax.set_mesh(mesh):
+        step, timeline, notes = check_resume(config, corpus, change_mixture)
+        outputs = Outputs(folder, config, step or 0)
+        outputs.describe(config, timeline.plan, corpus.tokenizer())
+        saver = Saver(folder / "checkpoints", config.checkpoint)
+        run = Run(config, folder, mesh, tx, corpus, timeline, step, saver, outputs)
+        outputs.say("\n".join([banner(config, abstract_state(config, tx, mesh), mesh),
+                               describe_mixture(timeline, config), *notes]))  # fmt: skip
+        try:
+            yield run
+        finally:
+            outputs.close()
+            saver.join()  # a failure elsewhere loses no save that had begun
+
+
+def start_state(run: Run) -> TrainState:
+    """The state committed at `run.resumed_step`, or for a new run the initial one, committed as step 0."""
+    folder = run.folder / "checkpoints"
     if removed := remove_leftovers(folder):
-        display.say(f"removed unfinished saves: {', '.join(removed)}")
-    if step is None:
-        with display.phase("initialise"):
-            state = init_state(config, tx)
-            if config.train.init_from is not None:
-                state = with_model_of(config.train.init_from, state)
-            saver.save(0, state, config, data_position(timeline, config, 0))
-            saver.wait()
-        return state
-    with display.phase(f"restore step {step}"):
-        return restore_state(folder, step, abstract_state(config, tx, mesh))
+        run.outputs.say(f"removed unfinished saves: {', '.join(removed)}")
+    if run.resumed_step is not None:
+        with run.outputs.phase(f"restore step {run.resumed_step}"):
+            return restore_state(folder, run.resumed_step, abstract_state(run.config, run.tx, run.mesh))
+    with run.outputs.phase("initialise"):
+        state = init_state(run.config, run.tx)
+        if run.config.train.init_from is not None:
+            state = with_model_of(run.config.train.init_from, state)
+        run.saver.save(0, state, run.config, data_position(run.timeline, run.config, 0))
+        run.saver.wait()
+    return state
