@@ -31,7 +31,7 @@ def naive(q_BHSK, k_BZHK, v_BZHU, scale):
 
 def main() -> int:
     use_cpu_devices(1)
-    from k2jax.kernels.chunked_attention import Places, chunked_attention
+    from k2jax.kernels.chunked_attention import TokenIndex, chunked_attention
     from k2jax.model.attention import chunk_tokens
 
     rate, held = matmul_rate(), []
@@ -41,7 +41,7 @@ def main() -> int:
         q, k, v = (jax.random.normal(one, size) for one, size in zip(keys, sizes, strict=False))
         dout = jax.random.normal(keys[3], (batch, heads, length, value))
         index = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        at, chunk, scale = Places(index, jnp.zeros_like(index)), chunk_tokens(length), key**-0.5
+        at, chunk, scale = TokenIndex(index, jnp.zeros_like(index)), chunk_tokens(length), key**-0.5
 
         def ours(q, k, v, at=at, chunk=chunk, scale=scale):
             return chunked_attention(q, (k, v), (), split, at, at, scale, (chunk, chunk))[0]

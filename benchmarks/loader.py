@@ -21,7 +21,7 @@ import numpy as np
 from k2jax.config import Config
 from k2jax.data.loader.batches import train_batches
 from k2jax.data.loader.corpus import open_corpus
-from k2jax.data.loader.segments import plan_run
+from k2jax.data.loader.segments import settle_timeline
 from k2jax.data.store.writer import PartWriter, merge_parts
 from k2jax.data.tokenizer import load_tokenizer
 
@@ -61,7 +61,7 @@ def our_batches(folder: Path, batch: int = BATCH, threads: int = 4):
          "data.read_threads": threads, "data.prefetch_sequences": 4 * batch, "train.eval_sequences": 1}
     )  # fmt: skip
     corpus = open_corpus(str(folder))
-    return train_batches(corpus, plan_run(corpus, config)[0], config, 0)
+    return train_batches(corpus, settle_timeline(corpus, config)[0], config, 0)
 
 
 def record_batches(path: Path, threads: int = 4):

@@ -16,7 +16,7 @@ TENSOR, LENGTHS = 4, ((131_072, 8), (1_048_576, 64), (1_048_576, 256), (2_097_15
 def main() -> None:
     use_cpu_devices(1)
     from k2jax.config import ModelConfig
-    from k2jax.kernels.chunked_attention import Places, chunked_attention
+    from k2jax.kernels.chunked_attention import TokenIndex, chunked_attention
     from k2jax.model.attention import chunk_tokens
     from k2jax.model.mla import keys_and_values
 
@@ -36,7 +36,7 @@ def main() -> None:
 
         sources = shape(1, length, latent), shape(1, length, rope)
         weights = shape(latent, heads, nope), shape(latent, heads, value)
-        places = [Places(*[shape(1, tokens, dtype=jnp.int32)] * 2) for tokens in (here, length)]
+        places = [TokenIndex(*[shape(1, tokens, dtype=jnp.int32)] * 2) for tokens in (here, length)]
         arguments = shape(1, heads, here, nope + rope), sources, weights, *places
         used = jax.jit(jax.grad(layer, (0, 1, 2))).lower(*arguments).compile().memory_analysis()
         parts = used.temp_size_in_bytes, used.argument_size_in_bytes, used.output_size_in_bytes

@@ -146,7 +146,7 @@ def test_float64_against_numpy(case):
 
 @pytest.mark.parametrize("axes", [{"expert": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str)
 def test_same_logits_on_a_mesh(case, model, mesh_of, axes):
-    """Loaded shard by shard; within 1e-5 of the largest logit. The router bias is on every device."""
+    """LoadedModel shard by shard; within 1e-5 of the largest logit. The router bias is on every device."""
     folder, _, given, _ = case
     tokens = np.concatenate([given["tokens"]] * 4)
     with jax.set_mesh(mesh_of(**axes)):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from k2jax.kernels.chunked_attention import Places, _turns, chunked_attention
+from k2jax.kernels.chunked_attention import TokenIndex, _turns, chunked_attention
 
 SCALE = 0.3
 
@@ -58,7 +58,7 @@ def test_agrees_with_all_pairs(dtype, bound, kind, length, chunks, negative):
     want = naive(q, k, v, index, segment, dout)
     assert not negative or want[1].max() < 0
     with jax.enable_x64(dtype == "float64"):
-        at = Places(jnp.asarray(index), jnp.asarray(segment))
+        at = TokenIndex(jnp.asarray(index), jnp.asarray(segment))
 
         def run(q, k, v):
             return chunked_attention(q, (k, v), (), make, at, at, SCALE, chunks)
@@ -73,7 +73,7 @@ def test_future_and_other_documents_are_not_worked_on():
     """Of 8 x 8 chunk pairs 36 are causal; of two documents of four chunks each 20 are left."""
     index = jnp.arange(32, dtype=jnp.int32)[None]
     for segment, pairs in ((jnp.zeros_like(index), 36), (index // 16, 20)):
-        at = Places(index, segment)
+        at = TokenIndex(index, segment)
         first, end = _turns(at, at, (4, 4))
         assert int((end - first).sum()) == pairs
 
@@ -86,7 +86,7 @@ def test_no_array_of_all_pairs():
     q = jax.ShapeDtypeStruct((1, 1, length, 8), jnp.float32)
     kv = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
     index = jnp.arange(length, dtype=jnp.int32)[None]
-    at = Places(index, jnp.zeros_like(index))
+    at = TokenIndex(index, jnp.zeros_like(index))
 
     def wide_arrays(attend):
         text = jax.jit(jax.grad(lambda *x: attend(*x).sum(), (0, 1, 2))).lower(q, kv, kv).compile().as_text()

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from k2jax.config import Config, DataConfig, KernelsConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from k2jax.errors import UserError
-from k2jax.kernels.chunked_attention import Places
+from k2jax.kernels.chunked_attention import TokenIndex
 from k2jax.kernels.grouped_matmul import grouped_matmul
 from k2jax.kernels.tokamax import load_tokamax
 from k2jax.kernels.tokamax_attention import library_attention
@@ -97,7 +97,7 @@ def attention_values(sequences, length=256, heads=2, nope=128, rope=64, value=12
     values = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (sequences, length))
     segment = jnp.asarray(np.sort(rng.integers(0, 3, (sequences, length)), 1), jnp.int32)
-    return values, Places(index, segment)
+    return values, TokenIndex(index, segment)
 
 
 @pytest.mark.kernels
@@ -118,7 +118,7 @@ def test_attention_agrees_with_chunks(on_this_cpu, mesh_shape, monkeypatch):
         dims = "BHSK", "BT", "BT", "CHN", "CHN"
         with jax.set_mesh(mesh):
             put = jax.device_put((q, latent, rope, key, value), tuple(jax.NamedSharding(mesh, spec(d)) for d in dims))
-            q_at, k_at = (Places(*jax.device_put(tuple(at), jax.NamedSharding(mesh, spec(d)))) for d in ("BS", "BZ"))
+            q_at, k_at = (TokenIndex(*jax.device_put(tuple(at), jax.NamedSharding(mesh, spec(d)))) for d in ("BS", "BZ"))
             dout_here = jax.device_put(dout, jax.NamedSharding(mesh, spec("BHSU")))
 
             @jax.jit

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType
 
 from k2jax.config import KernelsConfig, MeshConfig
-from k2jax.kernels.chunked_attention import Places
+from k2jax.kernels.chunked_attention import TokenIndex
 from k2jax.kernels.grouped_matmul import grouped_matmul
 from k2jax.kernels.tokamax import load_tokamax
 from k2jax.model.attention import attention
@@ -44,7 +44,7 @@ def test_attention_compiles():
     mesh, tokens = make_v5p_mesh(fsdp=16, tensor=4), (16, 4096)
 
     def loss(q, latent, rope, weights, q_index, k_index):
-        at = (Places(index, jnp.zeros_like(index)) for index in (q_index, k_index))
+        at = (TokenIndex(index, jnp.zeros_like(index)) for index in (q_index, k_index))
         key, value = jnp.split(weights, 2, -1)
         kernels = KernelsConfig(attention="tokamax")
         out, largest = attention(q, (latent, rope), (key, value), keys_and_values, *at, 0.07, kernels)

@@ -9,7 +9,7 @@ from test_transformer import make_batch, make_values
 from k2jax.config import ModelConfig
 from k2jax.model.transformer import bias_declarations, build_model, declarations
 from k2jax.sharding.rules import spec
-from k2jax.sharding.zigzag import balanced
+from k2jax.sharding.zigzag import zigzag
 
 LONG = 131_072
 
@@ -59,10 +59,10 @@ def test_balanced_order_and_back(mesh_of):
     """Every shard has as many visible pairs; a length that does not divide stays as it is."""
     with jax.set_mesh(mesh_of(context=4)):
         x = jnp.arange(32)[None]
-        order = balanced(x)
-        assert np.array_equal(balanced(order, back=True), x)
+        order = zigzag(x)
+        assert np.array_equal(zigzag(order, back=True), x)
         assert len({int(part.sum()) for part in np.asarray(order).reshape(4, 8)}) == 1
-        assert np.array_equal(balanced(x[:, :12]), x[:, :12])
+        assert np.array_equal(zigzag(x[:, :12]), x[:, :12])
 
 
 @pytest.mark.grid

@@ -94,7 +94,7 @@ def test_rows_stand_by_expert_then_sender_then_token():
     count = jnp.asarray(count.reshape(num_shards, num_shards, per_shard), jnp.int32)
     route = partial(transports.Route, "expert", order_M=None, rank_TA=None, expert_TA=None)
     plans = [
-        transports.ragged_plan(route(here=h, count_SPE=count, kept_SPE=count, room=1000)) for h in range(num_shards)
+        transports.ragged_slices(route(here=h, count_SPE=count, kept_SPE=count, room=1000)) for h in range(num_shards)
     ]
     sent = [sorted((e, h, t) for t, row in enumerate(expert_STA[h]) for e in row) for h in range(num_shards)]
     num_sent = len(sent[0])

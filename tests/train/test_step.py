@@ -19,7 +19,7 @@ from k2jax.model.transformer import declarations
 from k2jax.model.weights import Weight
 from k2jax.sharding.mesh import make_mesh
 from k2jax.sharding.rules import spec
-from k2jax.sharding.zigzag import balanced
+from k2jax.sharding.zigzag import zigzag
 from k2jax.train.batch import Batch
 from k2jax.train.optimizer import make_optimizer
 from k2jax.train.state import abstract_state
@@ -98,7 +98,7 @@ def routing_in_balance_loss(bias):
 
     def balance_and_routing(score_BTX, num_choices):
         _, expert_BTA = jax.lax.top_k(jax.lax.stop_gradient(score_BTX) + bias[0], num_choices)
-        chosen_BTX = balanced((expert_BTA[..., None] == jnp.arange(bias.shape[-1])).any(-2), back=True)
+        chosen_BTX = zigzag((expert_BTA[..., None] == jnp.arange(bias.shape[-1])).any(-2), back=True)
         return sequence_balance(score_BTX, num_choices) + jnp.sum(jnp.mean(chosen_BTX * weight_TX, (0, 1)))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -27,18 +27,18 @@ def _open_audit(args, rest: list[str]):
     """(config, reader) of a run directory, or of a config whose run has not begun."""
     from k2jax.data.loader.corpus import open_corpus, open_data
     from k2jax.data.loader.rows import RowReader
-    from k2jax.data.loader.segments import plan_paths, plan_run, read_plan
+    from k2jax.data.loader.segments import read_segments, segment_paths, settle_timeline
     from k2jax.data.loader.timeline import make_timeline
 
     is_run = Path(args.run).is_dir()
     config = _config_of_run(Path(args.run), rest) if is_run else override(load_config(args.run), rest)
-    plan = read_plan(Path(args.run) if is_run else Path(config.train.run_dir))
+    plan = read_segments(Path(args.run) if is_run else Path(config.train.run_dir))
     if args.data is None and not plan:
         corpus = open_data(config)
     else:
-        paths = args.data or plan_paths(plan)
+        paths = args.data or segment_paths(plan)
         corpus = open_corpus(paths, config.data.tokenizer, config.data.index_dir, namesakes=True)
-    timeline = make_timeline(plan, config) if plan else plan_run(corpus, config)[0]
+    timeline = make_timeline(plan, config) if plan else settle_timeline(corpus, config)[0]
     return config, RowReader(corpus, timeline, config)
 
 

@@ -8,7 +8,7 @@ import jax
 from k2jax.data.loader.batches import num_windows
 from k2jax.data.loader.corpus import Corpus, writes_alike
 from k2jax.errors import UserError
-from k2jax.inference.load import Loaded
+from k2jax.inference.load import LoadedModel
 from k2jax.sharding.mesh import single_device_mesh
 from k2jax.train.validate import bits_per_byte, make_evaluator
 
@@ -23,14 +23,14 @@ class Perplexity(NamedTuple):
 
 
 def perplexity(
-    loaded: Loaded, corpus: Corpus, num_sequences: int | None, length: int | None = None, source: str | None = None
+    loaded: LoadedModel, corpus: Corpus, num_sequences: int | None, length: int | None = None, source: str | None = None
 ) -> Perplexity:
     """Over the first `num_sequences` windows of the validation split's shuffle, or of one source's; None: over all.
 
     length: tokens of a window, by default what the model was trained to see. Raises UserError where the store has
     fewer windows or was written by another tokenizer than the model's.
     """
-    length = loaded.window if length is None else length
+    length = loaded.context_length if length is None else length
     if length < 1:
         raise UserError(f"--length {length}: must be at least 1")
     if source is not None and source not in corpus.streams["validation"]:

@@ -8,21 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from k2jax.errors import UserError
-from k2jax.inference.load import Loaded
+from k2jax.inference.load import LoadedModel
 from k2jax.model.transformer import Cache, build_model
 from k2jax.train.phases import rope_after
 
 
 class Decoder:
-    """Tokens in, tokens out, for a batch of contexts of any lengths; at most `loaded.window` tokens are seen.
+    """Tokens in, tokens out, for a batch of contexts of any lengths; at most `loaded.context_length` tokens are seen.
 
     longest: tokens that a context may grow to. temperature 0 is greedy. A context that has filled the window goes on
     with its newer half.
     """
 
-    def __init__(self, loaded: Loaded, batch: int, longest: int, temperature: float, seed: int):
+    def __init__(self, loaded: LoadedModel, batch: int, longest: int, temperature: float, seed: int):
         config, self._values = loaded.config, (loaded.state.params, loaded.state.router_bias)
-        self._batch, self._window, self._key = batch, min(loaded.window, longest), jax.random.key(seed)
+        self._batch, self._window, self._key = batch, min(loaded.context_length, longest), jax.random.key(seed)
         rope = rope_after(config, int(loaded.state.step))
         dtype = jnp.dtype(config.train.compute_dtype)
 
@@ -72,7 +72,7 @@ class Decoder:
 
 
 def continue_tokens(
-    loaded: Loaded, contexts: list[list[int]], num_tokens: int, temperature: float, seed: int, stop: int | None
+    loaded: LoadedModel, contexts: list[list[int]], num_tokens: int, temperature: float, seed: int, stop: int | None
 ) -> list[list[int]]:
     """Up to `num_tokens` token ids after each context, ending before the token `stop`."""
     continued: list[list[int]] = [[] for _ in contexts]
@@ -100,7 +100,7 @@ def check_sampling(num_tokens: int, temperature: float, seed: int) -> None:
         raise UserError(*problems)
 
 
-def generate(loaded: Loaded, prompts: list[str], num_tokens: int, temperature: float, seed: int) -> list[str]:
+def generate(loaded: LoadedModel, prompts: list[str], num_tokens: int, temperature: float, seed: int) -> list[str]:
     """Each prompt continued by `num_tokens` tokens or to the end of the document; the texts of the continuations alone.
 
     Raises UserError as `check_sampling` does, and where the model brings no tokenizer.

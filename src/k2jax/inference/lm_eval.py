@@ -8,7 +8,7 @@ import numpy as np
 
 from k2jax.errors import UserError
 from k2jax.inference.generate import continue_tokens
-from k2jax.inference.load import Loaded
+from k2jax.inference.load import LoadedModel
 from k2jax.model.transformer import build_model
 from k2jax.train.phases import rope_after
 
@@ -21,8 +21,8 @@ def _padded_length(length: int, window: int) -> int:
 class Scorer:
     """Log-probabilities of tokens, in batches."""
 
-    def __init__(self, loaded: Loaded, batch: int):
-        config, self._window, self._batch = loaded.config, loaded.window, batch
+    def __init__(self, loaded: LoadedModel, batch: int):
+        config, self._window, self._batch = loaded.config, loaded.context_length, batch
         self._values = loaded.state.params, loaded.state.router_bias
         rope = rope_after(config, int(loaded.state.step))
 
@@ -56,12 +56,12 @@ class Scorer:
         return results
 
 
-def harness_model(loaded: Loaded, batch: int = 16):
+def harness_model(loaded: LoadedModel, batch: int = 16):
     """An `lm_eval` LM. `.shortened` counts the requests whose beginning did not fit the window."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    tokenizer, window, scorer = loaded.need_tokenizer(), loaded.window, Scorer(loaded, batch)
+    tokenizer, window, scorer = loaded.need_tokenizer(), loaded.context_length, Scorer(loaded, batch)
 
     class K2Model(TemplateLM):
         shortened = 0
@@ -110,7 +110,7 @@ def harness_model(loaded: Loaded, batch: int = 16):
     return K2Model()
 
 
-def run_tasks(loaded: Loaded, tasks: list[str], folder: str | None, limit: int | None) -> tuple[dict, int]:
+def run_tasks(loaded: LoadedModel, tasks: list[str], folder: str | None, limit: int | None) -> tuple[dict, int]:
     """({task: {metric: value}}, requests shortened). folder: where the tasks' YAML files lie, beside the harness's own.
 
     Raises UserError where lm-eval is not installed or does not know a task.

@@ -16,7 +16,7 @@ from k2jax.train.state import TrainState, abstract_model
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """`state` has what the model needs alone; `config` is the run's, or made for a published checkpoint; no mesh."""
 
     source: str
@@ -25,7 +25,7 @@ class Loaded:
     tokenizer: Tokenizer | None
 
     @property
-    def window(self) -> int:
+    def context_length(self) -> int:
         """Tokens that the model was trained to see."""
         return self.config.data.sequence_length
 
@@ -38,7 +38,7 @@ class Loaded:
         return self.tokenizer
 
 
-def load_run(run_dir: str | Path, step: int | None = None) -> Loaded:
+def load_run(run_dir: str | Path, step: int | None = None) -> LoadedModel:
     """The model of a committed step, by default the newest, on the first device.
 
     Raises UserError where `run_dir` is no run, or has no such sound step.
@@ -49,4 +49,4 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Loaded:
     model = restore_model(folder / "checkpoints", step, model_part(*abstract_model(config)))
     state = TrainState(jax.numpy.int32(step), model["params"], model["router_bias"], None, None)
     tokenizer = open_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
-    return Loaded(str(run_dir), config, state, tokenizer)
+    return LoadedModel(str(run_dir), config, state, tokenizer)

@@ -17,7 +17,7 @@ from k2jax.data.saved_tokenizer import published_tokenizer, save_tokenizer
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import UserError
 from k2jax.files import must_be_new, whole_folder, write_atomic
-from k2jax.inference.load import Loaded
+from k2jax.inference.load import LoadedModel
 from k2jax.interop.hf_config import model_config
 from k2jax.interop.published import SCALE, all_weights, published_names, published_shape, read_part
 from k2jax.interop.safetensor_files import StoredTensor, find_tensors
@@ -32,7 +32,7 @@ STALE = ".rotary_emb.inv_freq"  # buffers that K2's checkpoint still holds; RoPE
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedCheckpoint:
     """A checkpoint folder, looked at and found sound; nothing of its weights is read yet."""
 
     folder: Path
@@ -101,7 +101,7 @@ def _check_tensors(model: ModelConfig, tensors: dict[str, StoredTensor], block: 
         raise UserError(*problems)
 
 
-def open_published(directory: str | Path, drop_mtp: bool = False) -> Published:
+def open_published(directory: str | Path, drop_mtp: bool = False) -> PublishedCheckpoint:
     """Look at a checkpoint folder. Raises UserError with all that is wrong with its config, or else with its tensors.
 
     drop_mtp: leave out the layers for multi-token prediction that DeepSeek-V3's checkpoint holds after the others.
@@ -110,7 +110,7 @@ def open_published(directory: str | Path, drop_mtp: bool = False) -> Published:
     values = _read_config(folder)
     model, rope = model_config(values)
     folder = folder.resolve()
-    found = Published(folder, values, model, rope, find_tensors(folder))
+    found = PublishedCheckpoint(folder, values, model, rope, find_tensors(folder))
     extra = range(model.num_hidden_layers, model.num_hidden_layers + (values.get("num_nextn_predict_layers") or 0))
     mtp = tuple(f"model.layers.{layer}." for layer in extra)
     if drop_mtp:
@@ -138,7 +138,7 @@ def _check_mesh(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
         raise UserError(*problems)
 
 
-def load_values(found: Published, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None) -> dict:
+def load_values(found: PublishedCheckpoint, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None) -> dict:
     """{"params", "router_bias"}: each device's part is read from the files by itself. The router bias is float32."""
 
     def load(weight: Weight) -> jax.Array:
@@ -186,7 +186,7 @@ def load_hf(
     return build_model(found.model, values["params"], values["router_bias"], kind, rope=found.rope)
 
 
-def _config_for(found: Published, run_dir: str) -> Config:
+def _config_for(found: PublishedCheckpoint, run_dir: str) -> Config:
     """A config around a published network: what using it takes is right, what training takes is to be chosen."""
     stages = StagesConfig(start_tokens=(0,), rope=(found.rope,), router_bias_rate=(1e-3,), balance_alpha=(1e-4,))
     half = found.config.get("torch_dtype", found.config.get("dtype")) in ("bfloat16", "float16")
@@ -199,12 +199,12 @@ def _config_for(found: Published, run_dir: str) -> Config:
     )
 
 
-def _tokenizer(found: Published) -> Tokenizer | None:
+def _tokenizer(found: PublishedCheckpoint) -> Tokenizer | None:
     ids = [found.config.get(f"{name}_token_id") for name in ("bos", "eos")]
     return published_tokenizer(found.folder, *(i[0] if isinstance(i, list) and i else i for i in ids))
 
 
-def load_published(directory: str | Path, drop_mtp: bool = False) -> Loaded:
+def load_published(directory: str | Path, drop_mtp: bool = False) -> LoadedModel:
     """A checkpoint folder ready for generation and evaluation, on one device, in the dtype that its config.json names.
 
     Raises UserError as `load_hf` does.
@@ -213,7 +213,7 @@ def load_published(directory: str | Path, drop_mtp: bool = False) -> Loaded:
     config = _config_for(found, "none")
     values = load_values(found, jnp.dtype(config.train.compute_dtype), None)
     state = TrainState(jnp.int32(0), values["params"], values["router_bias"], None, None)
-    return Loaded(str(directory), config, state, _tokenizer(found))
+    return LoadedModel(str(directory), config, state, _tokenizer(found))
 
 
 def import_hf(directory: str | Path, run_dir: str | Path, mesh: jax.sharding.Mesh, drop_mtp: bool = False) -> Config:

@@ -20,7 +20,7 @@ from k2jax.dtypes import wide
 UNSEEN = jnp.iinfo(jnp.int32).max  # index of a key that no query sees; a query at -1 sees none
 
 
-class Places(NamedTuple):
+class TokenIndex(NamedTuple):
     """Where tokens stand, int32 [B, tokens]: a query sees the keys of its segment whose index is not above its own."""
 
     index: jax.Array
@@ -33,8 +33,8 @@ def _pad(x: jax.Array, dim: int, chunk: int, value: int = 0) -> jax.Array:
     return jnp.pad(x, widths, constant_values=value) if widths[dim][1] else x
 
 
-def _pad_places(at: Places, chunk: int, index: int) -> Places:
-    return Places(_pad(at.index, 1, chunk, index), _pad(at.segment, 1, chunk))
+def _pad_index(at: TokenIndex, chunk: int, index: int) -> TokenIndex:
+    return TokenIndex(_pad(at.index, 1, chunk, index), _pad(at.segment, 1, chunk))
 
 
 def _part(tree, i, chunk: int, dim: int):
@@ -46,7 +46,7 @@ def _set_part(tree, part, i, chunk: int, dim: int):
     return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, i * chunk, dim), tree, part)
 
 
-def _turns(q_at: Places, k_at: Places, chunks: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+def _turns(q_at: TokenIndex, k_at: TokenIndex, chunks: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
     """For every key chunk the query chunks [first, end) that may see some of it.
 
     Judged by the largest and smallest index and segment of each chunk: earlier ones and other documents' fall out.
@@ -68,7 +68,7 @@ def _loop(start, stop, body: Callable, carry):
     return body(0, carry) if single else jax.lax.fori_loop(start, stop, body, carry)
 
 
-def _logits(q_BHSK, k_BHZK, q_at: Places, k_at: Places, scale):
+def _logits(q_BHSK, k_BHZK, q_at: TokenIndex, k_at: TokenIndex, scale):
     """Scaled logits in at least float32, -inf where the query does not see the key."""
     dtype = wide(q_BHSK.dtype)
     logit_BHSZ = jnp.einsum("BHSK,BHZK->BHSZ", q_BHSK, k_BHZK, preferred_element_type=dtype) * scale
@@ -86,8 +86,8 @@ class _Task(NamedTuple):
 
     q_BHSK: jax.Array
     sources: tuple
-    q_at: Places
-    k_at: Places
+    q_at: TokenIndex
+    k_at: TokenIndex
     num: tuple[int, int]
     first_J: jax.Array | None  # None: there is one query chunk
     end_J: jax.Array | None
@@ -97,8 +97,8 @@ class _Task(NamedTuple):
 
 
 def _prepare(q_BHSK, sources, q_at, k_at, chunks) -> _Task:
-    q_BHSK, q_at = _pad(q_BHSK, 2, chunks[0]), _pad_places(q_at, chunks[0], -1)
-    sources, k_at = jax.tree.map(lambda x: _pad(x, 1, chunks[1]), sources), _pad_places(k_at, chunks[1], UNSEEN)
+    q_BHSK, q_at = _pad(q_BHSK, 2, chunks[0]), _pad_index(q_at, chunks[0], -1)
+    sources, k_at = jax.tree.map(lambda x: _pad(x, 1, chunks[1]), sources), _pad_index(k_at, chunks[1], UNSEEN)
     num = q_BHSK.shape[2] // chunks[0], k_at.index.shape[1] // chunks[1]
     turns = (None, None) if num[0] == 1 else _turns(q_at, k_at, chunks)
     return _Task(q_BHSK, sources, q_at, k_at, num, *turns)
@@ -202,8 +202,8 @@ def chunked_attention(
     sources: tuple,
     weights: tuple,
     make: Callable,
-    q_at: Places,
-    k_at: Places,
+    q_at: TokenIndex,
+    k_at: TokenIndex,
     scale: float | jax.Array,
     chunks: tuple[int, int],
 ) -> tuple[jax.Array, jax.Array]:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from k2jax.config import KernelsConfig
-from k2jax.kernels.chunked_attention import Places, chunked_attention
+from k2jax.kernels.chunked_attention import TokenIndex, chunked_attention
 from k2jax.kernels.tokamax_attention import library_attention
-from k2jax.sharding.place import on_mesh, platform, shared, uncut_axes, varying
+from k2jax.sharding.place import on_mesh, platform, replicated, uncut_axes, varying
 from k2jax.sharding.rules import AXES_OF, spec
 
 # benchmarks/attention.py: of 64 to 512 the fastest on a CPU, to the noise. Longer sequences have longer chunks, so that
@@ -34,8 +34,8 @@ def attention(
     sources: tuple,
     weights: tuple,
     make: Callable,
-    q_at: Places,
-    k_at: Places,
+    q_at: TokenIndex,
+    k_at: TokenIndex,
     scale: float | jax.Array,
     kernels: KernelsConfig = KernelsConfig(),
 ) -> tuple[jax.Array, jax.Array]:
@@ -54,7 +54,7 @@ def attention(
             sources = tuple(jax.lax.all_gather(x, AXES_OF["T"], axis=1, tiled=True) for x in sources)
             q_BHSK, scale, sources = varying(q_BHSK, "BHSK"), varying(scale, ""), varying(sources, "BT")
             q_at, k_at = varying(q_at, "BS"), varying(k_at, "BZ")
-            weights = tuple(shared(w, uncut_axes("CHN")) for w in weights)
+            weights = tuple(replicated(w, uncut_axes("CHN")) for w in weights)
         if kernels.attention == "tokamax":
             out_BHSU, max_BHS = library_attention(q_BHSK, *make(*sources, *weights), q_at.segment, scale, platform())
         else:
@@ -65,7 +65,7 @@ def attention(
         return out_BHSU, max_H
 
     if is_cut:
-        places = Places(spec("BS"), spec("BS")), Places(spec("BZ"), spec("BZ"))
+        places = TokenIndex(spec("BS"), spec("BS")), TokenIndex(spec("BZ"), spec("BZ"))
         in_specs = spec("BHSK"), (spec("BT"),) * len(sources), (spec("CHN"),) * len(weights), *places, spec("")
         local = jax.shard_map(local, in_specs=in_specs, out_specs=(spec("BHSU"), spec("H")))
         scale = jnp.asarray(scale)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from k2jax.dtypes import wide
-from k2jax.kernels.chunked_attention import Places
+from k2jax.kernels.chunked_attention import TokenIndex
 from k2jax.kernels.project import project
 from k2jax.model.attention import attention
 from k2jax.model.remat import ATTENTION_OUT, KV_LATENT, Q_LATENT, named
@@ -38,8 +38,8 @@ class Positions(NamedTuple):
     rope: Rope
     q_angles_BS: jax.Array  # [B, S, R / 2]
     k_angles_BT: jax.Array  # [B, T, R / 2]
-    q_at: Places  # [B, S]: place in the row, and document
-    k_at: Places  # [B, Z]
+    q_at: TokenIndex  # [B, S]: place in the row, and document
+    k_at: TokenIndex  # [B, Z]
 
 
 class Latents(NamedTuple):
@@ -139,7 +139,7 @@ class MLA(nnx.Module):
         num_heads, num_new = latent_q_BHSC.shape[1:3]
         folded = x_BTD.shape[0], num_heads * num_new
         query = jnp.concatenate([latent_q_BHSC, q_BHSK[..., nope:]], -1).reshape(folded[0], 1, folded[1], -1)
-        q_at = Places(*(jnp.repeat(x_BS[:, None], num_heads, 1).reshape(folded) for x_BS in positions.q_at))
+        q_at = TokenIndex(*(jnp.repeat(x_BS[:, None], num_heads, 1).reshape(folded) for x_BS in positions.q_at))
         kernels = dataclasses.replace(self.kernels, attention="chunked")  # the one that looks at places
         seen, _ = attention(
             query, past, (), latents_as_keys, q_at, positions.k_at, positions.rope.softmax_scale, kernels

@@ -18,7 +18,7 @@ from k2jax.model.layer_report import LayerReport
 from k2jax.model.remat import DISPATCHED, EXPERT_CHOICE, EXPERT_DOWN, GATE_UP, ROUTER_LOGITS, named
 from k2jax.model.weights import RouterBias, Stack
 from k2jax.sharding.exchange import choose_transport, exchange_experts
-from k2jax.sharding.place import on_mesh, platform, shared, uncut_axes
+from k2jax.sharding.place import on_mesh, platform, replicated, uncut_axes
 from k2jax.sharding.rules import spec
 
 
@@ -124,7 +124,7 @@ class MoE(nnx.Module):
         config, kernels = self.config, self.kernels
         num_shards = jax.sharding.get_abstract_mesh().shape.get("expert", 1)
         if is_cut:
-            weights = [shared(w, uncut_axes("EDF")) for w in weights]
+            weights = [replicated(w, uncut_axes("EDF")) for w in weights]
         gate_EDF, up_EDF, down_EFD = weights
         multiply = choose_grouped_matmul(kernels, platform())
 

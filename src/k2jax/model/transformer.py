@@ -11,7 +11,7 @@ from flax import nnx
 
 from k2jax.config import KernelsConfig, ModelConfig, Remat
 from k2jax.dtypes import wide
-from k2jax.kernels.chunked_attention import Places
+from k2jax.kernels.chunked_attention import TokenIndex
 from k2jax.kernels.project import project
 from k2jax.model.head import head_loss
 from k2jax.model.layer_report import LayerReport, join_stacks
@@ -22,7 +22,7 @@ from k2jax.model.remat import ATTENDED, LAYER_INPUT, named, rematerialise
 from k2jax.model.rope import Rope, make_rope, rope_angles
 from k2jax.model.weights import Param, RouterBias, Stack, Weight, declare, dim_sizes
 from k2jax.sharding.place import num_stages, out_spec, place, whole
-from k2jax.sharding.zigzag import balanced
+from k2jax.sharding.zigzag import zigzag
 
 
 class Output(NamedTuple):
@@ -82,10 +82,10 @@ def scan_layers(layers: Layer, x_BTD: jax.Array, positions: Positions, remat: Re
 
 
 def make_positions(positions_BT: jax.Array, segment_ids_BT: jax.Array, rope: Rope) -> Positions:
-    """Rotation angles, and where tokens stand. On a mesh positions and segments are in `balanced` order."""
+    """Rotation angles, and where tokens stand. On a mesh positions and segments are in zigzag order."""
     angles_BT = rope_angles(positions_BT, rope)
-    index_BZ = balanced(jnp.broadcast_to(jnp.arange(positions_BT.shape[1], dtype=jnp.int32), positions_BT.shape))
-    q_at, k_at = (Places(place(index_BZ, dims), place(segment_ids_BT, dims)) for dims in ("BS", "BZ"))
+    index_BZ = zigzag(jnp.broadcast_to(jnp.arange(positions_BT.shape[1], dtype=jnp.int32), positions_BT.shape))
+    q_at, k_at = (TokenIndex(place(index_BZ, dims), place(segment_ids_BT, dims)) for dims in ("BS", "BZ"))
     return Positions(rope, place(angles_BT, "BSR"), place(angles_BT, "BTR"), q_at, k_at)
 
 
@@ -155,7 +155,7 @@ class Transformer(nnx.Module):
         if segment_ids is None:
             segment_ids = jnp.zeros_like(tokens)
         tokens_BT, positions_BT, segment_ids_BT = (
-            place(balanced(jnp.asarray(x)), "BT") for x in (tokens, positions, segment_ids)
+            place(zigzag(jnp.asarray(x)), "BT") for x in (tokens, positions, segment_ids)
         )
         known = make_positions(positions_BT, segment_ids_BT, rope or make_rope(self.config, self.rope))
         x_BTD = self._embed(tokens_BT)
@@ -166,8 +166,8 @@ class Transformer(nnx.Module):
                 reports.append(report)
         report = self._join(reports)
         if targets is not None:
-            return Output(None, self._loss(x_BTD, place(balanced(jnp.asarray(targets)), "BT")), report)
-        return Output(self._logits(place(balanced(x_BTD, back=True), "BSD")), None, report)
+            return Output(None, self._loss(x_BTD, place(zigzag(jnp.asarray(targets)), "BT")), report)
+        return Output(self._logits(place(zigzag(x_BTD, back=True), "BSD")), None, report)
 
     def losses(self, tokens_MBT, positions_MBT, segment_ids_MBT, rope: Rope, target_MBT) -> Output:
         """As a call with targets, of M microbatches together, on a mesh with pipeline stages.
@@ -209,7 +209,7 @@ class Transformer(nnx.Module):
         angles_BS = rope_angles(position_BS, rope)
         slots = tokens_BT.shape[0], cache.moe.latent_BTC.shape[2]
         slot_BZ = jnp.broadcast_to(jnp.arange(slots[1], dtype=position_BS.dtype), slots)
-        q_at, k_at = (Places(index, jnp.zeros_like(index)) for index in (position_BS, slot_BZ))
+        q_at, k_at = (TokenIndex(index, jnp.zeros_like(index)) for index in (position_BS, slot_BZ))
         known = Positions(rope, angles_BS, angles_BS, q_at, k_at)
         x_BTD, stacks = self._embed(tokens_BT), []
         for layers, past in zip((self.dense, self.moe), cache, strict=True):

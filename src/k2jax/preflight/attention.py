@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from k2jax.config import Config
-from k2jax.kernels.chunked_attention import Places
+from k2jax.kernels.chunked_attention import TokenIndex
 from k2jax.kernels.tokamax_attention import TILE
 from k2jax.model.attention import attention
 from k2jax.model.mla import keys_and_values
-from k2jax.preflight.compare import Part, difference, num_rows, on_one_device
+from k2jax.preflight.compare import CheckResult, difference, num_rows, on_one_device
 from k2jax.sharding.place import place, whole
 
 LATENT, CHUNK = 64, 64
@@ -30,10 +30,10 @@ def _values(model, mesh: jax.sharding.Mesh):
     *arguments, dout_BHSU = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
     arguments[3:] = [weight / np.float32(math.sqrt(LATENT)) for weight in arguments[3:]]
     index_BS = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-    return tuple(arguments), Places(index_BS, np.sort(rng.integers(0, 3, (rows, length), np.int32), 1)), dout_BHSU
+    return tuple(arguments), TokenIndex(index_BS, np.sort(rng.integers(0, 3, (rows, length), np.int32), 1)), dout_BHSU
 
 
-def _plain(q_BHSK, latent_BZC, rope_key_BZR, key_CHN, value_CHU, at: Places, scale: float):
+def _plain(q_BHSK, latent_BZC, rope_key_BZR, key_CHN, value_CHU, at: TokenIndex, scale: float):
     """Softmax over all pairs, a sequence at a time."""
 
     @jax.checkpoint
@@ -48,7 +48,7 @@ def _plain(q_BHSK, latent_BZC, rope_key_BZR, key_CHN, value_CHU, at: Places, sca
     return out_BHSU, max_BH.max(0)
 
 
-def check_attention(config: Config, mesh: jax.sharding.Mesh) -> Part:
+def check_attention(config: Config, mesh: jax.sharding.Mesh) -> CheckResult:
     """Attention over packed documents, from queries and latents to outputs and largest logits."""
     arguments, at, dout_BHSU = _values(config.model, mesh)
     dtype, scale = jnp.dtype(config.train.compute_dtype), arguments[0].shape[-1] ** -0.5
@@ -56,7 +56,7 @@ def check_attention(config: Config, mesh: jax.sharding.Mesh) -> Part:
 
     def layer(at, *arguments):
         q, latent, rope_key, key, value = (place(x, d).astype(dtype) for x, d in zip(arguments, DIMS, strict=True))
-        q_at, k_at = (Places(*(place(x, dims) for x in at)) for dims in ("BS", "BZ"))
+        q_at, k_at = (TokenIndex(*(place(x, dims) for x in at)) for dims in ("BS", "BZ"))
         out, max_H = attention(q, (latent, rope_key), (key, value), keys_and_values, q_at, k_at, scale, kernels)
         return out.astype(jnp.float32), max_H
 
@@ -75,4 +75,4 @@ def check_attention(config: Config, mesh: jax.sharding.Mesh) -> Part:
     names = ["attention's output", "largest logits", *gradients]
     remedy = "set kernels.attention = 'chunked'" if kernels.attention == "tokamax" else "try another mesh"
     found = [difference(name, g, w) for name, g, w in zip(names, got, want, strict=True)]
-    return Part(f"attention {kernels.attention}", found, remedy)
+    return CheckResult(f"attention {kernels.attention}", found, remedy)

@@ -22,7 +22,7 @@ class Difference(NamedTuple):
     error: float  # largest over all entries, in units of the reference's largest; inf where it is not finite
 
 
-class Part(NamedTuple):
+class CheckResult(NamedTuple):
     """What was checked."""
 
     chosen: str  # "exchange ring, grouped matmul ragged_dot"

@@ -12,7 +12,7 @@ from k2jax.model.choices import describe_experts
 from k2jax.model.moe import MoE, choose_experts
 from k2jax.model.weights import Param, RouterBias, Stack
 from k2jax.preflight import compare as size
-from k2jax.preflight.compare import Part, difference, on_one_device
+from k2jax.preflight.compare import CheckResult, difference, on_one_device
 from k2jax.sharding.place import place, whole
 
 
@@ -51,7 +51,7 @@ def _expert_values(model, mesh: jax.sharding.Mesh):
     return (params, x_BTD, score_BTX), bias_X, dy_BTD
 
 
-def check_experts(config: Config, mesh: jax.sharding.Mesh) -> Part | None:
+def check_experts(config: Config, mesh: jax.sharding.Mesh) -> CheckResult | None:
     """The routed experts: exchange and grouped matmul. Without a bound on buffers, which drops rows by intent."""
     if config.model.first_k_dense_replace == config.model.num_hidden_layers:
         return None
@@ -85,4 +85,4 @@ def check_experts(config: Config, mesh: jax.sharding.Mesh) -> Part | None:
     found += [difference("gradient of the scores", dscore, want_dscore)]
     found += [difference("number of rows", load.sum(), y.shape[0] * y.shape[1] * model.num_experts_per_tok)]
     remedy = "set kernels.exchange = 'dense' and kernels.grouped_matmul = 'ragged_dot'"
-    return Part(describe_experts(dataclasses.replace(config, kernels=kernels), mesh), found, remedy)
+    return CheckResult(describe_experts(dataclasses.replace(config, kernels=kernels), mesh), found, remedy)

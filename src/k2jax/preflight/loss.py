@@ -10,13 +10,13 @@ from k2jax.config import Config
 from k2jax.kernels.cross_entropy import cross_entropy_sum
 from k2jax.model.head import head_loss
 from k2jax.preflight import compare as size
-from k2jax.preflight.compare import Part, difference, on_one_device
+from k2jax.preflight.compare import CheckResult, difference, on_one_device
 from k2jax.sharding.place import place, whole
 
 IDS = 384  # of each shard
 
 
-def check_loss(config: Config, mesh: jax.sharding.Mesh) -> Part:
+def check_loss(config: Config, mesh: jax.sharding.Mesh) -> CheckResult:
     """Loss, and its gradients for the hidden states and the head."""
     rng, num_ids = np.random.default_rng(0), IDS * mesh.shape["tensor"]
     length = math.lcm(size.TOKENS, mesh.shape["context"] * mesh.shape["tensor"])
@@ -40,4 +40,4 @@ def check_loss(config: Config, mesh: jax.sharding.Mesh) -> Part:
     want_loss, (want_dx, want_dw) = on_one_device(plain_path, x_YBTD, w_DV, target_YBT)
     found = [difference("loss", loss, want_loss), difference("gradient of the hidden states", dx, want_dx)]
     found.append(difference("gradient of the head", dw, want_dw))
-    return Part("loss at the head", found, "try another mesh")
+    return CheckResult("loss at the head", found, "try another mesh")

@@ -13,13 +13,13 @@ import jax
 from k2jax.config import Config
 from k2jax.errors import RunFailed
 from k2jax.preflight.attention import check_attention
-from k2jax.preflight.compare import Part
+from k2jax.preflight.compare import CheckResult
 from k2jax.preflight.experts import check_experts
 from k2jax.preflight.loss import check_loss
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # largest error over the reference's largest entry
 # Each compares one of the run's choices with plain algebra; None where the run has no such part.
-PARTS: list[Callable[[Config, jax.sharding.Mesh], Part | None]] = [check_experts, check_attention, check_loss]
+PARTS: list[Callable[[Config, jax.sharding.Mesh], CheckResult | None]] = [check_experts, check_attention, check_loss]
 
 
 def is_on(config: Config) -> bool:

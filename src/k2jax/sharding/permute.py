@@ -70,6 +70,6 @@ combine_rows.defvjp(_combine_forward, _combine_backward)
 
 
 def inverse(place: jax.Array, size: int, none: int) -> jax.Array:
-    """back[place[i]] = i for i < len(place); `none` where no i goes. Places of `size` and beyond are passed over."""
+    """back[place[i]] = i for i < len(place); `none` where no i goes. Entries of `size` and beyond are skipped."""
     back = jnp.full(size, none, place.dtype)
     return back.at[place].set(jnp.arange(place.shape[0], dtype=place.dtype), mode="drop", unique_indices=False)

@@ -62,7 +62,7 @@ class Slices(NamedTuple):
         return Slices(first, self.received, place, self.size)
 
 
-def ragged_plan(route: Route) -> tuple[Slices, Slices]:
+def ragged_slices(route: Route) -> tuple[Slices, Slices]:
     """Slices of the way out, from choices sorted by expert to rows at their owners, and of the way back."""
     count_SX = route.count_SPE.reshape(route.count_SPE.shape[0], -1)
     start_SPE = (jnp.cumsum(count_SX, 1) - count_SX).reshape(route.count_SPE.shape)
@@ -97,7 +97,7 @@ _ragged_move.defvjp(_ragged_forward, _ragged_backward)
 
 def ragged(x_TD: jax.Array, weight_TA: jax.Array, experts: Experts, route: Route) -> jax.Array:
     """Each row travels once per choice and nothing else does. TPU and GPU: XLA has no such collective on a CPU."""
-    out, back = ragged_plan(route)
+    out, back = ragged_slices(route)
     num_choices = weight_TA.shape[1]
     place_TA = out.start[route.expert_TA] + route.rank_TA  # in the order of experts, the dropped ones too
     sent_MD = take_rows(x_TD, route.order_M // num_choices, place_TA)

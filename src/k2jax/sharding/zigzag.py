@@ -14,7 +14,7 @@ def _blocks(num_shards: int) -> list[int]:
     return [block for i in range(num_shards) for block in (i, 2 * num_shards - 1 - i)]
 
 
-def balanced(x_BZ: jax.Array, back: bool = False) -> jax.Array:
+def zigzag(x_BZ: jax.Array, back: bool = False) -> jax.Array:
     """x [B, positions, ...] with its positions in balanced order, or back in their own; whole in positions.
 
     As it was without a mesh, without `context`, and where the length is no multiple of twice `context`: the work of the

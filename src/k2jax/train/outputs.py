@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 from k2jax.config import Config
-from k2jax.data.loader.segments import write_plan
+from k2jax.data.loader.segments import write_segments
 from k2jax.data.saved_tokenizer import save_tokenizer
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.files import write_atomic
@@ -24,7 +24,7 @@ class Outputs:
     def describe(self, config: Config, segments: list[dict], tokenizer: Tokenizer | None) -> None:
         """Write config.json, timeline.json, tokenizer/ and env.txt."""
         write_atomic(self._folder / "config.json", config.to_json())  # first: a folder without it is not a run
-        write_plan(self._folder, segments)
+        write_segments(self._folder, segments)
         if tokenizer is not None:
             save_tokenizer(tokenizer, self._folder / "tokenizer")
         write_atomic(self._folder / "env.txt", "".join(f"{name} {version}\n" for name, version in versions().items()))

@@ -12,7 +12,7 @@ import optax
 from k2jax.config import Config, differences
 from k2jax.data.loader.batches import check_position, data_position
 from k2jax.data.loader.corpus import Corpus, open_data, writes_alike
-from k2jax.data.loader.segments import describe_mixture, plan_run, read_plan
+from k2jax.data.loader.segments import describe_mixture, read_segments, settle_timeline
 from k2jax.data.loader.timeline import Timeline
 from k2jax.data.saved_tokenizer import open_tokenizer
 from k2jax.errors import UserError
@@ -117,7 +117,7 @@ def check_resume(config: Config, corpus: Corpus, change_mixture: bool) -> tuple[
     if damaged := set_damaged_aside(folder / "checkpoints"):
         notes += [*damaged, f"moved to {folder / 'damaged'}"]
     step = newest_step(folder / "checkpoints")
-    timeline, changed = plan_run(corpus, config, read_plan(folder), step or 0, change_mixture)
+    timeline, changed = settle_timeline(corpus, config, read_segments(folder), step or 0, change_mixture)
     if step is not None:
         check_position(restore_run(folder / "checkpoints", step)["data_position"], timeline, config, step)
     return step, timeline, notes + changed
@@ -159,14 +159,14 @@ def open_run(config: Config, change_mixture: bool) -> Iterator[Run]:
     check_kernels(config, mesh)
     check_run_dir(config)  # before anything is written, and again below under the lock
     corpus, folder = open_data(config), Path(config.train.run_dir)
-    plan_run(corpus, config, read_plan(folder), newest_step(folder / "checkpoints") or 0, change_mixture)
+    settle_timeline(corpus, config, read_segments(folder), newest_step(folder / "checkpoints") or 0, change_mixture)
     check_source(config, corpus)
     tx = make_optimizer(config, mesh)
     make_run_dir(folder)
     with lock_run(folder), jax.set_mesh(mesh):
         step, timeline, notes = check_resume(config, corpus, change_mixture)
         outputs = Outputs(folder, config, step or 0)
-        outputs.describe(config, timeline.plan, corpus.tokenizer())
+        outputs.describe(config, timeline.segments, corpus.tokenizer())
         saver = Saver(folder / "checkpoints", config.checkpoint)
         run = Run(config, folder, mesh, tx, corpus, timeline, step, saver, outputs)
         outputs.say("\n".join([banner(config, abstract_state(config, tx, mesh), mesh),

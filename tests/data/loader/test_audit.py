@@ -11,7 +11,7 @@ from test_rows import B, T, config_of, write
 from k2jax.cli.main import main
 from k2jax.data.loader.batches import train_batches
 from k2jax.data.loader.corpus import open_data
-from k2jax.data.loader.segments import plan_run, read_plan, write_plan
+from k2jax.data.loader.segments import read_segments, settle_timeline, write_segments
 from k2jax.data.store.writer import TokenWriter
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import UserError
@@ -27,10 +27,10 @@ def run(request, tmp_path_factory):
     config = config_of(folder, data__packing=request.param, data__skip_steps=("4-5",), train__num_steps=STEPS)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(folder / "run")))
     corpus = open_data(config)
-    timeline, _ = plan_run(corpus, config)
+    timeline, _ = settle_timeline(corpus, config)
     (folder / "run").mkdir()
     (folder / "run/config.json").write_text(config.to_json())
-    write_plan(folder / "run", timeline.plan)
+    write_segments(folder / "run", timeline.segments)
     return folder / "run", corpus, list(itertools.islice(train_batches(corpus, timeline, config, 0), STEPS))
 
 
@@ -110,7 +110,7 @@ def test_held_out_elsewhere_and_names_that_look_like_a_sha256(run, capsys, tmp_p
 
 def test_the_account(run, capsys):
     folder, corpus, _ = run
-    windows = {name: entry["windows"] for name, entry in read_plan(folder)[0]["sources"].items()}
+    windows = {name: entry["windows"] for name, entry in read_segments(folder)[0]["sources"].items()}
     for until in (1, 6, STEPS):
         listed = [row["source"] for step in range(until) for row in audit(capsys, folder, "--step", str(step))]
         account = {e["source"]: e for e in audit(capsys, folder, "--tokens", "--until", str(until))}
@@ -172,9 +172,9 @@ def test_arrays_are_not_needed_to_find_rows(run):
     from k2jax.data.loader.timeline import make_timeline
     from k2jax.runs.folder import read_config
     folder, corpus, _ = run
-    timeline = make_timeline(read_plan(folder), read_config(folder))
+    timeline = make_timeline(read_segments(folder), read_config(folder))
     place = timeline.locate(timeline.step_rows(5))
-    assert np.array_equal(place.window, plan_run(corpus, read_config(folder))[0].locate(timeline.step_rows(5)).window)
+    assert np.array_equal(place.window, settle_timeline(corpus, read_config(folder))[0].locate(timeline.step_rows(5)).window)
 
 
 def test_user_errors_of_a_lost_store(run):
@@ -184,6 +184,6 @@ def test_user_errors_of_a_lost_store(run):
 
     folder, corpus, _ = run
     config = read_config(folder)
-    reader = RowReader(open_corpus(f"{folder.parent}/two"), plan_run(corpus, config)[0], config)
+    reader = RowReader(open_corpus(f"{folder.parent}/two"), settle_timeline(corpus, config)[0], config)
     with pytest.raises(UserError, match="source 'code' of the store with digest .* is not in"):
         reader.read_window(0, 0)

@@ -17,7 +17,7 @@ from k2jax.data.loader.batches import (
 )  # fmt: skip
 from k2jax.data.loader.corpus import open_corpus
 from k2jax.data.loader.rows import BadRow, make_rows, read_pieces
-from k2jax.data.loader.segments import plan_run
+from k2jax.data.loader.segments import settle_timeline
 from k2jax.data.loader.shuffle import permute
 from k2jax.data.loader.timeline import permutation_key
 from k2jax.data.store.writer import TokenWriter
@@ -46,7 +46,7 @@ def write(folder):
 
 def train(corpus, start, **changes):
     settings = config(**{f"data.{name}": value for name, value in changes.items()})
-    return train_batches(corpus, plan_run(corpus, settings)[0], settings, start)
+    return train_batches(corpus, settle_timeline(corpus, settings)[0], settings, start)
 
 
 def stream_of(corpus, split):
@@ -110,7 +110,7 @@ def test_batches_match_slices_over_three_epochs(store):
 
 
 def test_an_epoch_has_every_window_once(store):
-    timeline, _ = plan_run(store, config(**{"data.seed": 1}))
+    timeline, _ = settle_timeline(store, config(**{"data.seed": 1}))
     count = num_windows(store, "train", T)
     source, epochs, windows = timeline.locate(np.arange(3 * count))
     assert not source.any()
@@ -182,12 +182,12 @@ def test_validation_is_fixed(store):
 
 
 def test_plan_run_names_everything(store):
-    plan_run(store, config())
+    settle_timeline(store, config())
     tokens = store.num_tokens("train")
     longest = store.num_tokens("validation") - 1
-    plan_run(store, config(**{"data.sequence_length": longest, "train.eval_sequences": 1}))
+    settle_timeline(store, config(**{"data.sequence_length": longest, "train.eval_sequences": 1}))
     with pytest.raises(UserError) as error:
-        plan_run(store, config(**{"model.vocab_size": 257, "data.sequence_length": tokens}))
+        settle_timeline(store, config(**{"model.vocab_size": 257, "data.sequence_length": tokens}))
     assert error.value.problems == (
         f"model.vocab_size = 257: must be at least 258, the ids of the tokenizer of data.path = '{store.path}'",
         f"data.sequence_length = {tokens}: must be below the {tokens} tokens of the training split of data.path = "
@@ -198,14 +198,14 @@ def test_plan_run_names_everything(store):
 
 
 def test_position_survives_json_and_names_every_change(store):
-    timeline, _ = plan_run(store, config())
+    timeline, _ = settle_timeline(store, config())
     saved = json.loads(json.dumps(data_position(timeline, config(), 7)))
     assert saved["next_row"] == 7 * B and saved["manifest"] == store.digest
     check_position(saved, timeline, config(), 7)
     settings = config(**{"data.read_threads": 9})
-    check_position(saved, plan_run(store, settings)[0], settings, 7)
+    check_position(saved, settle_timeline(store, settings)[0], settings, 7)
     other = config(**{"data.seed": 6, "data.batch_sequences": 2, "data.sequence_length": 6})
-    changed, _ = plan_run(store, other)
+    changed, _ = settle_timeline(store, other)
     with pytest.raises(UserError) as error:
         check_position({**saved, "manifest": "beef", "new": 1}, changed, other, 7)
     assert error.value.problems == (

@@ -6,7 +6,7 @@ import pytest
 
 from k2jax.config import Config
 from k2jax.data.loader.corpus import open_corpus, open_data
-from k2jax.data.loader.segments import plan_run
+from k2jax.data.loader.segments import settle_timeline
 from k2jax.data.store.writer import TokenWriter, split_of
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import UserError
@@ -57,7 +57,7 @@ def test_a_fraction_that_grows_in_the_middle_of_a_run(tmp_path):
     def go_on(config, past=(), step=0):
         values = {"data.sequence_length": 8, "data.batch_sequences": 2, "train.eval_sequences": 1, "train.num_steps": 9}
         config = config.replace(values | {"model.vocab_size": 258})
-        return plan_run(open_data(config), config, past, step, change=True)[0].plan
+        return settle_timeline(open_data(config), config, past, step, change=True)[0].segments
 
     first = go_on(config_of(small))
     with pytest.raises(UserError) as error:

@@ -15,7 +15,7 @@ from k2jax.data.loader.corpus import open_corpus, open_data
 from k2jax.data.loader.fim import fill_in_middle
 from k2jax.data.loader.packing import pack
 from k2jax.data.loader.rows import BadRow, RowReader
-from k2jax.data.loader.segments import plan_run
+from k2jax.data.loader.segments import settle_timeline
 from k2jax.data.store.writer import PartWriter, merge_parts
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import RunFailed, UserError
@@ -58,7 +58,7 @@ def config_of(place, **changes):
 
 def batches(config, start=0, places=None):
     corpus = open_data(config)
-    return train_batches(corpus, plan_run(corpus, config)[0], config, start, places)
+    return train_batches(corpus, settle_timeline(corpus, config)[0], config, start, places)
 
 
 def take(config, count, start=0, places=None):
@@ -79,7 +79,7 @@ def test_any_number_of_processes_reads_the_same(place):
 
 def row_ids(config, step, places):
     corpus = open_data(config)
-    timeline = plan_run(corpus, config)[0]
+    timeline = settle_timeline(corpus, config)[0]
     rows = timeline.step_rows(step)[places]
     return [[int(v) for v in values] for values in zip(rows, *timeline.locate(rows), strict=True)]
 
@@ -90,19 +90,19 @@ import numpy as np
 from test_rows import Path, config_of, open_data
 from k2jax.data.loader.batches import check_position, data_position
 from k2jax.data.loader.timeline import make_timeline
-from k2jax.data.loader.segments import plan_run
+from k2jax.data.loader.segments import settle_timeline
 saved = Path(sys.argv[1]) / sys.argv[3]
 config = config_of(Path(sys.argv[1]))
 corpus = open_data(config)
 ids = {}
 for step in range(200):
     # What a process that begins at `step` does: read the plan and the position from their files, check, go on.
-    timeline = plan_run(corpus, config, json.loads((saved / "timeline.json").read_text()), step)[0]
+    timeline = settle_timeline(corpus, config, json.loads((saved / "timeline.json").read_text()), step)[0]
     check_position(json.loads((saved / f"{step}.json").read_text()), timeline, config, step)
     rows = timeline.step_rows(step)
     ids[step] = np.stack([rows, *timeline.locate(rows)]).tolist()
     (saved / f"{step}.json").write_text(json.dumps(data_position(timeline, config, step)))
-(saved / "timeline.json").write_text(json.dumps(timeline.plan))
+(saved / "timeline.json").write_text(json.dumps(timeline.segments))
 print(json.dumps(ids))
 """
 
@@ -110,12 +110,12 @@ print(json.dumps(ids))
 def test_resume_at_each_of_200_steps_in_a_fresh_process_twice(place):
     config = config_of(place)
     corpus = open_data(config)
-    timeline = plan_run(corpus, config)[0]
+    timeline = settle_timeline(corpus, config)[0]
     from k2jax.data.loader.batches import data_position
 
     saved = place / "saved"
     saved.mkdir()
-    (saved / "timeline.json").write_text(json.dumps(timeline.plan))
+    (saved / "timeline.json").write_text(json.dumps(timeline.segments))
     for step in range(200):
         (saved / f"{step}.json").write_text(json.dumps(data_position(timeline, config, step)))
     expected = {str(step): np.transpose(row_ids(config, step, np.arange(B))).tolist() for step in range(200)}
@@ -129,7 +129,7 @@ def test_resume_at_each_of_200_steps_in_a_fresh_process_twice(place):
 def test_rows_are_the_windows_of_their_sources(place):
     config = config_of(place)
     corpus = open_data(config)
-    timeline = plan_run(corpus, config)[0]
+    timeline = settle_timeline(corpus, config)[0]
     assert timeline.names == ["code", "web", "wiki"]
     for step, batch in enumerate(take(config, 10)):
         for place_, (_, source, _, window) in enumerate(row_ids(config, step, np.arange(B))):
@@ -172,7 +172,7 @@ def test_packing_cuts_few_documents():
 def test_packed_rows_reach_the_batch(place):
     config = config_of(place, data__packing="best_fit")
     corpus = open_data(config)
-    timeline = plan_run(corpus, config)[0]
+    timeline = settle_timeline(corpus, config)[0]
     reader = RowReader(corpus, timeline, config)
     for step, batch in enumerate(take(config, 6)):
         for place_, (_, source, _, window) in enumerate(row_ids(config, step, np.arange(B))):
@@ -251,7 +251,7 @@ def test_bad_rows_are_replaced_alike_everywhere_and_entered(tmp_path):
             for name in batch:
                 assert np.array_equal(np.concatenate([share[step][name] for share in shares]), batch[name])
     corpus = open_data(config)
-    timeline = plan_run(corpus, config)[0]
+    timeline = settle_timeline(corpus, config)[0]
     reader, path = RowReader(corpus, timeline, config), tmp_path / "ledger.jsonl"
     ledger = Ledger(path, reader, config, 0)
     for step, batch in enumerate(whole):
@@ -282,7 +282,7 @@ def test_a_source_that_is_bad_everywhere_says_why(tmp_path):
     for path in Path(config.data.path).glob("train/web/*/tokens/c/*"):
         flip(path)
     corpus = open_data(config)
-    reader = RowReader(corpus, plan_run(corpus, config)[0], config)
+    reader = RowReader(corpus, settle_timeline(corpus, config)[0], config)
     size = int(reader.timeline.windows[0])
     looked = rf"all {min(size, 64)} windows that were looked at, of {size}, are bad: a source whose one shard"
     with pytest.raises(BadRow, match=rf"^source web, window 7, .*train/web/0000./tokens/c/\d: sha256 is .*; {looked}"):
@@ -310,7 +310,7 @@ def test_validation_of_one_source(place):
 def test_what_does_not_fit_is_named(place):
     config = config_of(place, mixture__weights=("web=5 books=3", "web=1"), mixture__epochs="web=1 words=2")
     with pytest.raises(UserError) as error:
-        plan_run(open_data(config), config)
+        settle_timeline(open_data(config), config)
     assert [text.split(";")[0] for text in error.value.problems] == [
         "mixture: 'web=1 words=2': data.path has no source 'words' with a whole sequence",
         "mixture: 'web=5 books=3': data.path has no source 'books' with a whole sequence",
@@ -327,10 +327,10 @@ def test_natural_passes_over_no_source(tmp_path):
     plain = {"data__path": path, "data__sequence_length": 60, "train__eval_sequences": 1, "stages__start_tokens": (0,)}
     config = config_of(tmp_path, **plain, mixture__weights=("natural",))
     with pytest.raises(UserError) as error:
-        plan_run(open_data(config), config)
+        settle_timeline(open_data(config), config)
     assert str(error.value) == (
         "mixture: 'natural': source 'code' has 13 tokens, and no whole row of data.sequence_length + 1 = 61; "
         "lower that, or leave the source out by mixture.weights = 'web=17 wiki=8'"
     )
     config = config_of(tmp_path, **plain, mixture__weights=("web=17 wiki=8",))
-    assert plan_run(open_data(config), config)[0].names == ["web", "wiki"]
+    assert settle_timeline(open_data(config), config)[0].names == ["web", "wiki"]

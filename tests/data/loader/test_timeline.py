@@ -5,7 +5,13 @@ import pytest
 
 from k2jax.config import Config
 from k2jax.data.loader.batches import check_position, data_position
-from k2jax.data.loader.segments import _natural, _natural_problems, continue_plan, describe_mixture, mixture_problems
+from k2jax.data.loader.segments import (
+    _natural,
+    _natural_problems,
+    continue_segments,
+    describe_mixture,
+    mixture_problems,
+)
 from k2jax.data.loader.shuffle import permute, unpermute
 from k2jax.data.loader.timeline import Skips, Timeline, make_timeline, permutation_key
 from k2jax.errors import UserError
@@ -135,17 +141,17 @@ def test_skipping_moves_the_rest_and_not_the_past():
 def test_continue_plan():
     old = segment(STAGES, WINDOWS)
     new = segment([[s, {"web": 1}] for s, _ in STAGES], {**WINDOWS, "web": 300})
-    assert continue_plan([], old, 0, False) == ([old], [])
+    assert continue_segments([], old, 0, False) == ([old], [])
     moved = old | {"path": "elsewhere"}
-    assert continue_plan([old], moved, 9, False) == ([moved], [])
+    assert continue_segments([old], moved, 9, False) == ([moved], [])
     with pytest.raises(UserError) as error:
-        continue_plan([old], new, 9, False)
+        continue_segments([old], new, 9, False)
     assert len(error.value.problems) == 4 and all("give --change-mixture" in text for text in error.value.problems)
-    plan, notes = continue_plan([old], new, 9, True)
+    plan, notes = continue_segments([old], new, 9, True)
     assert plan == [old, new | {"from_step": 9}] and len(notes) == 4
-    assert continue_plan(plan, new, 20, True) == (plan, [])  # the same command again
-    assert continue_plan(plan, old, 4, True)[0] == [old | {"from_step": 0}, old | {"from_step": 4}]
-    assert continue_plan(plan, old, 0, True)[0] == [old]
+    assert continue_segments(plan, new, 20, True) == (plan, [])  # the same command again
+    assert continue_segments(plan, old, 4, True)[0] == [old | {"from_step": 0}, old | {"from_step": 4}]
+    assert continue_segments(plan, old, 0, True)[0] == [old]
 
 
 class Sources:

@@ -13,7 +13,7 @@ from k2jax.cli.main import main
 from k2jax.config import Config
 from k2jax.data.loader.batches import train_batches, validation_batches
 from k2jax.data.loader.corpus import open_corpus
-from k2jax.data.loader.segments import plan_run
+from k2jax.data.loader.segments import settle_timeline
 from k2jax.data.store import storage as module
 from k2jax.data.store.manifest import CorruptStore
 from k2jax.data.store.reader import TokenStore
@@ -77,7 +77,7 @@ def test_batches_are_those_of_the_local_store(store, url, s3, gcs):
     config, found = Config().replace(values), []
     for place in (str(store), url):
         corpus = open_corpus(place)
-        batches = train_batches(corpus, plan_run(corpus, config)[0], config, 0)
+        batches = train_batches(corpus, settle_timeline(corpus, config)[0], config, 0)
         found.append([*itertools.islice(batches, 30), *validation_batches(corpus, config, 4, 2)])
     for local, remote in zip(*found, strict=True):
         assert local.keys() == remote.keys()

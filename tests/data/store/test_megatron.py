@@ -8,7 +8,7 @@ import pytest
 from k2jax.config import Config
 from k2jax.data.loader.batches import num_windows, train_batches, validation_batches
 from k2jax.data.loader.corpus import open_corpus, open_data
-from k2jax.data.loader.segments import plan_run
+from k2jax.data.loader.segments import settle_timeline
 from k2jax.data.store.manifest import CorruptStore
 from k2jax.errors import UserError
 
@@ -75,7 +75,7 @@ def test_a_run_on_two_files(tmp_path):
     held_out = write(tmp_path / "held", *example(9), "int32")
     config = config_of(tmp_path, f"{one},{two}", data__validation_path=held_out, mixture__weights=("web=3 code=1",))
     corpus = open_data(config)
-    timeline, _ = plan_run(corpus, config)
+    timeline, _ = settle_timeline(corpus, config)
     batch = next(train_batches(corpus, timeline, config, 5))
     place = timeline.locate(timeline.step_rows(5))
     for row, source, window in zip(batch["tokens"], place.source, place.window, strict=True):
@@ -106,7 +106,7 @@ def test_held_out_ids_outside_the_vocabulary_are_named(tmp_path):
     held_out = write(tmp_path / "held", [[1, 2, 300, *range(60)]], [0, 1], "uint16")
     config = config_of(tmp_path, path, data__validation_path=held_out)
     corpus = open_data(config)
-    plan_run(corpus, config)
+    settle_timeline(corpus, config)
     with pytest.raises(UserError, match="held-out text, source held: .*held.bin, byte 4: id 300 is not below model.voc"):
         list(validation_batches(corpus, config, 6, 2))
 

@@ -1,4 +1,4 @@
-"""Places that do not answer are named, and not waited for."""
+"""TokenIndex that do not answer are named, and not waited for."""
 
 import os
 import socket

@@ -49,7 +49,7 @@ def _documents(reader: RowReader, source: int, window: int) -> Iterator[dict]:
             }
 
 
-class Found(NamedTuple):
+class StoredDocument(NamedTuple):
     """A document. number: of its source in the timeline; None: no step reads it, and `unread` says why."""
 
     source: str
@@ -58,18 +58,18 @@ class Found(NamedTuple):
     unread: str | None
 
 
-def _texts(reader: RowReader, held_out: Corpus | None) -> Iterator[tuple[Found, Stream]]:
-    """(a Found without its document, the stream) of all that the stores have, and of the text held out elsewhere."""
+def _texts(reader: RowReader, held_out: Corpus | None) -> Iterator[tuple[StoredDocument, Stream]]:
+    """(a StoredDocument without its document, the stream) of all that the stores have, and of the text held out elsewhere."""
     for number, stream in reader.streams.items():
-        yield Found(reader.timeline.names[number], -1, number, None), stream
+        yield StoredDocument(reader.timeline.names[number], -1, number, None), stream
     for store, split in itertools.product(reader.corpus.stores, SPLITS):
         for name, stream in store.streams[split].items():
             if split == "validation":
-                yield Found(name, -1, None, f"held out in {store.path}"), stream
+                yield StoredDocument(name, -1, None, f"held out in {store.path}"), stream
             elif (name, store.digest) not in reader.timeline.keys:
-                yield Found(name, -1, None, f"of a source in {store.path} that the mixture does not have"), stream
+                yield StoredDocument(name, -1, None, f"of a source in {store.path} that the mixture does not have"), stream
     for name, stream in (held_out_streams(held_out) if held_out else {}).items():
-        yield Found(name, -1, None, f"held out in {held_out.store_of[name].path}"), stream
+        yield StoredDocument(name, -1, None, f"held out in {held_out.store_of[name].path}"), stream
 
 
 def _with_hash(stream: Stream, prefix: str) -> Iterator[int]:
@@ -79,7 +79,7 @@ def _with_hash(stream: Stream, prefix: str) -> Iterator[int]:
             yield document
 
 
-def find_documents(reader: RowReader, wanted: str, held_out: Corpus | None = None) -> list[Found]:
+def find_documents(reader: RowReader, wanted: str, held_out: Corpus | None = None) -> list[StoredDocument]:
     """Every document whose sha256, or its origin's, begins with `wanted` (16 digits); if none, that is called so.
 
     held_out: what data.validation_path has.
@@ -107,7 +107,7 @@ def document_steps(reader: RowReader, source: int, document: int, num_steps: int
     return sorted(seen, key=lambda entry: entry["row"])
 
 
-def sightings(reader: RowReader, documents: list[Found], num_steps: int) -> Iterator[dict]:
+def sightings(reader: RowReader, documents: list[StoredDocument], num_steps: int) -> Iterator[dict]:
     """`document_steps` of each, with its "source" and "document"; of one that is not trained on, why it is "unread"."""
     for found in documents:
         named = {"source": found.source, "document": found.document}

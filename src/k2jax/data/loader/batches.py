@@ -17,7 +17,7 @@ from k2jax.data.loader.timeline import Timeline, permutation_key
 from k2jax.errors import UserError
 
 NUM_ROWS = 2**62  # more than any run reads; Grain wants a length
-_GROUP = 64  # most rows that one thread reads at a time: they share arithmetic and waiting
+_ROWS_PER_READ = 64  # most rows that one thread reads at a time: they share arithmetic and waiting
 
 
 def too_few_validation(available: int, wanted: int, name: str) -> list[str]:
@@ -93,10 +93,10 @@ def train_batches(
     places: the rows of a batch that this process needs, by their numbers in it; None: all. The same steps have the same
     rows, wherever the iteration starts, however many threads and processes read. With data.max_bad_rows there is also
     "replaced" int64 [B], the window that was read in place of a bad one, else -1. BadRow when a damaged file or an
-    unknown id is met. Call `plan_run` before.
+    unknown id is met. Call `settle_timeline` before.
     """
     places = np.arange(config.data.batch_sequences) if places is None else np.asarray(places)
-    most = min(_GROUP, max(1, config.data.prefetch_sequences // max(1, config.data.read_threads)))
+    most = min(_ROWS_PER_READ, max(1, config.data.prefetch_sequences // max(1, config.data.read_threads)))
     group = max(n for n in range(1, most + 1) if len(places) % n == 0)
     groups = len(places) // group
     rows = grain.MapDataset.source(_TrainRows(RowReader(corpus, timeline, config), places, group))

@@ -88,7 +88,7 @@ def _differences(old: dict, new: dict) -> Iterator[str]:
             yield f"weights from {start:,} tokens on: {a} -> {b}"
 
 
-def continue_plan(past: list[dict], segment: dict, step: int, change: bool) -> tuple[list[dict], list[str]]:
+def continue_segments(past: list[dict], segment: dict, step: int, change: bool) -> tuple[list[dict], list[str]]:
     """(the plan of a run that goes on from `step` with `segment`, what changed).
 
     past: the plan so far, [] for a new run. UserError with the differences unless `change` allows them. The steps
@@ -140,7 +140,7 @@ def _last_step(timeline: Timeline, steps: int, source: int, rows: int) -> int:
 
 def mixture_problems(timeline: Timeline, corpus: Corpus, config: Config) -> Iterator[str]:
     """Sources that would run out, by the run's arithmetic to its last step."""
-    known = timeline.plan[-1]["sources"]
+    known = timeline.segments[-1]["sources"]
     rows = timeline.counts(timeline.rows_before(config.train.num_steps))
     for number, (name, store) in enumerate(timeline.keys):
         count, size = int(rows[number]), int(timeline.windows[number])
@@ -165,7 +165,7 @@ def _leak_problems(timeline: Timeline, corpus: Corpus, config: Config, step: int
     read = {key for key, count in zip(timeline.keys, rows, strict=True) if count}
     trained = [
         (fraction, name, part["path"])
-        for part in timeline.plan
+        for part in timeline.segments
         for name, fraction in part.get("validation_fractions", {}).items()  # of which older plans know nothing
         if fraction is not None and (name, part["sources"][name]["store"]) in read
     ]
@@ -178,10 +178,10 @@ def _leak_problems(timeline: Timeline, corpus: Corpus, config: Config, step: int
             yield f"data.path: validation_fraction grows, {found}: {rule}; {mend}"
 
 
-def plan_run(
+def settle_timeline(
     corpus: Corpus, config: Config, past: list[dict] = (), step: int = 0, change: bool = False
 ) -> tuple[Timeline, list[str]]:
-    """(the timeline of a run that goes on from `step`, what changed in its mixture); past, change: see `continue_plan`.
+    """(the timeline of a run that goes on from `step`, what changed in its mixture); past, change: see `continue_segments`.
 
     UserError with everything that makes the stores unfit for the run, and a mixture that they do not last for.
     """
@@ -205,7 +205,7 @@ def plan_run(
         if "natural" in config.mixture.weights:
             problems += [*_natural_problems(segment), *_unread_problems(segment, corpus, config)]
     if not problems:
-        plan, notes = continue_plan(list(past), segment, step, change)
+        plan, notes = continue_segments(list(past), segment, step, change)
         timeline = make_timeline(plan, config)
         problems += [*mixture_problems(timeline, corpus, config), *_leak_problems(timeline, corpus, config, step)]
     available = num_windows(corpus, "validation", length)
@@ -222,7 +222,7 @@ def describe_mixture(timeline: Timeline, config: Config) -> str:
     return "mixture    " + ", ".join(f"{name} {share:.2%}, {passes:.3g} passes" for name, passes, share in used)
 
 
-def read_plan(folder: Path) -> list[dict]:
+def read_segments(folder: Path) -> list[dict]:
     """The plan (data/loader/timeline.py) of the run in `folder`; [] for one that has not begun."""
     try:
         return json.loads((folder / "timeline.json").read_text(encoding="utf-8"))
@@ -232,10 +232,10 @@ def read_plan(folder: Path) -> list[dict]:
         raise UserError(f"{folder}/timeline.json: is not JSON ({error}); restore it from a copy") from None
 
 
-def write_plan(folder: Path, plan: list[dict]) -> None:
+def write_segments(folder: Path, plan: list[dict]) -> None:
     write_atomic(folder / "timeline.json", json.dumps(plan, indent=1) + "\n")
 
 
-def plan_paths(plan: list[dict]) -> str:
+def segment_paths(plan: list[dict]) -> str:
     """All stores that any segment reads, joined by commas."""
     return ",".join(dict.fromkeys(path for part in plan for path in part["path"].split(",")))

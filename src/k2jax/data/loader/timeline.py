@@ -5,7 +5,7 @@ where its mixture was changed. In a block with integer weights w, the sources ta
 that repeats and that spreads each source evenly. The n-th row that a source ever has is window permute(n mod N) of its
 N under a key of its own for every pass. So rows, windows and counts come out of each other without any state.
 
-A plan is what a run keeps in timeline.json: a list of segments, JSON values,
+The segments that a run keeps in timeline.json are a list, JSON values,
 {"from_step", "path", "digest", "sources": {name: {"windows", "epochs", ...}},
 "stages": [[start_tokens, {name: weight}]], "validation_fractions": {name: that of its store, or None}}
 where `path` and `digest` say which stores were read.
@@ -57,7 +57,7 @@ class Skips:
         return [[first, min(stop, data_step)] for first, stop in self.ranges if first < data_step]
 
 
-class Place(NamedTuple):
+class RowOrigin(NamedTuple):
     """Where rows come from, int64 arrays of one shape. source: number in Timeline.names."""
 
     source: np.ndarray
@@ -98,18 +98,18 @@ class _Block:
 
 
 class Timeline:
-    """A plan as arithmetic. names: of all sources that any segment has; windows: how many each has."""
+    """Segments as arithmetic. names: of all sources that any segment has; windows: how many each has."""
 
-    def __init__(self, plan: list[dict], seed: int, batch: int, batch_tokens: int, skips: Skips):
-        self.plan, self.seed, self.batch, self.skips = plan, seed, batch, skips
+    def __init__(self, segments: list[dict], seed: int, batch: int, batch_tokens: int, skips: Skips):
+        self.segments, self.seed, self.batch, self.skips = segments, seed, batch, skips
         # A source of another store is another source, though it may have the same name.
-        keys = {(name, entry["store"]): entry for part in plan for name, entry in part["sources"].items()}
+        keys = {(name, entry["store"]): entry for part in segments for name, entry in part["sources"].items()}
         self.keys = list(keys)
         self.names = [name for name, _ in self.keys]
         self.windows = np.array([entry["windows"] for entry in keys.values()], np.int64)
         self.blocks = []
-        for number, part in enumerate(plan):
-            end = plan[number + 1]["from_step"] if number + 1 < len(plan) else None
+        for number, part in enumerate(segments):
+            end = segments[number + 1]["from_step"] if number + 1 < len(segments) else None
             self._add_segment(part, end, batch_tokens)
         self._starts = np.array([block.start for block in self.blocks], np.int64)
 
@@ -142,11 +142,11 @@ class Timeline:
             total += max(0, min(end, row) - block.start) * (block.weights / block.weights.sum())
         return total
 
-    def locate(self, rows: np.ndarray) -> Place:
+    def locate(self, rows: np.ndarray) -> RowOrigin:
         """Where rows of the data come from. rows: int64 of any shape."""
         rows = np.asarray(rows, np.int64)
         which = np.searchsorted(self._starts, rows, "right") - 1
-        place = Place(np.empty_like(rows), np.empty_like(rows), np.empty_like(rows))
+        place = RowOrigin(np.empty_like(rows), np.empty_like(rows), np.empty_like(rows))
         for number in np.unique(which):
             here = which == number
             source, order = self.blocks[number].locate(rows[here])
@@ -182,17 +182,17 @@ class Timeline:
         return self.skips.data_step(step) * self.batch + np.arange(self.batch)
 
     def segment(self, step: int) -> dict:
-        """The segment of the plan that holds at training step `step`."""
-        return [part for part in self.plan if part["from_step"] <= step][-1]
+        """The segment that holds at training step `step`."""
+        return [part for part in self.segments if part["from_step"] <= step][-1]
 
     def digest(self, steps: int) -> str:
         """Of what the first `steps` steps have followed."""
-        past = [part for part in self.plan if part["from_step"] < steps or part is self.plan[0]]
+        past = [part for part in self.segments if part["from_step"] < steps or part is self.segments[0]]
         past = [{key: value for key, value in part.items() if key != "path"} for part in past]  # stores may move
         return hashlib.sha256(json.dumps(past, sort_keys=True).encode()).hexdigest()
 
 
-def make_timeline(plan: list[dict], config: Config) -> Timeline:
+def make_timeline(segments: list[dict], config: Config) -> Timeline:
     """The run's timeline."""
     skips = Skips(config.data.skip_steps)
-    return Timeline(plan, config.data.seed, config.data.batch_sequences, config.batch_tokens, skips)
+    return Timeline(segments, config.data.seed, config.data.batch_sequences, config.batch_tokens, skips)

@@ -81,7 +81,7 @@ def file_problems(folder: Folder, files: dict) -> Iterator[str]:
             yield f"{folder}/{name}: is not in the manifest; move it out of the store"
 
 
-class Checked:
+class VerifiedFolder:
     """A folder whose files are compared with their digests when they are first read, by any number of threads."""
 
     def __init__(self, folder: Folder, files: dict):

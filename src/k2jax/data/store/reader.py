@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import tensorstore
 
-from k2jax.data.store.manifest import COUNTS, MEND, SPLITS, Checked, CorruptStore, file_problems, parse_manifest
+from k2jax.data.store.manifest import COUNTS, MEND, SPLITS, CorruptStore, VerifiedFolder, file_problems, parse_manifest
 from k2jax.data.store.storage import PATIENT, Folder, shared_context
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer
 from k2jax.errors import UserError
@@ -40,7 +40,7 @@ _CACHED_INDEXES = 1024  # parts whose borders stay mapped, or in memory where th
 class _Part:
     """One part of a stream: where it lies and how much it holds."""
 
-    def __init__(self, files: Checked, place: str, entry: dict, shard_tokens: int, context: tensorstore.Context):
+    def __init__(self, files: VerifiedFolder, place: str, entry: dict, shard_tokens: int, context: tensorstore.Context):
         self.files, self.place, self.shard_tokens, self.context = files, place, shard_tokens, context
         self.num_tokens, self.num_documents = entry["tokens"], entry["documents"]
         self._opening = threading.Lock()
@@ -253,7 +253,7 @@ class TokenStore:
             raise CorruptStore(*problems)
         resources = PATIENT | {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}}
         context, shard = tensorstore.Context(resources, parent=shared_context()), self.manifest["shard_tokens"]
-        self._files, recent = Checked(Folder(path, context), self.manifest["files"]), Recent()
+        self._files, recent = VerifiedFolder(Folder(path, context), self.manifest["files"]), Recent()
         self.sources = self.manifest["sources"]
         self.streams = {split: {} for split in SPLITS}
         for split, (source, entry) in itertools.product(SPLITS, self.sources.items()):
