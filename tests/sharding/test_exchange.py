@@ -212,15 +212,15 @@ def test_model_dispatches_every_token_once(tiny, mesh_of):
     alone = run(params, tokens)
     with jax.set_mesh(mesh_of(expert=2, tensor=4)):
         spread = run(params, tokens)
-    assert np.asarray(spread.expert_load).sum(1).tolist() == [4 * 8 * 2] * 2
-    np.testing.assert_array_equal(spread.expert_load, alone.expert_load)
+    assert np.asarray(spread.report.expert_load).sum(1).tolist() == [4 * 8 * 2] * 2
+    np.testing.assert_array_equal(spread.report.expert_load, alone.expert_load)
     # three layers of float32 sums, in another order
     np.testing.assert_allclose(spread.logits, alone.logits, rtol=0, atol=2e-6 * np.abs(alone.logits).max())
     with jax.set_mesh(mesh_of(expert=4)):
         kernels = [KernelsConfig(exchange=transport, expert_buffer=1.0) for transport in ("dense", "ring")]
         bounded = [run(params, tokens, choice) for choice in kernels]
     for out in bounded:
-        load_LE = np.asarray(out.expert_load)
+        load_LE = np.asarray(out.report.expert_load)
         too_many = np.maximum(load_LE.reshape(2, 4, 2).sum(-1) - 4 * 8 * 2 // 4, 0).sum(1)
         assert load_LE.sum(1).tolist() == [4 * 8 * 2] * 2  # what the router chose, whatever was dropped
         assert (too_many > 0).all() and (out.rows_dropped >= too_many).all()

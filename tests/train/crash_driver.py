@@ -13,7 +13,7 @@ import sys
 import threading
 
 from k2jax.cli.main import main
-from k2jax.runs import folder
+from k2jax.runs import records
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"}
 
@@ -35,7 +35,7 @@ class FileOperations:
 
 
 def signal_at_record(step: int, number: int, half: bool) -> None:
-    whole = folder.MetricsFile.write
+    whole = records.MetricsFile.write
 
     def write(self, record: dict) -> None:
         if record["step"] == step and half:
@@ -47,7 +47,7 @@ def signal_at_record(step: int, number: int, half: bool) -> None:
         if record["step"] == step:
             os.kill(os.getpid(), number)
 
-    folder.MetricsFile.write = write
+    records.MetricsFile.write = write
 
 
 if __name__ == "__main__":
