@@ -164,7 +164,8 @@ def load_hf(
     """The model of a published checkpoint (`deepseek_v3` or `kimi_k2`), computing and stored in `dtype`.
 
     `out = model(tokens)` with int32 [B, T]: out.logits [B, T, V], out.report.max_logits [layers, heads] and
-    out.report.expert_load [MoE layers, experts]. mesh: where the weights go, by default where `jax.set_mesh` says; call the model under that mesh.
+    out.report.expert_load [MoE layers, experts]. mesh: where the weights go, by default where `jax.set_mesh` says; call
+    the model under that mesh.
     Positions are turned as config.json says, with YaRN at every length where it has a scaling, as transformers does.
     Block-FP8 weights are multiplied by their scales. Raises UserError with every tensor that does not fit.
     """

@@ -17,6 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from k2jax.dtypes import wide
 
+# Names of the output, and of what the backward pass needs beside it: rematerialisation saves them by name.
+ATTENTION_OUT, ATTENTION_LSE = "attention_out", "attention_lse"
 UNSEEN = jnp.iinfo(jnp.int32).max  # index of a key that no query sees; a query at -1 sees none
 
 
@@ -148,7 +150,7 @@ def _attention(make, chunks, q_BHSK, sources, weights, q_at, k_at, scale):
 
 def _forward(make, chunks, *arguments):
     out_BHSU, lse_BHS, max_BHS = _attend(make, chunks, *arguments)
-    out_BHSU, lse_BHS = checkpoint_name(out_BHSU, "attention_out"), checkpoint_name(lse_BHS, "attention_lse")
+    out_BHSU, lse_BHS = checkpoint_name(out_BHSU, ATTENTION_OUT), checkpoint_name(lse_BHS, ATTENTION_LSE)
     return (out_BHSU, max_BHS), (*arguments, out_BHSU, lse_BHS)
 
 

@@ -19,13 +19,6 @@ BLOCK_IDS = 8192  # of a block: 8 MiB of head at hidden size 256; benchmarks/los
 LEAST_LOGITS = 1 << 22  # of a chunk: with a small vocabulary the loop over chunks is not what takes the time
 
 
-def cross_entropy_sum(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Sum over all positions of -log p(target), in nats, of logits [..., V] that exist already; in their dtype."""
-    # A comparison instead of a gather: it needs no index and no scatter in the gradient, on any sharding.
-    is_target = targets[..., None] == jnp.arange(logits.shape[-1])
-    return jnp.sum(jax.nn.logsumexp(logits, -1) - jnp.sum(jnp.where(is_target, logits, 0), -1))
-
-
 def _chunk_tokens(num_tokens: int, hidden: int, num_ids: int) -> int:
     """Tokens of a chunk, in equal chunks of whole eights.
 

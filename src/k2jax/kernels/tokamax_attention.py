@@ -8,6 +8,7 @@ All take keys and values whole, and queries of the same tokens in the same order
 import jax
 import jax.numpy as jnp
 
+from k2jax.kernels.chunked_attention import ATTENTION_OUT
 from k2jax.kernels.tokamax import call_kernel, load_tokamax
 
 TILE = 128  # sequences are whole tiles
@@ -30,7 +31,7 @@ def _splash(q_BHSK, k_BHSK, v_BHSU, segment_BS, interpret: bool):
     # Its base-2 form multiplies the queries by log2(e) in their dtype, which in bfloat16 is 0.18 % too large.
     config = splash.SplashConfig(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_base2_exp=False,
-        residual_checkpoint_name="attention_out", interpret=interpret,
+        residual_checkpoint_name=ATTENTION_OUT, interpret=interpret,
     )  # fmt: skip
     mask = masks.CausalMask((length, length))
     kernel = splash.make_splash_mha(mask, config=config, save_residuals=True, q_seq_shards=1)

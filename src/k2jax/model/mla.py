@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from k2jax.dtypes import wide
-from k2jax.kernels.chunked_attention import TokenIndex
+from k2jax.kernels.chunked_attention import ATTENTION_OUT, TokenIndex
 from k2jax.kernels.project import project
 from k2jax.model.attention import attention
-from k2jax.model.remat import ATTENTION_OUT, KV_LATENT, Q_LATENT, named
+from k2jax.model.remat import KV_LATENT, Q_LATENT, named
 from k2jax.model.rope import Rope, apply_rope
 from k2jax.model.weights import Param, Stack
 from k2jax.sharding.place import out_spec, place

@@ -10,6 +10,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from k2jax.config import Remat
+from k2jax.kernels.chunked_attention import ATTENTION_LSE, ATTENTION_OUT
 
 # The residual stream where a layer begins.
 LAYER_INPUT = "layer_input"
@@ -17,8 +18,6 @@ LAYER_INPUT = "layer_input"
 ATTENDED = "attended"
 # What the MLA up-projections read, before its norm; the rotary key is in the second.
 Q_LATENT, KV_LATENT = "q_latent", "kv_latent"
-# Attention's output, and what its backward pass needs beside it. An attention kernel names them in its forward rule.
-ATTENTION_OUT, ATTENTION_LSE = "attention_out", "attention_lse"
 # Scores of the router, and the experts that each token chose.
 ROUTER_LOGITS, EXPERT_CHOICE = "router_logits", "expert_choice"
 # Rows that the experts work on, as they came; inputs of SwiGLU in every FFN; what the experts' down-projection gives.

@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 from test_rows import B, T, config_of, write
+from token_writer import TokenWriter
 
 from k2jax.cli.main import main
 from k2jax.data.loader.batches import train_batches
 from k2jax.data.loader.corpus import open_data
 from k2jax.data.loader.segments import read_segments, settle_timeline, write_segments
-from k2jax.data.store.writer import TokenWriter
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import UserError
 

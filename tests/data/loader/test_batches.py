@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from token_writer import TokenWriter
 
 from k2jax.config import Config
 from k2jax.data.loader.batches import (
@@ -20,7 +21,6 @@ from k2jax.data.loader.rows import BadRow, make_rows, read_pieces
 from k2jax.data.loader.segments import settle_timeline
 from k2jax.data.loader.shuffle import permute
 from k2jax.data.loader.timeline import permutation_key
-from k2jax.data.store.writer import TokenWriter
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import UserError
 

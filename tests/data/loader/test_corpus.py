@@ -3,11 +3,11 @@
 import hashlib
 
 import pytest
+from token_writer import TokenWriter, split_of
 
 from k2jax.config import Config
 from k2jax.data.loader.corpus import open_corpus, open_data
 from k2jax.data.loader.segments import settle_timeline
-from k2jax.data.store.writer import TokenWriter, split_of
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import UserError
 

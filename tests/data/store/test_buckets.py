@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from bucket_server import GCS, KEY, S3, serve
+from token_writer import TokenWriter
 
 from k2jax.cli.main import main
 from k2jax.config import Config
@@ -18,7 +19,6 @@ from k2jax.data.store import storage as module
 from k2jax.data.store.manifest import CorruptStore
 from k2jax.data.store.reader import TokenStore
 from k2jax.data.store.storage import Folder
-from k2jax.data.store.writer import TokenWriter
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import UserError
 

@@ -6,12 +6,12 @@ import threading
 
 import numpy as np
 import pytest
+from token_writer import TokenWriter
 
 from k2jax.data.store import reader as module
 from k2jax.data.store import storage as folder_module
 from k2jax.data.store.manifest import CorruptStore, sign
 from k2jax.data.store.reader import TokenStore
-from k2jax.data.store.writer import TokenWriter
 from k2jax.data.tokenizer import load_tokenizer, train_bpe
 from k2jax.errors import UserError
 from k2jax.files import sha256_of

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from token_writer import TokenWriter, check_files, split_of
 
 from k2jax.data.loader.corpus import open_corpus
 from k2jax.data.store.manifest import CorruptStore
 from k2jax.data.store.reader import TokenStore
 from k2jax.data.store.storage import Folder
-from k2jax.data.store.writer import PartWriter, TokenWriter, finished_part, merge_parts, split_of
+from k2jax.data.store.writer import PartWriter, finished_part, merge_parts
 from k2jax.data.tokenizer import load_tokenizer, train_bpe
 from k2jax.errors import UserError
 
@@ -106,11 +108,11 @@ def test_kills_change_no_byte(tmp_path):
     write(tmp_path / "whole", range(4))
     (tmp_path / "killed").mkdir()
     code = "import sys; from test_writer import write_part; write_part(sys.argv[1], int(sys.argv[2]), 0.02)"
-    kills = 0
+    path, kills = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]), 0
     for part in range(4):
         while finished_part(str(tmp_path / "killed"), part) is None:
             command = [sys.executable, "-c", code, str(tmp_path / "killed"), str(part)]
-            worker = subprocess.Popen(command, cwd=Path(__file__).parent)
+            worker = subprocess.Popen(command, cwd=Path(__file__).parent, env={**os.environ, "PYTHONPATH": path})
             while kills < 3 and worker.poll() is None and not (tmp_path / "killed/train/web" / f"{part:05}").exists():
                 time.sleep(0.002)
             if kills < 3 and worker.poll() is None:
@@ -143,7 +145,7 @@ def test_a_store_at_a_url_is_read_and_checked(tmp_path):
             store = TokenStore("memory://store_writer/url")
             stream = store.streams["train"]["web"]
             stream.read(0, stream.num_tokens), stream.documents(0, 1), stream.records([0]), store.tokenizer()
-            store.check()
+            check_files(store)
         folder.delete(name)
         with pytest.raises(CorruptStore, match=f"{name}: is missing"):
             TokenStore("memory://store_writer/url")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from k2jax.data.loader.shuffle import mix
+from k2jax.data.splitmix import mix
 
 
 def fill_in_middle(

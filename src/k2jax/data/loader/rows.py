@@ -12,8 +12,8 @@ import numpy as np
 from k2jax.config import Config
 from k2jax.data.loader.corpus import Corpus, make_cut
 from k2jax.data.loader.fim import fill_in_middle
-from k2jax.data.loader.shuffle import mix
 from k2jax.data.loader.timeline import Timeline
+from k2jax.data.splitmix import mix
 from k2jax.data.store.manifest import CorruptStore
 from k2jax.data.store.reader import Stream
 from k2jax.errors import UserError

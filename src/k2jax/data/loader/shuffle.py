@@ -4,30 +4,24 @@ import math
 
 import numpy as np
 
-_MASK = 2**64 - 1
+from k2jax.data.splitmix import MASK, mix
+
 _ROUNDS = 8
 MAX_SIZE = 2**62
 
 
-def mix(x):
-    """The finalizer of splitmix64: a bijection of 64-bit words whose every output bit hangs on every input bit."""
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
-
-
 def _round_keys(key: int) -> list[int]:
-    return [mix((key + (i + 1) * 0x9E3779B97F4A7C15) & _MASK) for i in range(_ROUNDS)]
+    return [mix((key + (i + 1) * 0x9E3779B97F4A7C15) & MASK) for i in range(_ROUNDS)]
 
 
 def _feistel(x, radix: int, keys: list[int]):
     """A bijection of range(radix**2): each round adds, modulo radix, a function of one digit to the other.
 
-    x is an int or a uint64 array: both take the same operators, and `& _MASK` gives ints the wrap-around.
+    x is an int or a uint64 array: both take the same operators, and `& MASK` gives ints the wrap-around.
     """
     high, low = x // radix, x % radix
     for key in keys:
-        high, low = low, (high + mix((low + key) & _MASK) % radix) % radix
+        high, low = low, (high + mix((low + key) & MASK) % radix) % radix
     return high * radix + low
 
 
@@ -35,7 +29,7 @@ def _unfeistel(x: int, radix: int, keys: list[int]) -> int:
     """The inverse of `_feistel`: the same rounds, the last one first, with the digits changing sides."""
     high, low = divmod(x, radix)
     for key in reversed(keys):
-        high, low = (low - mix((high + key) & _MASK) % radix) % radix, high
+        high, low = (low - mix((high + key) & MASK) % radix) % radix, high
     return high * radix + low
 
 
@@ -63,7 +57,7 @@ def permute(index: np.ndarray | int, size: int, key: int) -> np.ndarray | int:
     """
     if not 1 <= size <= MAX_SIZE:
         raise ValueError(f"size = {size}: must be from 1 to 2**62")
-    radix, keys = math.isqrt(size - 1) + 1, _round_keys(key & _MASK)
+    radix, keys = math.isqrt(size - 1) + 1, _round_keys(key & MASK)
     if isinstance(index, int):
         if not 0 <= index < size:
             raise ValueError(f"index = {index}: must be in range({size})")
@@ -78,7 +72,7 @@ def unpermute(index: int, size: int, key: int) -> int:
     """The element that `permute` takes to `index`. ValueError as there."""
     if not 1 <= size <= MAX_SIZE or not 0 <= index < size:
         raise ValueError(f"index = {index}, size = {size}: must be in range(size), and size from 1 to 2**62")
-    radix, keys = math.isqrt(size - 1) + 1, _round_keys(key & _MASK)
+    radix, keys = math.isqrt(size - 1) + 1, _round_keys(key & MASK)
     index = _unfeistel(index, radix, keys)
     while index >= size:
         index = _unfeistel(index, radix, keys)

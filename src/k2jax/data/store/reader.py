@@ -264,17 +264,6 @@ class TokenStore:
         self.tokenizer_digest = self.manifest["tokenizer"]["digest"]
         self.validation_fraction = self.manifest.get("validation_fraction")
 
-    def check(self) -> None:
-        """Compare every file with its digest now. CorruptStore names all that differ."""
-        problems = []
-        for name in self.manifest["files"]:
-            try:
-                self._files.verify(name)
-            except CorruptStore as error:
-                problems += error.problems
-        if problems:
-            raise CorruptStore(*problems)
-
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that wrote the store."""
         entry, folder = self.manifest["tokenizer"], self._files.folder

@@ -24,11 +24,6 @@ DEFAULT_SOURCE = "text"
 _COUNTS = ("tokens", "documents", "text_bytes")
 
 
-def split_of(sha256: str, validation_fraction: float) -> str:
-    """The split of a document by the hash of its text; of a rephrased one, by the hash of the original's."""
-    return SPLITS[int(sha256[:16], 16) / 2**64 < validation_fraction]
-
-
 def _create_array(folder: Folder, name: str, shard_tokens: int, chunk_tokens: int) -> tensorstore.TensorStore:
     endian = {"name": "bytes", "configuration": {"endian": "little"}}
     chunk_codecs = [endian, {"name": "zstd", "configuration": {"level": 3}}, {"name": "crc32c"}]
@@ -205,7 +200,7 @@ def merge_parts(folder, num_parts: int, tokenizer: Tokenizer, sources: dict[str,
 
     sources: {name: {"derived_from": name of the source whose documents were rephrased, "variants": at most how many of
     each}} of the sources that were rephrased. created: JSON values for the manifest that say where the documents came
-    from; nothing in them may hang on time, place or number of workers. Where `split_of` divided them,
+    from; nothing in them may hang on time, place or number of workers. Where the hash of the text divided them,
     validation_fraction is to be among them: stores that a run joins are compared by it. UserError where a part is missing
     or unfit.
     """
@@ -243,26 +238,3 @@ def merge_parts(folder, num_parts: int, tokenizer: Tokenizer, sources: dict[str,
     manifest = sign(manifest)
     folder.write("manifest.json", json.dumps(manifest, indent=1) + "\n")
     return manifest
-
-
-class TokenWriter:
-    """Writes a store of one source into `folder`, which must be empty, part after part: for jobs of one process.
-
-    It becomes a store when `finish` writes the manifest.
-    """
-
-    def __init__(self, folder, tokenizer: Tokenizer, *, source=DEFAULT_SOURCE, part_tokens=PART_TOKENS, **sizes):
-        self.source, self.part_tokens, self.sizes, self.tokenizer = source, part_tokens, sizes, tokenizer
-        self._part = PartWriter(folder, 0, tokenizer, **sizes)
-
-    def append(self, split: str, name: str, text: str) -> int:
-        """Add one document: bos, the tokens of `text`, eos. Gives its UTF-8 bytes."""
-        if self._part.num_tokens >= self.part_tokens:
-            self._part.finish()
-            self._part = PartWriter(self._part.folder.url, self._part.part + 1, self.tokenizer, **self.sizes)
-        return self._part.append(split, self.source, name, text)
-
-    def finish(self, **created) -> dict:
-        """Write the manifest and return it. `created`: JSON values for it that say where the documents came from."""
-        self._part.finish()
-        return merge_parts(self._part.folder.url, self._part.part + 1, self.tokenizer, **created)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from k2jax.data.splitmix import mix
+
 _WORDS_IN_SHINGLE, _NUM_BANDS, _BAND_HASHES = 5, 25, 5
 NUM_HASHES = _NUM_BANDS * _BAND_HASHES
 LEAST_THRESHOLD = 0.7  # where a pair is still a candidate with 99 %: 1 - (1 - 0.7^5)^25
@@ -26,14 +28,7 @@ _ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e0
 WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+")
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """A bijection of 64 bits whose every output bit depends on every input bit (splitmix64's)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-_ODD = _mixed(np.arange(1, _WORDS_IN_SHINGLE + 1, dtype=np.uint64)) | np.uint64(1)
+_ODD = mix(np.arange(1, _WORDS_IN_SHINGLE + 1, dtype=np.uint64)) | np.uint64(1)
 
 
 def _shingles(text: str) -> np.ndarray:
@@ -43,8 +38,8 @@ def _shingles(text: str) -> np.ndarray:
         return np.empty(0, np.uint64)
     hashes_W = np.fromiter((zlib.crc32(word.encode()) for word in words), np.uint64, len(words))
     size = min(_WORDS_IN_SHINGLE, len(words))
-    windows = np.lib.stride_tricks.sliding_window_view(_mixed(hashes_W), size)
-    return _mixed((windows * _ODD[:size]).sum(axis=1, dtype=np.uint64))
+    windows = np.lib.stride_tricks.sliding_window_view(mix(hashes_W), size)
+    return mix((windows * _ODD[:size]).sum(axis=1, dtype=np.uint64))
 
 
 def share_of_common_shingles(a: str, b: str) -> float:
@@ -74,7 +69,7 @@ def _keys(digests: np.ndarray, signatures_DH: np.ndarray | None) -> np.ndarray:
         for band in range(_NUM_BANDS):
             key_D = np.full(len(digests), band + 1, np.uint64)
             for hash_D in signatures_DH[:, band * _BAND_HASHES : (band + 1) * _BAND_HASHES].T:
-                key_D = _mixed(key_D * np.uint64(0x9E3779B97F4A7C15) + hash_D)
+                key_D = mix(key_D * np.uint64(0x9E3779B97F4A7C15) + hash_D)
             columns.append(np.where(wordless, _NO_KEY, key_D | np.uint64(1)))
     return np.stack(columns)
 

@@ -30,10 +30,10 @@ from k2jax.errors import UserError
 _MAX_MATCH_TASKS = 1000
 
 
-def place_of(digest: bytes) -> float:
-    """In [0, 1), by the content alone: below `validation_fraction` is validation, whatever the order or the company.
+def split_hash(digest: bytes) -> float:
+    """In [0, 1), by the content alone: below `validation_fraction` is validation, whatever stands beside it.
 
-    It is `store_writer.split_of` before a fraction is chosen.
+    digest: sha256 of a document's text; of a rephrased one, of the original's text.
     """
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -82,7 +82,7 @@ def _read(plan: Plan, work: Path, rank: int, folder: Path, meter: Meter) -> None
         digests.append(digest)
         ordinals.append(ordinal)
         origins.add(file.source, record)
-        places.append(place_of(bytes.fromhex(record.origin["sha256"]) if record.origin else digest))
+        places.append(split_hash(bytes.fromhex(record.origin["sha256"]) if record.origin else digest))
     near = None if plan.near_duplicates is None else np.array(signatures, np.uint32).reshape(-1, dedup.NUM_HASHES)
     dedup.write_index(folder, np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32), near)
     np.save(folder / "ordinals.npy", np.array(ordinals, np.uint32))
