@@ -22,7 +22,8 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from k2jax.data.text.sources import Tally, find_files, records
+from k2jax.data.text.readers import records
+from k2jax.data.text.sources import Tally, find_files
 from k2jax.data.text.tasks import STAGES
 from k2jax.data.tokenizer import train_bpe
 

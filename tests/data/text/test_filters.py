@@ -5,7 +5,7 @@ import random
 import pytest
 
 from k2jax.data.text.filters import KINDS, make_filters
-from k2jax.data.text.sources import Record
+from k2jax.data.text.readers import Record
 
 WORDS = {
     "English": [f"word{chr(97 + i)}{chr(97 + j)}" for i in range(26) for j in range(26)],

@@ -133,11 +133,13 @@ def test_bad_jsonl_lines_are_all_counted(tmp_path):
     path = tmp_path / "docs.jsonl"
     path.write_bytes("\n".join(good + bad).encode("utf-8", "surrogateescape"))
     problems = refused(str(path), str(tmp_path / "out"), "byte", validation_fraction=0.3)
-    rule = "must be a JSON object whose field 'text' is text"
-    assert problems[0].startswith(f"{path}:21: is not JSON (") and problems[0].endswith("); mend or remove the line")
-    assert problems[1:4] == tuple(f"{path}:{n}: {rule}" for n in (22, 23, 24))
-    assert problems[4] == f"{path}:25: is not UTF-8; mend or remove the line"
-    assert len(problems) == 11 and problems[10] == "12 bad lines in all; the first 10 are above"
+    assert problems[0].startswith(f"{path}:21: is not JSON (") and problems[0].endswith("); fix or remove the line")
+    rules = ["is not a JSON object; fix or remove the line", "the text is of type float, must be a string",
+             "has no field 'text'; fix or remove the line", "is not UTF-8; fix or remove the line"]  # fmt: skip
+    assert problems[1:5] == tuple(f"{path}:{n}: {rule}" for n, rule in enumerate(rules, 22))
+    assert problems[10:] == (
+        "and 2 more bad lines, 12 in all", "12 bad lines; or leave them out by --skip-bad-lines N"
+    )  # fmt: skip
     assert [p.name for p in tmp_path.iterdir()] == ["docs.jsonl"]
 
 

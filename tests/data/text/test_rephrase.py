@@ -223,7 +223,7 @@ def test_what_is_left_out_and_what_is_bad(source, tmp_path):
         (tmp_path / "wiki.jsonl").write_text("{\n[]\n")
         with pytest.raises(UserError) as error:
             run(tmp_path, url, variants=1)
-    assert len(error.value.problems) == 3
+    assert len(error.value.problems) == 2
 
 
 def test_wrong_arguments_are_all_named(tmp_path, capsys):

@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from k2jax.data.text.sources import PART_BYTES, Record, Tally, find_files, records, source_and_path
+from k2jax.data.text.readers import PART_BYTES, Record, records
+from k2jax.data.text.sources import Tally, find_files, source_and_path
 
 ORIGIN = {"source": "wiki", "name": "a.jsonl:3", "sha256": "0123456789abcdef" * 4}
 VALUES = [{"text": "one é"}, {"text": "", "more": [1]}, {"text": "three\u2028\n", "origin": ORIGIN}]
@@ -111,14 +112,16 @@ def test_bad_values(tmp_path):
     lines = [json.dumps({"text": "x", "origin": origin}) for origin in wrong] + ['{"text": null}', "3"]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "title": ["y"]}), tmp_path / "b.parquet")
-    _, found, _, bad = read([tmp_path])
-    rule = "must be a JSON object whose field 'text' is text"
+    _, found, skipped, bad = read([tmp_path])
     origin = "'origin' must have 'source', 'name' and 'sha256' of the text that this one rephrases"
     path = f"{tmp_path}/a.jsonl"
     assert found == [] and bad["line"]["examples"] == [
-        *(f"{path}:{number}: {origin}" for number in range(1, 6)), f"{path}:6: {rule}", f"{path}:7: {rule}",
-        f"{tmp_path}/b.parquet: has no column 'text'; its columns are body, title",
-    ]  # fmt: skip
+        *(f"{path}:{number}: {origin}" for number in range(1, 6)),
+        f"{path}:7: is not a JSON object; fix or remove the line",
+    ]
+    assert skipped == {"null text": {"count": 1, "examples": ["a.jsonl:6"]}}
+    rule = "has no column 'text'; its columns are body, title; name the text's by --text-field"
+    assert bad["file"]["examples"] == [f"{tmp_path}/b.parquet: {rule}"]
 
 
 @pytest.mark.parametrize(

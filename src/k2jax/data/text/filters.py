@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from k2jax.data.text.dedup import WORD
-from k2jax.data.text.sources import Record
+from k2jax.data.text.readers import Record
 
 KINDS = ("repetition", "quality")
 

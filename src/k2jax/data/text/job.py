@@ -39,6 +39,7 @@ class Plan:
     pattern: str
     exclude: list[str]
     text_field: str
+    skip_bad_lines: int
     validation_fraction: float
     min_chars: int
     max_chars: int | None

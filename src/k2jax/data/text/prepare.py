@@ -23,7 +23,8 @@ from k2jax.data.text import dedup, filters
 from k2jax.data.text.executors import executor_problems, run_stage
 from k2jax.data.text.job import FORMAT, Plan, cut_into_tasks, result, save_plan
 from k2jax.data.text.progress import Progress, costs_of, watched
-from k2jax.data.text.sources import EXTRA, File, Tally, find_files, missing_for, source_and_path
+from k2jax.data.text.readers import has_fields
+from k2jax.data.text.sources import EXTRA, File, Tally, bad_lines, find_files, missing_for, source_and_path
 from k2jax.data.text.tasks import STAGES, fates, left_out
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_vocab
 from k2jax.errors import UserError
@@ -41,7 +42,9 @@ def _source_problems(specs: list[str], out: Path):
             if importlib.util.find_spec("fsspec") is None:
                 yield f"source = {path!r}: a URL needs fsspec; {EXTRA}"
         elif not os.path.exists(path):
-            yield f"source = {path!r}: no such file or folder"
+            expanded = os.path.expanduser(path)
+            hint = f"; ~ is not expanded here, give {expanded!r}" if path != expanded else ""
+            yield f"source = {path!r}: no such file or folder{hint}"
         elif os.path.isdir(path) and out.resolve().is_relative_to(Path(path).resolve()):
             yield f"out = {str(out)!r}: must not lie inside source = {path!r}; name a folder outside"
 
@@ -49,6 +52,10 @@ def _source_problems(specs: list[str], out: Path):
 def _argument_problems(out: Path, plan: dict):
     if is_url(out):
         yield f"out = {str(out)!r}: must be a folder, no URL; copy the store there when it is made"
+    elif "," in str(out) or str(out).startswith("~"):
+        rule = "must not have a comma, which joins stores in data.path" if "," in str(out) else "~ is not expanded here"
+        nearest = str(Path(str(out).replace(",", "-")).expanduser())
+        yield f"out = {str(out)!r}: {rule}; nearest: {nearest!r}"
     elif os.path.lexists(out):
         yield f"out = {str(out)!r}: exists already; name a new folder, or remove this one"
     fraction, least, most = plan["validation_fraction"], plan["min_chars"], plan["max_chars"]
@@ -58,6 +65,8 @@ def _argument_problems(out: Path, plan: dict):
         yield f"min_chars = {least}: must be at least 1"
     if most is not None and most < least:
         yield f"max_chars = {most}: must be at least min_chars = {least}"
+    if plan["skip_bad_lines"] < 0:
+        yield f"skip_bad_lines = {plan['skip_bad_lines']}: must be at least 0"
     for name in plan["filters"]:
         if name not in filters.KINDS:
             yield f"filters: {name!r} must be one of {', '.join(filters.KINDS)}"
@@ -84,7 +93,11 @@ def _find(specs: list[str], plan: dict, skipped: Tally) -> list[File]:
         files = find_files(specs, plan["pattern"], tuple(plan["exclude"]), skipped)
     except (OSError, ImportError, ValueError) as error:  # a URL's: what fsspec raises for a bucket, or says to install
         raise UserError(f"source: cannot be listed: {type(error).__name__}: {error}") from None
-    if problems := [*missing_for(files)]:
+    problems = [*missing_for(files)]
+    if plan["text_field"] != "text" and files and not any(map(has_fields, files)):
+        rule = f"none of the {len(files)} files is JSON lines or Parquet, so that it names nothing; leave it out"
+        problems.append(f"text_field = {plan['text_field']!r}: {rule}")
+    if problems:
         raise UserError(*problems)
     return files
 
@@ -117,13 +130,18 @@ def _work_folder(out: Path) -> Iterator[Path]:
 
 
 def _refuse_bad(work: Path, plan: Plan) -> None:
-    """UserError for all lines and files that could not be read as what they are."""
+    """UserError for all lines and files that could not be read; plan.skip_bad_lines lines are left out instead."""
     bad = Tally(num_examples=10)
     for rank in range(len(plan.tasks)):
         bad.merge(json.loads((result(work, "read", rank) / "tally.json").read_text())["bad"])
-    for entry in bad.reasons.values():
-        rest = [f"{entry['count']} bad lines in all; the first 10 are above"] if entry["count"] > 10 else []
-        raise UserError(*entry["examples"], *rest)
+    lines = bad.reasons.get("line", {"count": 0})["count"]
+    if bad.reasons.keys() <= {"line"} and lines <= plan.skip_bad_lines:
+        return
+    hint = []
+    if lines > plan.skip_bad_lines:
+        allowed = f"{plan.skip_bad_lines} are allowed" if plan.skip_bad_lines else "or leave them out"
+        hint = [f"{lines} bad lines; {allowed} by --skip-bad-lines N"]
+    raise UserError(*bad_lines(bad), *hint)
 
 
 def _refuse_lopsided(work: Path, plan: Plan) -> None:
@@ -140,6 +158,8 @@ def _refuse_lopsided(work: Path, plan: Plan) -> None:
     besides = f" (left out: {reasons})" if reasons else ""
     if not any(counts):
         rule = f"no document matches pattern = {plan.pattern!r}{besides}"
+        if "/" not in plan.pattern and not plan.pattern.startswith("**"):
+            rule += f", which means files at the top of a folder alone; '**/{plan.pattern}' finds them below it, too"
         raise UserError(f"source = {source!r}: {rule}; change one of them")
     if sum(counts) == 1:
         raise UserError(
@@ -206,6 +226,7 @@ def prepare(
     exclude: tuple[str, ...] = (),
     validation_fraction: float = 0.02,
     text_field: str = "text",
+    skip_bad_lines: int = 0,
     min_chars: int = 1,
     max_chars: int | None = None,
     filters: tuple[str, ...] = (),
@@ -221,9 +242,10 @@ def prepare(
     """Make the token store `out` and return its manifest without the files, with "path", "digest" and "stages".
 
     source: folders, files and URLs, each alone or as NAME=PATH, where NAME is the source that the store records. The
-    suffix says how a file is read: .jsonl has a document on each line in the field `text_field`, .parquet in each row,
-    both also compressed (.gz, .zst); every other file in a folder is one document, and a text named by itself is cut
-    at line ends into documents of 16 KiB or more. `pattern` and `exclude` (`**/`, `*`, `?`) choose files in folders, by
+    suffix says how a file is read (readers.py): .jsonl has a document in each line in the field `text_field`, .parquet
+    in each row, all also compressed (.gz, .bz2, .xz, .zst); every other file in a folder is one document, unless it is
+    above 1 MiB; that, and a text named by itself, is cut at line ends into documents of 16 KiB or more. skip_bad_lines:
+    lines that may be left out because they cannot be read; more are an error. `pattern` and `exclude` (`**/`, `*`, `?`) choose files in folders, by
     their path in there.
     tokenizer: "byte", a .tiktoken file, a tokenizer.json, or "train:VOCAB", trained on the training split.
     filters: of filters.KINDS. near_duplicates: the Jaccard similarity of two documents' sets of 5 words from which the
@@ -237,6 +259,7 @@ def prepare(
         "pattern": pattern,
         "exclude": [exclude] if isinstance(exclude, str) else [*exclude],
         "text_field": text_field,
+        "skip_bad_lines": skip_bad_lines,
         "validation_fraction": validation_fraction,
         "min_chars": min_chars,
         "max_chars": max_chars,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from k2jax.data.text.sources import Record
+from k2jax.data.text.readers import Record
 from k2jax.errors import UserError
 
 

@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 from k2jax.data.text.endpoint import Endpoint, NoAnswer
 from k2jax.data.text.faithfulness import question, quick_check, verdict
-from k2jax.data.text.sources import Record, Tally, find_files, missing_for, records, source_and_path
+from k2jax.data.text.readers import Record, records
+from k2jax.data.text.sources import Tally, bad_lines, find_files, missing_for, source_and_path
 from k2jax.errors import RunFailed, UserError
 from k2jax.files import is_url, write_atomic
 
@@ -280,7 +281,7 @@ def rephrase(
         documents = _documents(files, options, left_out, bad)
         counts = _write_variants(file, endpoint, options, documents, parallel, rejected, progress)
         if bad.reasons:
-            raise UserError(*bad.reasons["line"]["examples"], f"{bad.reasons['line']['count']} bad lines in all")
+            raise UserError(*bad_lines(bad))
         file.flush()
         os.fsync(file.fileno())
         os.replace(folder / "variants.jsonl.partial", folder / "variants.jsonl")

@@ -23,7 +23,8 @@ from k2jax.data.text import dedup
 from k2jax.data.text.filters import make_filters
 from k2jax.data.text.job import Meter, Plan, result, results, run_task
 from k2jax.data.text.provenance import Origins, rephrased_sources
-from k2jax.data.text.sources import File, Record, Tally, records
+from k2jax.data.text.readers import Record, records
+from k2jax.data.text.sources import File, Tally
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_vocab
 from k2jax.errors import UserError
 
@@ -183,7 +184,9 @@ def left_out(plan: Plan, work: Path, *stages: str) -> Tally:
     skipped.merge(plan.skipped)
     for stage in stages:
         for folder in results(work, stage, len(plan.tasks)):
-            skipped.merge(json.loads((folder / "tally.json").read_text())["skipped"])
+            tally = json.loads((folder / "tally.json").read_text())
+            skipped.merge(tally["skipped"])
+            skipped.merge({f"bad {reason}": entry for reason, entry in tally.get("bad", {}).items()})
     return skipped
 
 
