@@ -19,6 +19,7 @@ import numpy as np
 
 from k2jax.config import Config
 from k2jax.data.loader.timeline import make_timeline
+from k2jax.runs.folder import write_config
 
 WINDOWS = {"web": 2_300_000_000, "code": 900_000_000, "math": 350_000_000, "knowledge": 250_000_000}
 TRILLION = 10**12
@@ -35,7 +36,7 @@ import numpy as np
 from k2jax.config import Config
 from k2jax.data.loader.timeline import make_timeline
 folder, step, processes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-config = Config.from_json(open(folder + "/config.json").read())
+config = read_config(Path(folder))
 timeline = make_timeline(json.load(open(folder + "/timeline.json")), config)
 place = timeline.locate(timeline.step_rows(step).reshape(processes, -1)[step % processes])
 print(json.dumps([values.tolist() for values in place]))
@@ -106,7 +107,7 @@ def processes_and_resumes() -> dict:
             differing += joined != expected[step]
     fresh, counts = 0, (1, 2, 3, 4, 8)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(config.to_json())
+        write_config(Path(folder), config)
         (Path(folder) / "timeline.json").write_text(json.dumps(plan))
         for step in [*range(200), *range(200)]:
             count = counts[(step + fresh) % 5]

@@ -98,7 +98,7 @@ def train(config: Config, soft_cap: bool) -> list[dict]:
     folder = Path(config.train.run_dir)
 
     def records():
-        return [record for record, _ in read_records(folder / "metrics.jsonl")]
+        return read_records(folder / "metrics.jsonl")
 
     if (folder / "metrics.jsonl").exists() and len(records()) == config.train.num_steps:
         return records()

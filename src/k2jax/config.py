@@ -8,9 +8,9 @@ tokens. "Off" is None.
 import dataclasses
 import difflib
 import functools
-import json
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from k2jax import config_rules
@@ -217,18 +217,15 @@ class Config:
             raise UserError(*problems)
         return self
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+    def to_json(self) -> dict:
+        """The sections as JSON values."""
+        return dataclasses.asdict(self)
 
     @staticmethod
-    def from_json(text: str) -> "Config":
-        """Inverse of `to_json`; raises UserError for unknown, missing or ill-typed fields, all at once."""
-        try:
-            sections = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"config JSON: cannot be read: {error}") from None
+    def from_json(where: str | Path, sections: object) -> "Config":
+        """Inverse of `to_json`, of values read from `where`; UserError for unknown, missing or ill-typed fields, all."""
         if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
-            raise UserError("config JSON: cannot be read: must be an object whose values, the sections, are objects")
+            raise UserError(f"{where}: must be an object whose values, the sections, are objects")
         values = flatten(sections)
         known = field_types()
         problems = [unknown_field(name) for name in values if name not in known]

@@ -1,10 +1,13 @@
-"""Files that survive a crash: written whole under another name, synced, then renamed. Imports nothing of ours."""
+"""Small files and folders that survive a crash, and that are not believed if anything in them has changed."""
 
 import contextlib
+import errno
 import hashlib
+import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,14 +24,92 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content`: after a crash at any moment the old or the new content is there, whole."""
+    """Replace `path` by `content`: after a crash at any moment the old or the new content is there, whole.
+
+    The content is written beside it under a name of its own, which must not exist and is no link that leads elsewhere.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    temporary.unlink(missing_ok=True)  # of an earlier, killed process
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    with open(descriptor, "wb") as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+SMALL_BYTES = 2**26  # no small file of ours is larger; one that is was not written by us
+
+
+def read_small(path: Path, follow_links: bool = False) -> bytes:
+    """The content of a small file. UserError if it is missing, not a file, a link, too large or unreadable."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW))
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UserError(f"{path}: is not a regular file; put the file itself there")
+            content = file.read(SMALL_BYTES + 1)
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing") from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{path}: is a symbolic link; put the file itself there") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(content) > SMALL_BYTES:
+        raise UserError(f"{path}: is larger than {SMALL_BYTES >> 20} MiB, too large for what it should be")
+    return content
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_json(where: str | Path, text: bytes, hint: str = "restore it from a copy") -> object:
+    """The JSON value of `text`, which was read from `where`. UserError if it is not JSON or not UTF-8."""
+    try:
+        return json.loads(text.decode("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{where}: is not JSON ({reason}); {hint}") from None
+
+
+def read_json(path: Path, follow_links: bool = False) -> object:
+    """The value of a small JSON file. UserError as `read_small` and `parse_json` raise it."""
+    return parse_json(path, read_small(path, follow_links))
+
+
+def _seal(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(values: dict) -> dict:
+    """`values`, which are JSON, with the digest of all of them, so that no bit of them can change unseen."""
+    return values | {"sha256": _seal(values)}
+
+
+def unsealed(where: str | Path, value: object, hint: str = "restore it from a copy") -> dict:
+    """What `sealed` was given. UserError if `value` is not an object, or its digest not that of its values."""
+    if not isinstance(value, dict) or not isinstance(value.get("sha256"), str):
+        raise UserError(f"{where}: must be an object that carries its own sha256; {hint}")
+    values = {key: entry for key, entry in value.items() if key != "sha256"}
+    try:
+        found = _seal(values)
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{where}: cannot be checked ({error}); {hint}") from None
+    if value["sha256"] != found:
+        raise UserError(f"{where}: was changed: the sha256 of its values is {found}, it says {value['sha256']}; {hint}")
+    return values
+
+
+def read_sealed(path: Path, hint: str = "restore it from a copy") -> dict:
+    """The values of a file written by `write_sealed`. UserError as `read_json` and `unsealed` raise it."""
+    return unsealed(path, read_json(path), hint)
+
+
+def write_sealed(path: Path, values: dict) -> None:
+    """Replace `path` by `values` as JSON with their digest."""
+    write_atomic(path, json.dumps(sealed(values), indent=2) + "\n")
 
 
 def sha256_of(path: Path) -> str:

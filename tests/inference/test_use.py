@@ -18,13 +18,13 @@ from k2jax.data.saved_tokenizer import save_tokenizer
 from k2jax.data.text.prepare import prepare
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import UserError
-from k2jax.files import write_atomic
 from k2jax.inference.evaluate import perplexity
 from k2jax.inference.generate import continue_tokens, generate
 from k2jax.inference.load import load_run
 from k2jax.model.rope import make_rope
 from k2jax.model.transformer import build_model, declarations, init_router_bias
 from k2jax.model.weights import init_params
+from k2jax.runs.folder import write_config
 from k2jax.train.checkpoint import save_model
 from k2jax.train.start import check_source
 
@@ -50,7 +50,7 @@ def place(tmp_path_factory):
     save_model(
         folder / "run" / "checkpoints", {"params": params, "router_bias": init_router_bias(config.model)}, config
     )
-    write_atomic(folder / "run" / "config.json", config.to_json())
+    write_config(folder / "run", config)
     save_tokenizer(load_tokenizer("byte"), folder / "run" / "tokenizer")
     return folder
 

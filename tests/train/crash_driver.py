@@ -35,7 +35,7 @@ class FileOperations:
 
 
 def signal_at_record(step: int, number: int, half: bool) -> None:
-    whole = records.MetricsFile.write
+    whole = records.RecordFile.write
 
     def write(self, record: dict) -> None:
         if record["step"] == step and half:
@@ -47,7 +47,7 @@ def signal_at_record(step: int, number: int, half: bool) -> None:
         if record["step"] == step:
             os.kill(os.getpid(), number)
 
-    records.MetricsFile.write = write
+    records.RecordFile.write = write
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A step exists when its commit record does; what is restored is what was saved, on any mesh."""
 
+
 import json
 
 import jax
@@ -45,7 +46,7 @@ def test_round_trip_to_another_mesh(tmp_path, mesh_of):
     saver.save(3, state, Config(), {"next_row": 12})
     saver.wait()
     assert newest_step(tmp_path) == 3
-    assert restore_run(tmp_path, 3) == {"config": json.loads(Config().to_json()), "data_position": {"next_row": 12}}
+    assert restore_run(tmp_path, 3) == {"config": json.loads(json.dumps(Config().to_json())), "data_position": {"next_row": 12}}
     for mesh in (mesh_of(fsdp=2, expert=2, tensor=2), mesh_of(fsdp=8), mesh_of(expert=4), mesh_of()):
         template = abstract(make_state(mesh))
         restored = restore_state(tmp_path, 3, template)
@@ -85,7 +86,7 @@ def test_saved_steps_without_a_record_stop_the_run(tmp_path, mesh_of):
 def test_a_save_that_fails_is_raised_and_leaves_no_record(tmp_path, mesh_of, monkeypatch):
     saver = Saver(tmp_path, CheckpointConfig())
     monkeypatch.setattr(
-        "k2jax.runs.commits.write_atomic", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+        "k2jax.runs.commits.write_sealed", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
     )
     saver.save(0, make_state(mesh_of()), Config(), {})
     with pytest.raises(RunFailed, match="could not be saved: .*No space left"):

@@ -10,7 +10,7 @@ import pytest
 
 from k2jax.data.text.prepare import prepare
 from k2jax.errors import UserError
-from k2jax.runs.records import MetricsFile
+from k2jax.runs.records import RecordFile
 from k2jax.sharding.mesh import single_device_mesh
 from k2jax.train import loop
 from k2jax.train import start as start_module
@@ -42,7 +42,7 @@ def config(tmp_path_factory, patch):
 
 def start(config) -> list:
     """Train and say what happened in which order: names of compiled programs, and numbers of recorded steps."""
-    events, write = [], MetricsFile.write
+    events, write = [], RecordFile.write
 
     def listen(event: str, duration: float, **known) -> None:
         if event == BACKEND_COMPILE:
@@ -53,7 +53,7 @@ def start(config) -> list:
         write(self, record)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MetricsFile, "write", recorded)
+        patch.setattr(RecordFile, "write", recorded)
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
             loop.run(config)

@@ -19,6 +19,7 @@ from k2jax.model.transformer import build_model, declarations, init_router_bias
 from k2jax.model.weights import Stack, Weight
 from k2jax.plan.aot import abstract_batch
 from k2jax.plan.hlo import collectives
+from k2jax.runs.folder import write_config
 from k2jax.sharding.place import place
 from k2jax.train.optimizer import make_optimizer
 from k2jax.train.start import check_run_dir
@@ -146,6 +147,6 @@ def test_a_model_is_called_on_one_stage(tiny, mesh_of):
 def test_a_run_goes_on_with_the_microbatches_that_stages_need(tiny, tmp_path):
     """Only sums are taken over microbatches, so their number is free as the mesh is."""
     config = make_config(tiny, 1, num_layers=4).replace({"train.run_dir": str(tmp_path)})
-    (tmp_path / "config.json").write_text(config.to_json())
+    write_config(tmp_path, config)
     by_stages = {"mesh.stage": 3, "train.num_microbatches": 6, "train.microbatches_together": 3}
     assert check_run_dir(config.replace(by_stages)).keys() == by_stages.keys()

@@ -1,6 +1,5 @@
 """A run that was stopped or killed, however often, ends in the same bits as one that was not."""
 
-import json
 import os
 import random
 import shutil
@@ -13,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from k2jax.config import Config
 from k2jax.data.text.prepare import prepare
+from k2jax.runs.folder import read_config
+from k2jax.runs.records import read_records
 from k2jax.sharding.mesh import single_device_mesh
 from k2jax.train.checkpoint import restore_state
 from k2jax.train.metrics import WALL_CLOCK
@@ -55,15 +55,15 @@ def train(place: Path, moment: str, *arguments: str) -> subprocess.CompletedProc
 
 def state(run: Path, step: int) -> dict:
     """Every array of a checkpoint as NumPy, by its path."""
-    config, mesh = Config.from_json((run / "config.json").read_text()), single_device_mesh()
+    config, mesh = read_config(run), single_device_mesh()
     stored = restore_state(run / "checkpoints", step, abstract_state(config, make_optimizer(config, mesh), mesh))
     leaves, _ = jax.tree_util.tree_flatten_with_path(stored)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def records(run: Path) -> list[dict]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in WALL_CLOCK} for line in lines]
+    found = read_records(run / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if key not in WALL_CLOCK} for record in found]
 
 
 def assert_same_run(run: Path, reference: Path) -> None:

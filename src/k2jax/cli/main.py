@@ -158,6 +158,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full or read-only disk, a file without permission: nothing of ours is wrong
+        if error.filename is None:
+            raise
+        print(f"k2jax {args.command}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 def entry() -> None:

@@ -1,14 +1,14 @@
 """A tokenizer kept in a folder of its own, so that a run or an imported model can be used without its token store."""
 
 import hashlib
-import json
+import os
 from pathlib import Path
 
 import numpy as np
 
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer
 from k2jax.errors import UserError
-from k2jax.files import write_atomic
+from k2jax.files import read_sealed, read_small, write_atomic, write_sealed
 
 _INFO = "tokenizer_info.json"
 
@@ -19,17 +19,19 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     if tokenizer.definition is not None:
         write_atomic(folder / tokenizer.file_name, tokenizer.definition)
     info = {"file": tokenizer.file_name, "digest": tokenizer.digest, "bos": tokenizer.bos, "eos": tokenizer.eos}
-    write_atomic(folder / _INFO, json.dumps(info, indent=2) + "\n")
+    write_sealed(folder / _INFO, info)
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
     """What `save_tokenizer` wrote. Raises UserError where there is none, or another one."""
-    if not (folder / _INFO).is_file():
+    if not os.path.lexists(folder / _INFO):
         raise UserError(f"{folder}: holds no tokenizer ({_INFO})")
-    info = json.loads((folder / _INFO).read_text(encoding="utf-8"))
+    info = read_sealed(folder / _INFO)
     if info["file"] == "foreign.json":
-        tokenizer = foreign_tokenizer((folder / info["file"]).read_bytes(), info["bos"], info["eos"])
+        tokenizer = foreign_tokenizer(read_small(folder / info["file"]), info["bos"], info["eos"])
     else:
+        if info["file"] is not None:
+            read_small(folder / info["file"])  # a regular file of a sane size
         tokenizer = load_tokenizer("byte" if info["file"] is None else str(folder / info["file"]))
     if tokenizer.digest != info["digest"]:
         raise UserError(f"{folder}: the tokenizer is not the one that was saved; restore its files")

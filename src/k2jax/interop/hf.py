@@ -16,13 +16,14 @@ from k2jax.config import Config, MeshConfig, ModelConfig, StagesConfig, field_ty
 from k2jax.data.saved_tokenizer import published_tokenizer, save_tokenizer
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import UserError
-from k2jax.files import must_be_new, whole_folder, write_atomic
+from k2jax.files import must_be_new, whole_folder
 from k2jax.inference.load import LoadedModel
 from k2jax.interop.hf_config import model_config
 from k2jax.interop.published import SCALE, all_weights, published_names, published_shape, read_part
 from k2jax.interop.safetensor_files import StoredTensor, find_tensors
 from k2jax.model.transformer import Transformer, build_model
 from k2jax.model.weights import Weight, weight_leaves
+from k2jax.runs.folder import path_problem, write_config
 from k2jax.sharding.names import AXES
 from k2jax.train.checkpoint import save_model
 from k2jax.train.state import TrainState
@@ -225,6 +226,8 @@ def import_hf(directory: str | Path, run_dir: str | Path, mesh: jax.sharding.Mes
     """
     must_be_new(run_dir)
     run_dir = Path(run_dir)
+    if rule := path_problem(run_dir):
+        raise UserError(f"--to {str(run_dir)!r}: {rule}; give another")
     found = open_published(directory, drop_mtp)
     _check_mesh(found.model, mesh)
     tokenizer, config = _tokenizer(found), _config_for(found, str(run_dir)).validate()
@@ -232,5 +235,5 @@ def import_hf(directory: str | Path, run_dir: str | Path, mesh: jax.sharding.Mes
         save_model(aside / "checkpoints", load_values(found, jnp.dtype(jnp.float32), mesh), config)
         if tokenizer is not None:
             save_tokenizer(tokenizer, aside / "tokenizer")
-        write_atomic(aside / "config.json", config.to_json())
+        write_config(aside, config)
     return config

@@ -12,7 +12,7 @@ def read_run(run_dir: str) -> tuple[Config, list[dict]]:
     """Config and records of a run; raises UserError where there are none."""
     folder = Path(run_dir)
     config = read_config(folder)
-    records = [record for record, _ in read_records(folder / "metrics.jsonl")]
+    records = read_records(folder / "metrics.jsonl")
     if not records:
         raise UserError(f"{folder}: has no finished step yet")
     return config, records
@@ -51,5 +51,9 @@ def plot_runs(run_dirs: list[str], out: str) -> None:
         axes.grid(alpha=0.3)
     loss_axes.legend()
     logit_axes.legend()
-    figure.savefig(out, dpi=120)
-    pyplot.close(figure)
+    try:
+        figure.savefig(out, dpi=120)
+    except OSError as error:
+        raise UserError(f"out = {out!r}: cannot be written: {error.strerror}") from None
+    finally:
+        pyplot.close(figure)

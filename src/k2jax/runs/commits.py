@@ -3,17 +3,30 @@
 Steps are found by their records alone, never by Orbax's listing: it shows steps whose save has not ended yet.
 """
 
-import json
+import re
 import shutil
 from pathlib import Path
 
 from k2jax.errors import UserError
-from k2jax.files import sha256_of, sync_folder, write_atomic
+from k2jax.files import read_sealed, sha256_of, sync_folder, write_sealed
 
 
 def committed_steps(folder: Path) -> list[int]:
     """Steps that can be restored, oldest first."""
-    return sorted(int(record.stem) for record in folder.glob("*.json") if record.stem.isdigit())
+    names = (record.stem for record in folder.glob("*.json"))
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit() and name == str(int(name)))
+
+
+def _record(folder: Path, step: int) -> dict:
+    """The commit record of a step. UserError if it was changed, or belongs to another step."""
+    path = folder / f"{step}.json"
+    record = read_sealed(path)
+    kinds = {"step": int, "holds": list, "files": dict, "data_position": dict}
+    if wrong := [name for name, kind in kinds.items() if type(record.get(name)) is not kind]:
+        raise UserError(f"{path}: is not a commit record: {', '.join(wrong)} missing or of another type")
+    if record["step"] != step:
+        raise UserError(f"{path}: is the record of step {record['step']}; give it its name back")
+    return record
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -27,8 +40,11 @@ def damage(folder: Path, step: int) -> list[str]:
 
     Orbax itself restores flipped bits without a word.
     """
-    record = json.loads((folder / f"{step}.json").read_text(encoding="utf-8"))
-    expected, found = record["files"], _digests(folder / str(step))
+    try:
+        expected = _record(folder, step)["files"]
+    except UserError as error:
+        return [*error.problems]
+    found = _digests(folder / str(step))
     return [
         f"{folder / str(step) / name}: {'is missing' if name not in found else 'is not what was written (sha256)'}"
         for name in expected
@@ -71,6 +87,13 @@ def set_damaged_aside(folder: Path) -> list[str]:
     return problems
 
 
+def _saves(folder: Path) -> list[str]:
+    """Names of what saves make, finished or not: STEP, STEP.json and Orbax's temporary folders of it; never a link."""
+    made = re.compile(r"\d+(\.json(\.tmp)?|\.orbax-checkpoint-tmp.*)?")
+    entries = folder.glob("*")
+    return sorted(entry.name for entry in entries if made.fullmatch(entry.name) and not entry.is_symlink())
+
+
 def newest_step(folder: Path) -> int | None:
     """The step to resume from, or None where nothing was ever trained.
 
@@ -78,7 +101,7 @@ def newest_step(folder: Path) -> int | None:
     """
     if steps := committed_steps(folder):
         return steps[-1]
-    lost = [entry.name for entry in folder.glob("*") if entry.name.split(".")[0] not in ("", "0")]
+    lost = [name for name in _saves(folder) if not name.startswith("0")]
     if lost:
         raise UserError(
             f"{folder}: holds {', '.join(sorted(lost))} but no commit record (STEP.json), so no step can be trusted; "
@@ -88,9 +111,9 @@ def newest_step(folder: Path) -> int | None:
 
 
 def remove_leftovers(folder: Path) -> list[str]:
-    """Remove what unfinished saves left behind; returns the names."""
+    """Remove what unfinished saves left behind; returns the names. What k2jax did not make stays."""
     committed = {str(step) for step in committed_steps(folder)}
-    left = [e for e in folder.glob("*") if e.name.removesuffix(".json") not in committed]
+    left = [folder / name for name in _saves(folder) if name.removesuffix(".json") not in committed]
     for entry in left:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     return sorted(entry.name for entry in left)
@@ -100,9 +123,9 @@ def commit(folder: Path, record: dict) -> None:
     """Make the step of `record` exist, its files being written."""
     sync_folder(folder)
     record["files"] = _digests(folder / str(record["step"]))
-    write_atomic(folder / f"{record['step']}.json", json.dumps(record, indent=2) + "\n")
+    write_sealed(folder / f"{record['step']}.json", record)
 
 
 def held_parts(folder: Path, step: int) -> list[str]:
     """Names of what a committed step holds: ["model", "optimizer"], or ["model"] for an imported model."""
-    return json.loads((folder / f"{step}.json").read_text(encoding="utf-8"))["holds"]
+    return _record(folder, step)["holds"]

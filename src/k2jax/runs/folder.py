@@ -1,39 +1,63 @@
-"""The run directory: its lock, and metrics.jsonl."""
+"""The run directory: its config, and the lock that keeps other processes out."""
 
+import contextlib
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from k2jax.config import Config
 from k2jax.errors import UserError
+from k2jax.files import read_json, unsealed, write_sealed
+
+_EDITED = "give changes as options of `k2jax train`, and restore the file from a copy"
+
+
+def path_problem(folder: Path) -> str | None:
+    """The rule that a run directory's path breaks: Orbax takes it for a glob pattern when it merges a save's files.
+
+    A path with one of these characters does not match itself, and the save, which seems to succeed, is unreadable.
+    """
+    bad = [mark for mark in "[\\" if mark in str(folder.absolute())]
+    return f"{folder.absolute()} must not have {' or '.join(bad)}, which checkpoints cannot be read below" if bad else None
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Write config.json, which makes `folder` a run directory."""
+    write_sealed(folder / "config.json", config.to_json())
 
 
 def read_config(folder: Path) -> Config:
-    """The config that a run was made with. Raises UserError where `folder` is no run directory."""
-    stored = folder / "config.json"
-    if not stored.exists():
-        what = "is no run directory (it has no config.json)" if folder.is_dir() else "no such folder"
+    """The config that a run was made with. UserError if `folder` is not a run directory, or the file was changed."""
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        what = "is not a run directory (no config.json)" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: {what}")
-    text = stored.read_text(encoding="utf-8")
-    if '"model_type"' in text:
-        raise UserError(f"{folder}: is a published checkpoint, no run; `k2jax import {folder}` makes one of it")
-    return Config.from_json(text)
+    value = read_json(path)
+    if isinstance(value, dict) and "model_type" in value:
+        raise UserError(f"{folder}: is a published checkpoint, not a run; `k2jax import {folder}` makes a run of it")
+    return Config.from_json(path, unsealed(path, value, _EDITED))
 
 
-def lock_run(run_dir: Path):
-    """Hold the run directory for this process until the returned file is closed; the kernel frees it when we die.
+@contextlib.contextmanager
+def lock_run(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory for this process inside; the OS releases the lock when the process exits.
 
-    Raises UserError where another process holds it.
+    Raises UserError if another process holds it, or if the directory cannot be written.
     """
-    file = open(run_dir / "lock", "a+", encoding="utf-8")
+    path = run_dir / "lock"
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        file.close()
-        raise UserError(f"{run_dir}: in use by process {owner}; wait for it or give another train.run_dir") from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        rule = f"cannot be written: {error.strerror}"
+        raise UserError(f"train.run_dir = {str(run_dir)!r}: {rule}; make it writable, or give another") from None
+    with open(descriptor, "r+b", buffering=0) as file:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = file.read(20).decode("ascii", "replace").strip() or "unknown"
+            rule = f"in use by process {owner}; wait for it or give another train.run_dir"
+            raise UserError(f"{run_dir}: {rule}") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n".encode())
+        yield

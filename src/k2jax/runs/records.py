@@ -1,36 +1,72 @@
-"""metrics.jsonl: one record per step."""
+"""Files of one JSON record per line, such as metrics.jsonl: each line carries a check of its own content."""
 
 import json
 import os
+import zlib
 from pathlib import Path
 
-from k2jax.files import write_atomic
+from k2jax.errors import UserError
+from k2jax.files import parse_json, write_atomic
 
 
-class MetricsFile:
-    """metrics.jsonl: one record per step, each exactly once, whatever the run went through."""
+def _crc32(record: dict) -> str:
+    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
+
+
+def to_line(record: dict) -> str:
+    """A record as a line: its JSON with `crc32`, 8 hex digits over the other values in the order of their names."""
+    return json.dumps(record | {"crc32": _crc32(record)}) + "\n"
+
+
+def _from_line(where: str, line: bytes) -> dict:
+    record = parse_json(where, line)
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise UserError(f"{where}: must be an object with the number of its step; restore the file from a copy")
+    found = _crc32({name: value for name, value in record.items() if name != "crc32"})
+    if record.pop("crc32", None) != found:
+        raise UserError(f"{where}: was changed (its crc32 is {found}); restore the file from a copy")
+    return record
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of all complete lines, without their checks; a last line cut short by a crash is ignored.
+
+    [] if there is no such file. Raises UserError with every line that is not as it was written.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    records, problems = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(_from_line(f"{path}:{number}", line))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        rest = [f"{path}: {len(problems)} damaged lines in all"] if len(problems) > 10 else []
+        raise UserError(*problems[:10], *rest)
+    return records
+
+
+class RecordFile:
+    """A file of records, open to append to: for one that ran before, without the steps that are done again."""
 
     def __init__(self, path: Path, first_step: int):
-        """Keep the records of steps before `first_step` (a resumed run does the later ones again), drop the rest."""
-        kept = [line for record, line in read_records(path) if record["step"] < first_step]
-        write_atomic(path, "".join(line + "\n" for line in kept))
+        """Keep the records of steps before `first_step`, which a resumed run does not repeat; drop the others."""
+        self.kept = [record for record in read_records(path) if record["step"] < first_step]
+        write_atomic(path, "".join(map(to_line, self.kept)))
         self._file = open(path, "a", encoding="utf-8")
 
     def write(self, record: dict) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(to_line(record))
         self._file.flush()
 
     def sync(self) -> None:
-        """Bring all records to the disk; done before a checkpoint that counts their steps as past."""
+        """Return when all records are on the disk: before a checkpoint that counts their steps as past."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
-
-
-def read_records(path: Path) -> list[tuple[dict, str]]:
-    """(record, line) of each complete line; a last line cut short by a crash is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [(json.loads(line), line) for line in lines[:-1]]

@@ -51,12 +51,37 @@ def parts(state: TrainState) -> dict:
     }
 
 
+def open_model_array(folder: Path, step: int, path: tuple[str, ...]) -> tensorstore.TensorStore:
+    """One array of a step's model, such as ("params", "moe", "ffn", "gate"), to be read in parts. No cache is kept."""
+    base = {"driver": "file", "path": f"{folder.absolute() / str(step) / 'model'}/"}
+    kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
+    return tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True).result()
+
+
+def _check_readable(folder: Path, step: int, model: dict) -> None:
+    """Raise RunFailed unless the step's items have their merged files, and the first array of its model opens.
+
+    Orbax has saved without an error what it could not read back (a path that it misread, an interrupted merge).
+    """
+    items = [entry for entry in ("model", "optimizer") if (folder / str(step) / entry).is_dir()]
+    if absent := [item for item in items if not (folder / str(step) / item / "manifest.ocdbt").is_file()]:
+        raise RunFailed(f"{folder / str(step)}: cannot be read back: {', '.join(absent)} without manifest.ocdbt")
+    path, leaf = jax.tree_util.tree_leaves_with_path(model)[0]
+    try:
+        found = open_model_array(folder, step, tuple(entry.key for entry in path)).shape
+    except ValueError as error:
+        raise RunFailed(f"{folder / str(step)}: cannot be read back: {error}") from None
+    if found != leaf.shape:
+        raise RunFailed(f"{folder / str(step)}: cannot be read back: shape {found} for {leaf.shape}")
+
+
 def save_model(folder: Path, model: dict, config: Config) -> None:
     """Commit {"params", "router_bias"} alone as step 0: a model that can be used and exported, but not resumed."""
     folder.mkdir(parents=True)
     run = {"config": asdict(config), "data_position": {}}
     with _context():
         ocp.save_checkpointables(folder.absolute() / "0", {"model": model, "run": run})
+    _check_readable(folder.absolute(), 0, model)
     commit(folder.absolute(), {"step": 0, "holds": ["model"], "data_position": {}})
 
 
@@ -77,14 +102,15 @@ class Saver:
         with _context():
             response = ocp.save_checkpointables_async(path, {**parts(state), "run": run}, overwrite=True)
         record = {"step": step, "holds": sorted(parts(state)), "data_position": data_position}
-        self._thread = threading.Thread(
-            target=self._commit, args=(step, response, record), name="checkpoint", daemon=True
-        )
+        model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), parts(state)["model"])
+        arguments = response, record, model
+        self._thread = threading.Thread(target=self._commit, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def _commit(self, step: int, response, record: dict) -> None:
+    def _commit(self, response, record: dict, model: dict) -> None:
         try:
             response.result(timeout=self._config.save_timeout_seconds)
+            _check_readable(self._folder, record["step"], model)
             commit(self._folder, record)
             self._prune()
         except BaseException as error:
@@ -113,13 +139,6 @@ class Saver:
         """Return when no save is under way; raise what one failed with."""
         self.join()
         self.poll()
-
-
-def open_model_array(folder: Path, step: int, path: tuple[str, ...]) -> tensorstore.TensorStore:
-    """One array of a step's model, such as ("params", "moe", "ffn", "gate"), to be read in parts. No cache is kept."""
-    base = {"driver": "file", "path": f"{folder.absolute() / str(step) / 'model'}/"}
-    kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
-    return tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True).result()
 
 
 def restore_run(folder: Path, step: int) -> dict:

@@ -1,6 +1,5 @@
 """timeline.json and ledger.jsonl of a run: what its data is, and which rows of it were bad."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ from k2jax.config import Config
 from k2jax.data.loader.rows import BadRow, RowReader
 from k2jax.errors import RunFailed
 from k2jax.files import write_atomic
+from k2jax.runs.records import read_records, to_line
 
 
 class Ledger:
@@ -16,11 +16,11 @@ class Ledger:
 
     def __init__(self, path: Path, reader: RowReader, config: Config, first_step: int):
         self.path, self.reader, self.limit = path, reader, config.data.max_bad_rows
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
+        records = read_records(path)
+        kept = [record for record in records if record["step"] < first_step]
         self.count = len(kept)
-        if lines != kept:  # a resumed run does the later steps again
-            write_atomic(path, "".join(kept))
+        if records != kept:  # a resumed run does the later steps again
+            write_atomic(path, "".join(map(to_line, kept)))
 
     def enter(self, step: int, replaced: np.ndarray) -> None:
         """Note the rows of a step that were replaced. RunFailed where they are more than data.max_bad_rows."""
@@ -36,7 +36,7 @@ class Ledger:
             entry = {"step": step, "row": int(row), "source": timeline.names[source], "window": window}
             entry |= {"replaced_by": int(replaced[place]), "why": why}
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(to_line(entry))
             self.count += 1
             if self.count > self.limit:
                 rule = f"data.max_bad_rows = {self.limit} were allowed; mend the store or allow more"

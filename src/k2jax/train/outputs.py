@@ -8,7 +8,8 @@ from k2jax.data.loader.segments import write_segments
 from k2jax.data.saved_tokenizer import save_tokenizer
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.files import write_atomic
-from k2jax.runs.records import MetricsFile
+from k2jax.runs.folder import write_config
+from k2jax.runs.records import RecordFile
 from k2jax.train.banner import versions
 from k2jax.train.display import Display
 from k2jax.train.metrics import TensorBoard
@@ -23,7 +24,7 @@ class Outputs:
 
     def describe(self, config: Config, segments: list[dict], tokenizer: Tokenizer | None) -> None:
         """Write config.json, timeline.json, tokenizer/ and env.txt."""
-        write_atomic(self._folder / "config.json", config.to_json())  # first: a folder without it is not a run
+        write_config(self._folder, config)  # first: a folder without it is not a run
         write_segments(self._folder, segments)
         if tokenizer is not None:
             save_tokenizer(tokenizer, self._folder / "tokenizer")
@@ -38,7 +39,7 @@ class Outputs:
 
     def open_records(self) -> None:
         """Open metrics.jsonl and TensorBoard, dropping the records of steps that a resumed run repeats."""
-        metrics = MetricsFile(self._folder / "metrics.jsonl", self._first_step)
+        metrics = RecordFile(self._folder / "metrics.jsonl", self._first_step)
         self._records = metrics, TensorBoard(self._folder / "tb", self._first_step)
 
     def record(self, record: dict) -> None:

@@ -18,7 +18,7 @@ from k2jax.data.saved_tokenizer import open_tokenizer
 from k2jax.errors import UserError
 from k2jax.preflight.availability import check_kernels
 from k2jax.runs.commits import committed_steps, damage, held_parts, newest_step, remove_leftovers, set_damaged_aside
-from k2jax.runs.folder import lock_run, read_config
+from k2jax.runs.folder import lock_run, path_problem, read_config
 from k2jax.sharding.mesh import make_mesh
 from k2jax.train.banner import banner
 from k2jax.train.checkpoint import Saver, parts, restore_model, restore_run, restore_state
@@ -45,6 +45,8 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
     Raises UserError where the directory is not ours, or where a field that shapes the future differs.
     """
     folder = Path(config.train.run_dir)
+    if rule := path_problem(folder):
+        raise UserError(f"train.run_dir = {config.train.run_dir!r}: {rule}; give another")
     if not (folder / "config.json").exists():
         strangers = (
             [e.name for e in folder.glob("*") if not e.name.startswith(("config.json", "lock"))]

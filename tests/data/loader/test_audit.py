@@ -15,6 +15,7 @@ from k2jax.data.loader.corpus import open_data
 from k2jax.data.loader.segments import read_segments, settle_timeline, write_segments
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import UserError
+from k2jax.runs.folder import write_config
 
 STEPS = 12
 
@@ -29,7 +30,7 @@ def run(request, tmp_path_factory):
     corpus = open_data(config)
     timeline, _ = settle_timeline(corpus, config)
     (folder / "run").mkdir()
-    (folder / "run/config.json").write_text(config.to_json())
+    write_config(folder / "run", config)
     write_segments(folder / "run", timeline.segments)
     return folder / "run", corpus, list(itertools.islice(train_batches(corpus, timeline, config, 0), STEPS))
 

@@ -1,7 +1,7 @@
 """What a run will read from its first row to its last, settled and checked before it begins."""
 
-import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from k2jax.data.loader.batches import num_windows, too_few_validation
 from k2jax.data.loader.corpus import Corpus, make_cut
 from k2jax.data.loader.timeline import Timeline, make_timeline
 from k2jax.errors import UserError
-from k2jax.files import write_atomic
+from k2jax.files import read_sealed, write_sealed
 
 # What of a segment has to be the same for it to be the same mixture; the stores may move, their digests cover the rest.
 _SAME = ("digest", "sources", "stages")
@@ -224,16 +224,12 @@ def describe_mixture(timeline: Timeline, config: Config) -> str:
 
 def read_segments(folder: Path) -> list[dict]:
     """The plan (data/loader/timeline.py) of the run in `folder`; [] for one that has not begun."""
-    try:
-        return json.loads((folder / "timeline.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except ValueError as error:
-        raise UserError(f"{folder}/timeline.json: is not JSON ({error}); restore it from a copy") from None
+    path = folder / "timeline.json"
+    return read_sealed(path)["segments"] if os.path.lexists(path) else []
 
 
 def write_segments(folder: Path, plan: list[dict]) -> None:
-    write_atomic(folder / "timeline.json", json.dumps(plan, indent=1) + "\n")
+    write_sealed(folder / "timeline.json", {"segments": plan})
 
 
 def segment_paths(plan: list[dict]) -> str:

@@ -1,9 +1,7 @@
 """The manifest of a token store, and what it lets a reader notice: files that are missing, left over or damaged."""
 
-import hashlib
 import io
 import itertools
-import json
 import threading
 from collections.abc import Iterator
 
@@ -11,6 +9,7 @@ import numpy as np
 
 from k2jax.data.store.storage import Folder
 from k2jax.errors import UserError
+from k2jax.files import parse_json, unsealed
 
 FORMAT = 2
 SPLITS = ("train", "validation")
@@ -21,15 +20,6 @@ MEND = "restore the file from a copy, or prepare the store again"
 
 class CorruptStore(UserError):
     """The store's files are not those that were written."""
-
-
-def _seal(manifest: dict) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def sign(manifest: dict) -> dict:
-    """`manifest` with the digest of its own values, so that no bit of it can change unseen."""
-    return manifest | {"sha256": _seal(manifest)}
 
 
 def _check_types(manifest: dict) -> None:
@@ -52,14 +42,14 @@ def _check_types(manifest: dict) -> None:
 def parse_manifest(place: str, content: bytes) -> dict:
     """The manifest's values, with the types that the store relies on."""
     try:
-        manifest = json.loads(content)
+        manifest = parse_json(place, content, MEND)
         if manifest["format"] != FORMAT:
             found = f"{place}: format is {manifest['format']!r}"
             raise UserError(f"{found}, this k2jax reads format {FORMAT}; prepare the store again")
-        said, found = manifest.pop("sha256"), _seal(manifest)
-        if said != found:
-            raise CorruptStore(f"{place}: sha256 of its values is {found}, it says {said}; {MEND}")
+        manifest = unsealed(place, manifest, MEND)
         _check_types(manifest)
+    except UserError as error:
+        raise CorruptStore(*error.problems) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptStore(f"{place}: is not a manifest of k2jax ({type(error).__name__}: {error}); {MEND}") from None
     return manifest

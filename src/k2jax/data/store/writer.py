@@ -13,11 +13,11 @@ import json
 import numpy as np
 import tensorstore
 
-from k2jax.data.store.manifest import CHUNK_TOKENS, FORMAT, SHARD_TOKENS, SPLITS, sign
+from k2jax.data.store.manifest import CHUNK_TOKENS, FORMAT, SHARD_TOKENS, SPLITS
 from k2jax.data.store.storage import Folder, shared_context
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import UserError
-from k2jax.files import sync_folder
+from k2jax.files import sealed, sync_folder
 
 PART_TOKENS = 2**30
 DEFAULT_SOURCE = "text"
@@ -235,6 +235,6 @@ def merge_parts(folder, num_parts: int, tokenizer: Tokenizer, sources: dict[str,
         "sources": table,
         "files": dict(sorted(files.items())),
     }
-    manifest = sign(manifest)
+    manifest = sealed(manifest)
     folder.write("manifest.json", json.dumps(manifest, indent=1) + "\n")
     return manifest
