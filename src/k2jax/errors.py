@@ -11,3 +11,9 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """A run that began well cannot go on. The CLI prints the message and exits with 1."""
+
+
+def first_of(problems: list[str], most: int = 10) -> list[str]:
+    """The first `most` problems, and one line that counts them all if there are more."""
+    rest = [f"{len(problems)} problems of this kind in all; the first {most} are above"] if len(problems) > most else []
+    return [*problems[:most], *rest]

@@ -87,22 +87,22 @@ def greedy_by_hand(logits_of, context, count):
 
 def test_greedy_past_the_window(loaded, logits_of):
     for context in ([256], list(b"def f(x):"), list(range(97, 97 + WINDOW)), list(range(60, 100))):
-        assert continue_tokens(loaded, [context], 40, 0.0, 0, None)[0] == greedy_by_hand(logits_of, context, 40)
+        assert continue_tokens(loaded, [context], 40, 0.0, 0, ())[0] == greedy_by_hand(logits_of, context, 40)
 
 
 def test_batch_of_unequal_prompts(loaded):
     """As one by one, until the longest fills the window for all."""
     contexts = [[256], list(b"abcdefgh"), list(b"xyz")]
-    together = continue_tokens(loaded, contexts, 9, 0.0, 0, None)
-    assert together == [continue_tokens(loaded, [context], 9, 0.0, 0, None)[0] for context in contexts]
+    together = continue_tokens(loaded, contexts, 9, 0.0, 0, ())
+    assert together == [continue_tokens(loaded, [context], 9, 0.0, 0, ())[0] for context in contexts]
 
 
 def test_sampling_follows_seed_and_temperature(loaded, logits_of):
-    one, again, other = (continue_tokens(loaded, [[256, 100]], 12, 1.0, seed, None)[0] for seed in (0, 0, 1))
+    one, again, other = (continue_tokens(loaded, [[256, 100]], 12, 1.0, seed, ())[0] for seed in (0, 0, 1))
     assert one == again != other
-    cold = continue_tokens(loaded, [[256, 100]], 12, 1e-4, 3, None)[0]
-    assert cold == continue_tokens(loaded, [[256, 100]], 12, 0.0, 0, None)[0]
-    rows = continue_tokens(loaded, [[256, 100]] * 400, 1, 2.0, 5, None)
+    cold = continue_tokens(loaded, [[256, 100]], 12, 1e-4, 3, ())[0]
+    assert cold == continue_tokens(loaded, [[256, 100]], 12, 0.0, 0, ())[0]
+    rows = continue_tokens(loaded, [[256, 100]] * 400, 1, 2.0, 5, ())
     counts = np.bincount([row[0] for row in rows], minlength=258) / 400
     exact = np.exp(logits_of([256, 100]) / 2.0)
     exact /= exact.sum()
@@ -111,9 +111,9 @@ def test_sampling_follows_seed_and_temperature(loaded, logits_of):
 
 def test_stop_token_ends_a_row_alone(loaded):
     contexts = [[256], list(b"abcdefgh")]
-    free = continue_tokens(loaded, contexts, 9, 0.0, 0, None)
+    free = continue_tokens(loaded, contexts, 9, 0.0, 0, ())
     stop = free[0][3]
-    stopped = continue_tokens(loaded, contexts, 9, 0.0, 0, stop)
+    stopped = continue_tokens(loaded, contexts, 9, 0.0, 0, {stop})
     assert stopped == [row[: row.index(stop)] if stop in row else row for row in free]
 
 

@@ -80,7 +80,7 @@ def test_mlx(exported, logits):
     assert [256, *tokenizer.encode("def f(x):")] == prompt
     steps = generate_step(mx.array(prompt), model, max_tokens=24)
     greedy = [int(token) for token, _ in steps]
-    assert continue_tokens(load_published(folder), [prompt], 24, 0.0, 0, None)[0] == greedy
+    assert continue_tokens(load_published(folder), [prompt], 24, 0.0, 0, ())[0] == greedy
 
 
 def test_mlx_converts_to_4_bits_and_generates(exported, tmp_path):

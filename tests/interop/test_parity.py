@@ -121,7 +121,7 @@ def test_greedy_tokens(case):
 
     folder, _, given, golden = case
     loaded, prompt = load_published(folder), given["prompt"][0].tolist()
-    assert prompt + continue_tokens(loaded, [prompt], 24, 0.0, 0, None)[0] == golden["greedy"][0].tolist()
+    assert prompt + continue_tokens(loaded, [prompt], 24, 0.0, 0, ())[0] == golden["greedy"][0].tolist()
 
 
 def test_float64_against_numpy(case):

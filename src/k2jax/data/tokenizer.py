@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from k2jax.errors import UserError
+from k2jax.errors import UserError, first_of
 
 # Kimi's pre-split: a token never crosses these pieces. Letters of Han script stand alone, so the letter classes
 # of words leave them out, by a set intersection that Python's `re` does not know.
@@ -43,7 +43,10 @@ _KIMI_SPECIALS = {
 _BOS, _EOS = "<|bos|>", "<|eos|>"
 _MAX_CHARS, _MAX_RUN = 400_000, 25_000  # Kimi's guards: longer inputs overflow the regex's stack
 _LONG_SPACE = re.compile(rf"\s{{{_MAX_RUN + 1}}}")
-_FORMS = "'byte', 'train:VOCAB' (in prepare), the path of a .tiktoken file, or the path of a tokenizer.json"
+_FORMS = (
+    "'byte', 'train:VOCAB' (in prepare), the path of a .tiktoken file or of tiktoken.model, or the path of a "
+    "tokenizer.json"
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,12 @@ class Tokenizer:
     specials: dict[int, str] = field(repr=False)
     _encode: Callable[[str], np.ndarray] = field(repr=False)
     _decode: Callable[[list[int]], str] = field(repr=False)
+    ends: tuple[int, ...] = ()  # ids that end a generated text, besides eos
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The ids that end a generated text."""
+        return self.eos, *self.ends
 
     def encode(self, text: str) -> np.ndarray:
         """uint32 ids of `text`, without bos and eos. UserError for text that has no UTF-8 form."""
@@ -135,8 +144,7 @@ def _byte_tokenizer() -> Tokenizer:
 def _refuse(path: str, problems: list[str]) -> None:
     """Raise the first ten problems, and how many there are."""
     if problems:
-        more = [f"{path}: {len(problems)} problems in all; the first 10 are above"] if len(problems) > 10 else []
-        raise UserError(*(f"{path}: {problem}" for problem in problems[:10]), *more)
+        raise UserError(*first_of([f"{path}: {problem}" for problem in problems]))
 
 
 def _parse_ranks(path: str, definition: bytes) -> dict[bytes, int]:
@@ -185,7 +193,7 @@ def _tiktoken_tokenizer(spec: str, definition: bytes) -> Tokenizer:
         digest=_digest("tiktoken", definition),
         definition=definition,
         file_name="tokenizer.tiktoken",
-        specials={base + i: _KIMI_SPECIALS.get(i, f"<|reserved_{i}|>") for i in range(_NUM_SPECIALS)},
+        specials={base + i: _KIMI_SPECIALS.get(i, f"<|reserved_token_{base + i}|>") for i in range(_NUM_SPECIALS)},
         _encode=_concatenated(lambda piece: encoding.encode_to_numpy(piece, disallowed_special=())),
         _decode=lambda ids: encoding.decode_bytes(ids).decode("utf-8", errors="replace"),
     )
@@ -218,14 +226,17 @@ def _lossy_parts(parts: dict) -> Iterator[str]:
             yield f"the added token {token['content']!r} takes the spaces beside it"
 
 
-def _check_trained(path: str, model, definition: bytes) -> None:
-    """Only a byte-level BPE without normalizer keeps every text, so nothing else is taken."""
+def _check_trained(path: str, model) -> None:
+    """Only a byte-level BPE without normalizer keeps every text, so nothing else is accepted."""
     from tokenizers.pre_tokenizers import ByteLevel
 
-    parts = json.loads(definition)
+    parts = json.loads(model.to_str())  # as the library has completed it: older files leave out what is null
     absent = [name for name in (_BOS, _EOS) if model.token_to_id(name) is None]
     problems = [f"has no token {name}, which begins or ends every document; use 'train:VOCAB'" for name in absent]
-    kinds = parts["model"]["type"], (parts["decoder"] or {}).get("type"), parts["normalizer"]
+    normalizer = parts["normalizer"]
+    if normalizer == {"type": "Sequence", "normalizers": []}:  # DeepSeek-V3's file says "nothing" so
+        normalizer = None
+    kinds = parts["model"]["type"], (parts["decoder"] or {}).get("type"), normalizer
     if kinds != ("BPE", "ByteLevel", None):
         problems.append(
             f"model, decoder and normalizer are {kinds}, must be ('BPE', 'ByteLevel', None); others could lose text, "
@@ -246,7 +257,7 @@ def _trained_tokenizer(spec: str, definition: bytes) -> Tokenizer:
         model = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
     except Exception as error:  # the library raises bare Exception for what it cannot parse
         raise UserError(f"{spec}: is not a tokenizer.json of the `tokenizers` library: {error}") from None
-    _check_trained(spec, model, definition)
+    _check_trained(spec, model)
     model.encode_special_tokens = True  # special names in the text are text
     specials = {i: token.content for i, token in model.get_added_tokens_decoder().items()}
     return Tokenizer(
@@ -301,12 +312,12 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(spec: str, kind: str | None = None) -> Tokenizer:
     """The tokenizer of "byte", a path of a .tiktoken file, or a path of a tokenizer.json; else UserError.
 
-    kind: the suffix to take for the path's own, such as ".tiktoken" for Kimi's tiktoken.model.
+    kind: the suffix to take for the path's own. Kimi's tiktoken.model counts as .tiktoken.
     """
     if spec == "byte":
         return _byte_tokenizer()
     path = Path(spec)
-    kind = kind or path.suffix
+    kind = kind or (".tiktoken" if path.name == "tiktoken.model" else path.suffix)
     if not path.is_file() or kind not in (".tiktoken", ".json"):
         near = difflib.get_close_matches(spec, ("byte", "train:32768"), n=1)
         hint = f"; nearest: {near[0]!r}" if near else ""

@@ -1,7 +1,7 @@
 """Continue texts with a trained model: latents of past tokens are kept, so each new token costs one token's work."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -72,14 +72,14 @@ class Decoder:
 
 
 def continue_tokens(
-    loaded: LoadedModel, contexts: list[list[int]], num_tokens: int, temperature: float, seed: int, stop: int | None
+    loaded: LoadedModel, contexts: list[list[int]], num_tokens: int, temperature: float, seed: int, stops: Container[int]
 ) -> list[list[int]]:
-    """Up to `num_tokens` token ids after each context, ending before the token `stop`."""
+    """Up to `num_tokens` token ids after each context, ending before the first of `stops`."""
     continued: list[list[int]] = [[] for _ in contexts]
     open_rows = set(range(len(contexts)))
     longest = max(map(len, contexts)) + num_tokens
     for tokens in Decoder(loaded, len(contexts), longest, temperature, seed).run(contexts, num_tokens):
-        open_rows = {row for row in open_rows if tokens[row] != stop}
+        open_rows = {row for row in open_rows if int(tokens[row]) not in stops}
         for row in open_rows:
             continued[row].append(int(tokens[row]))
         if not open_rows:
@@ -110,5 +110,5 @@ def generate(loaded: LoadedModel, prompts: list[str], num_tokens: int, temperatu
     contexts = [[tokenizer.bos, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
     if (largest := max(map(max, contexts))) >= (rows := loaded.config.model.vocab_size):
         raise UserError(f"{loaded.source}: its tokenizer gives the id {largest}, its embedding has {rows} rows")
-    continued = continue_tokens(loaded, contexts, num_tokens, temperature, seed, tokenizer.eos)
+    continued = continue_tokens(loaded, contexts, num_tokens, temperature, seed, tokenizer.stops)
     return [tokenizer.decode(ids) for ids in continued]

@@ -100,7 +100,7 @@ def harness_model(loaded: LoadedModel, batch: int = 16):
                 temperature = float(options.get("temperature") or 0) if options.get("do_sample") else 0.0
                 num_tokens = int(options.get("max_gen_toks", 256))
                 self.shortened += len(context) > window
-                ids = continue_tokens(loaded, [context], num_tokens, temperature, 0, tokenizer.eos)[0]
+                ids = continue_tokens(loaded, [context], num_tokens, temperature, 0, tokenizer.stops)[0]
                 text = tokenizer.decode(ids)
                 for stop in until:
                     text = text.split(stop)[0] if stop else text

@@ -1,7 +1,7 @@
 """Published checkpoints of the DeepSeek-V3 family as models of k2jax: `load_hf`, and `import_hf` to a run directory."""
 
 import dataclasses
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,13 +13,13 @@ from jax.sharding import AxisType
 
 from k2jax import config_rules
 from k2jax.config import Config, MeshConfig, ModelConfig, StagesConfig, field_types, flatten
-from k2jax.data.saved_tokenizer import published_tokenizer, save_tokenizer
-from k2jax.data.tokenizer import Tokenizer
-from k2jax.errors import UserError
-from k2jax.files import must_be_new, whole_folder
+from k2jax.data.saved_tokenizer import save_tokenizer
+from k2jax.errors import UserError, first_of
+from k2jax.files import must_be_new, read_json, whole_folder
 from k2jax.inference.load import LoadedModel
 from k2jax.interop.hf_config import model_config
 from k2jax.interop.published import SCALE, all_weights, published_names, published_shape, read_part
+from k2jax.interop.published_tokenizer import published_tokenizer
 from k2jax.interop.safetensor_files import StoredTensor, find_tensors
 from k2jax.model.transformer import Transformer, build_model
 from k2jax.model.weights import Weight, weight_leaves
@@ -29,6 +29,7 @@ from k2jax.train.checkpoint import save_model
 from k2jax.train.state import TrainState
 
 FLOATS = ("F32", "BF16", "F16")
+SCALES = ("F32", "BF16", "F8_E8M0")  # all exact in float32; the last is a power of two in one byte
 STALE = ".rotary_emb.inv_freq"  # buffers that K2's checkpoint still holds; RoPE is computed from config.json
 
 
@@ -49,14 +50,11 @@ class PublishedCheckpoint:
 
 def _read_config(folder: Path) -> dict:
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{folder}: {'has no config.json' if folder.is_dir() else 'no such folder'}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    values = read_json(path, follow_links=True)  # a hub's cache is made of links
     if isinstance(values, dict) and "checkpoint" in values and "optim" in values:
-        raise UserError(f"{folder}: is a run of k2jax already, no published checkpoint; `k2jax export` makes one of it")
+        raise UserError(f"{folder}: is a run of k2jax already, not a published checkpoint; `k2jax export` makes one of it")
     quantization = isinstance(values, dict) and (values.get("quantization_config") or {})
     if not isinstance(values, dict) or not isinstance(quantization, dict):
         raise UserError(f"{path}: must hold an object, and so must its quantization_config")
@@ -85,8 +83,9 @@ def _tensor_problems(weight: Weight, name: str, tensors: dict[str, StoredTensor]
         yield f"{name}: is {tensor.dtype}, must be {' or '.join(allowed)} {reason}"
     if scale:
         blocks = tuple(-(-n // b) for n, b in zip(shape, block, strict=False))
-        if scale.shape != blocks or scale.dtype != "F32":
-            yield f"{name + SCALE}: is {scale.dtype} {list(scale.shape)}, must be F32 {list(blocks)}"
+        if scale.shape != blocks or scale.dtype not in SCALES:
+            found = f"{name + SCALE}: is {scale.dtype} {list(scale.shape)}"
+            yield f"{found}, must be {' or '.join(SCALES)} {list(blocks)}"
 
 
 def _check_tensors(model: ModelConfig, tensors: dict[str, StoredTensor], block: tuple[int, int]) -> None:
@@ -99,7 +98,19 @@ def _check_tensors(model: ModelConfig, tensors: dict[str, StoredTensor], block: 
     unused = [name for name in tensors if name not in known and not name.endswith(STALE)]
     problems += [f"{name}: no weight of this network has that name" for name in unused]
     if problems:
-        raise UserError(*problems)
+        raise UserError(*first_of(problems))
+
+
+def _mtp_layers(values: dict, model: ModelConfig, tensors: dict[str, StoredTensor]) -> list[int]:
+    """Numbers of the layers after the last one, which are for multi-token prediction, from what the files hold.
+
+    The field that counts them is often dropped or wrong in conversions. UserError if it is not a count.
+    """
+    count = values.get("num_nextn_predict_layers")
+    if count is not None and (type(count) is not int or count < 0):
+        raise UserError(f"config.json: num_nextn_predict_layers = {count!r}: must be an integer of at least 0")
+    numbers = {int(m[1]) for name in tensors if (m := re.match(r"model\.layers\.(\d{1,6})\.", name))}
+    return sorted(number for number in numbers if number >= model.num_hidden_layers)
 
 
 def open_published(directory: str | Path, drop_mtp: bool = False) -> PublishedCheckpoint:
@@ -112,14 +123,15 @@ def open_published(directory: str | Path, drop_mtp: bool = False) -> PublishedCh
     model, rope = model_config(values)
     folder = folder.resolve()
     found = PublishedCheckpoint(folder, values, model, rope, find_tensors(folder))
-    extra = range(model.num_hidden_layers, model.num_hidden_layers + (values.get("num_nextn_predict_layers") or 0))
+    extra = _mtp_layers(values, model, found.tensors)
     mtp = tuple(f"model.layers.{layer}." for layer in extra)
     if drop_mtp:
         found = dataclasses.replace(found, tensors={n: t for n, t in found.tensors.items() if not n.startswith(mtp)})
     elif num := sum(name.startswith(mtp) for name in found.tensors):
         raise UserError(
-            f"{folder}: {num} tensors of layers {', '.join(map(str, extra))} are for multi-token prediction, which "
-            "k2jax does not have; leave them out with --drop-mtp (drop_mtp=True)"
+            f"{folder}: {num} tensors of {'layers' if len(extra) > 1 else 'layer'} {', '.join(map(str, extra))}, after "
+            f"the {model.num_hidden_layers} of config.json, are for multi-token prediction, which k2jax does not have; "
+            "leave them out with --drop-mtp (drop_mtp=True)"
         )
     _check_tensors(model, found.tensors, found.block)
     return found
@@ -201,11 +213,6 @@ def _config_for(found: PublishedCheckpoint, run_dir: str) -> Config:
     )
 
 
-def _tokenizer(found: PublishedCheckpoint) -> Tokenizer | None:
-    ids = [found.config.get(f"{name}_token_id") for name in ("bos", "eos")]
-    return published_tokenizer(found.folder, *(i[0] if isinstance(i, list) and i else i for i in ids))
-
-
 def load_published(directory: str | Path, drop_mtp: bool = False) -> LoadedModel:
     """A checkpoint folder ready for generation and evaluation, on one device, in the dtype that its config.json names.
 
@@ -215,7 +222,7 @@ def load_published(directory: str | Path, drop_mtp: bool = False) -> LoadedModel
     config = _config_for(found, "none")
     values = load_values(found, jnp.dtype(config.train.compute_dtype), None)
     state = TrainState(jnp.int32(0), values["params"], values["router_bias"], None, None)
-    return LoadedModel(str(directory), config, state, _tokenizer(found))
+    return LoadedModel(str(directory), config, state, published_tokenizer(found.folder, found.config))
 
 
 def import_hf(directory: str | Path, run_dir: str | Path, mesh: jax.sharding.Mesh, drop_mtp: bool = False) -> Config:
@@ -230,7 +237,7 @@ def import_hf(directory: str | Path, run_dir: str | Path, mesh: jax.sharding.Mes
         raise UserError(f"--to {str(run_dir)!r}: {rule}; give another")
     found = open_published(directory, drop_mtp)
     _check_mesh(found.model, mesh)
-    tokenizer, config = _tokenizer(found), _config_for(found, str(run_dir)).validate()
+    tokenizer, config = published_tokenizer(found.folder, found.config), _config_for(found, str(run_dir)).validate()
     with whole_folder(run_dir, "importing") as aside:
         save_model(aside / "checkpoints", load_values(found, jnp.dtype(jnp.float32), mesh), config)
         if tokenizer is not None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from k2jax import config_rules
 from k2jax.config import Config, ModelConfig, RopeConfig, field_types, flatten
-from k2jax.errors import UserError
+from k2jax.errors import UserError, first_of
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 # What the published files hold besides, and the only value that this network stands for (None: the field is free).
@@ -36,38 +36,60 @@ _YARN = {
 }
 
 
+def _rope_kind(values: dict) -> tuple[str, list[str]]:
+    """(RoPE type, problems) of the two dicts, where `rope_scaling` comes first, as in transformers."""
+    kinds, problems = {}, []
+    for name in ("rope_scaling", "rope_parameters"):
+        given = values[name]
+        found = {key: given[key] for key in ("rope_type", "type") if given.get(key) is not None}
+        if len({*map(str, found.values())}) > 1:
+            both = " and ".join(f"{key} = {value!r}" for key, value in found.items())
+            problems.append(f"config.json: {name} says {both}; must agree")
+        elif found:
+            kinds[name] = next(iter(found.values()))
+        elif given and name == "rope_scaling":
+            problems.append("config.json: rope_scaling has no type; must be 'yarn', or the field absent")
+    kind = kinds.get("rope_scaling", kinds.get("rope_parameters", "default"))
+    # transformers writes "default" there for a file without a scaling; one that is then added counts.
+    if (newer := kinds.get("rope_parameters", "default")) not in ("default", kind):
+        problems.append(f"config.json: rope_scaling is {kind!r}, rope_parameters {newer!r}; must agree")
+    if kind not in ("default", "yarn"):
+        problems.append(f"config.json: rope type {kind!r}: must be 'yarn' or 'default'")
+    return kind, problems
+
+
 def _rope_of(values: dict) -> tuple[RopeConfig, Literal["plain", "yarn"], list[str]]:
     """(rope, kind, problems) from rope_theta and rope_scaling, or from transformers' newer rope_parameters."""
-    newer, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
-    if wrong := [n for n, v in (("rope_parameters", newer), ("rope_scaling", scaling)) if not isinstance(v, dict)]:
-        return RopeConfig(), "plain", [f"config.json: {n} = {values[n]!r}: must be an object" for n in wrong]
-    older = {"rope_theta": values.get("rope_theta"), **scaling}
-    given = {k: v for k, v in newer.items() if v is not None} or {k: v for k, v in older.items() if v is not None}
-    problems = [
-        f"config.json: rope_parameters has {name} = {newer[name]!r}, beside it stands {older[name]!r}; must be the same"
-        for name in (*_YARN, "rope_theta")
-        if newer.get(name) is not None and older.get(name) is not None and newer[name] != older[name]
-    ]
-    kind = given.get("rope_type", given.get("type", "default"))
+    dicts = {name: values.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
+    if wrong := [name for name, value in dicts.items() if not isinstance(value, dict)]:
+        return RopeConfig(), "plain", [f"config.json: {name} = {values[name]!r}: must be an object" for name in wrong]
+    kind, problems = _rope_kind(dicts)
+    given = {}
+    for source, entries in {"config.json": {"rope_theta": values.get("rope_theta")}, **dicts}.items():
+        for name, value in entries.items():
+            if value is None or name in ("type", "rope_type"):
+                continue
+            if name in given and given[name][1] != value:
+                beside = f"{given[name][0]} has {given[name][1]!r}"
+                problems.append(f"config.json: {source} has {name} = {value!r}, {beside}; must be the same")
+            given.setdefault(name, (source, value))
+    given = {name: value for name, (_, value) in given.items()}
     theta = given.get("rope_theta")
     if theta is None:
         problems.append("config.json: rope_theta: is missing")
-    if kind == "default":
-        return RopeConfig(rope_theta=theta or 1.0, factor=None), "plain", problems
-    if kind != "yarn":
-        problems.append(f"config.json: rope type {kind!r}: must be 'yarn' or 'default'")
-    yarn = {name: given.get(name, default) for name, default in _YARN.items()}
-    problems += [f"config.json: {name} of the rope scaling: is missing" for name, v in yarn.items() if v is None]
+    yarn = {name: given.get(name, default) for name, default in _YARN.items()} if kind == "yarn" else {"factor": None}
+    if kind == "yarn":
+        problems += [f"config.json: {name} of the rope scaling: is missing" for name, v in yarn.items() if v is None]
     problems += [
         f"config.json: {name} = {given[name]!r} of the rope scaling: k2jax has no form for it; must be absent"
-        for name in ("attention_factor", "partial_rotary_factor")
-        if name in given
+        for name, neutral in (("attention_factor", None), ("partial_rotary_factor", 1))
+        if given.get(name, neutral) != neutral
     ]
     if given.get("truncate", True) is not True:
         problems.append("config.json: truncate = False of the rope scaling: k2jax rounds the ramp; must be true")
     if problems:
         return RopeConfig(), "plain", problems
-    return RopeConfig(rope_theta=theta, **yarn), "yarn", problems
+    return RopeConfig(rope_theta=theta, **yarn), "plain" if kind == "default" else "yarn", problems
 
 
 def model_config(values: dict) -> tuple[ModelConfig, Literal["plain", "yarn"]]:
@@ -97,7 +119,7 @@ def model_config(values: dict) -> tuple[ModelConfig, Literal["plain", "yarn"]]:
     own = config_rules.problems(flatten(dataclasses.asdict(Config(model=model))), field_types())
     problems += [f"config.json: {p.removeprefix('model.')}" for p in own if p.startswith("model.")]
     if problems:
-        raise UserError(*problems)
+        raise UserError(*first_of(problems))
     return model, kind
 
 

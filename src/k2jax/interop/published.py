@@ -53,7 +53,8 @@ def _whole_value(tensor: StoredTensor, scale: StoredTensor | None, block: tuple[
     value = tensor.read()
     if scale is None:
         return value
-    scales = np.repeat(np.repeat(scale.read(), block[0], 0), block[1], 1)[: value.shape[0], : value.shape[1]]
+    scales = scale.read().astype(np.float32)
+    scales = np.repeat(np.repeat(scales, block[0], 0), block[1], 1)[: value.shape[0], : value.shape[1]]
     return value.astype(np.float32) * scales
 
 

@@ -11,14 +11,15 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from k2jax.errors import UserError
-from k2jax.files import sync_folder, write_atomic
+from k2jax.errors import UserError, first_of
+from k2jax.files import read_json, sync_folder, write_atomic
 
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 INDEX = "model.safetensors.index.json"
 
@@ -44,14 +45,14 @@ def _is_foreign_link(path: Path, folder: Path) -> bool:
 
 
 def _tensors_of(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of one file. Raises UserError where it is no whole safetensors file."""
+    """Every tensor of one file. Raises UserError where it is not a whole safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy"):  # the library's own check: offsets, sizes, nothing left over
             pass
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: is no whole safetensors file: {error}") from None
+        raise UserError(f"{path}: is not a whole safetensors file: {error}") from None
     with open(path, "rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size))
@@ -65,14 +66,12 @@ def _tensors_of(path: Path) -> dict[str, StoredTensor]:
 def _listed(folder: Path) -> dict[str, str] | None:
     """{tensor: file name} of the index, None where there is none."""
     path = folder / INDEX
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(name, str) and isinstance(file, str) for name, file in names.items()):
-            raise ValueError("weight_map must map names to files")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read: {type(error).__name__}: {error}") from None
+    value = read_json(path, follow_links=True)
+    names = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(file, str) and "\0" not in file for file in names.values()):
+        raise UserError(f"{path}: weight_map must map the names of tensors to file names")
     return names
 
 
@@ -106,7 +105,7 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
                 problems += [f"{name}: the index says {path}, which does not hold it" for name in absent]
             tensors |= found
     if problems:
-        raise UserError(*problems)
+        raise UserError(*first_of(problems))
     return tensors
 
 

@@ -39,8 +39,15 @@ def _tokenizer_json(tokenizer: Tokenizer, ranks: dict[bytes, int], split: str | 
     return model.to_str(pretty=True).encode()
 
 
+def _added(name: str) -> dict:
+    """An entry of added_tokens_decoder."""
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    return {"content": name, **flags, "special": True}
+
+
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """{file name: content}: tokenizer.json with its config for transformers and mlx-lm; tiktoken.model where it is one.
+    """{file name: content}: tokenizer.json with its config for transformers and mlx-lm, the ids that end a generated
+    text, and tiktoken.model if it is one.
 
     Nothing is put before a text by itself: the caller begins with bos, as k2jax does.
     """
@@ -57,5 +64,8 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         "bos_token": tokenizer.specials.get(tokenizer.bos),
         "eos_token": tokenizer.specials.get(tokenizer.eos),
         "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": {str(i): _added(name) for i, name in sorted(tokenizer.specials.items())},
     }
-    return files | {"tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}
+    generation = {"bos_token_id": tokenizer.bos, "eos_token_id": [tokenizer.eos, *tokenizer.ends]}
+    small = {"tokenizer_config.json": settings, "generation_config.json": generation}
+    return files | {name: (json.dumps(values, indent=2) + "\n").encode() for name, values in small.items()}

@@ -1,0 +1,212 @@
+"""Small files of published folders as others write them: odd but meant, and damaged."""
+
+import base64
+import dataclasses
+import json
+import random
+
+import ml_dtypes
+import numpy as np
+import pytest
+from tiny_published import SHAPES, draw_tensors, write_checkpoint
+
+from k2jax.data.tokenizer import load_tokenizer, train_bpe
+from k2jax.errors import UserError
+from k2jax.interop.hf import load_values, open_published
+from k2jax.interop.published import SCALE
+from k2jax.interop.published_tokenizer import published_tokenizer
+from k2jax.interop.safetensor_files import DTYPES, NewTensor, write_tensors
+from k2jax.interop.tokenizer_files import tokenizer_files
+
+K2 = SHAPES["k2"]
+YARN = {k: v for k, v in K2["rope_scaling"].items() if k != "type"}
+THETA = K2["rope_theta"]
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return draw_tensors(K2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tensors):
+    return write_checkpoint(tmp_path_factory.mktemp("published") / "hf", K2, tensors)
+
+
+def with_config(folder, tmp_path, changes, drop=()):
+    """A copy of the folder, made of links to its tensors, with another config.json."""
+    copy = tmp_path / "copy"
+    copy.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.name != "config.json" and not (copy / path.name).exists():
+            (copy / path.name).hardlink_to(path)
+    values = {k: v for k, v in (json.loads((folder / "config.json").read_text()) | changes).items() if k not in drop}
+    (copy / "config.json").write_text(json.dumps(values))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("changes", "drop", "rope"),
+    [({"rope_parameters": {"rope_type": "default", "rope_theta": THETA}}, (), "yarn"),
+     ({"rope_parameters": {"rope_theta": THETA}}, (), "yarn"),
+     ({"rope_parameters": {"rope_type": "yarn", **YARN}}, ("rope_scaling",), "yarn"),
+     ({"rope_parameters": {"rope_type": "yarn", **YARN, "partial_rotary_factor": 1.0}}, (), "yarn"),
+     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1}}, ("rope_scaling",), "plain"),
+     ({"rope_scaling": None}, (), "plain")],
+)  # fmt: skip
+def test_rope_wherever_it_stands(folder, tmp_path, changes, drop, rope):
+    found, usual = open_published(with_config(folder, tmp_path, changes, drop)), open_published(folder)
+    assert found.rope == rope and usual.rope == "yarn"
+    assert rope == "plain" or found.model == usual.model
+
+
+@pytest.mark.parametrize(
+    ("changes", "drop", "rule"),
+    [({"rope_scaling": {**YARN, "type": "yarn", "rope_type": "default"}}, (), "rope_scaling says rope_type = 'default'"),
+     ({"rope_scaling": YARN}, (), "rope_scaling has no type"),
+     ({"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "yarn", **YARN}}, (), "must agree"),
+     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ("rope_scaling",),
+      "partial_rotary_factor = 0.5 of the rope scaling: k2jax has no form for it"),
+     ({"rope_parameters": {"rope_theta": 1.0}}, (), "rope_parameters has rope_theta = 1.0, config.json has 50000.0"),
+     ({"rope_scaling": [1]}, (), "rope_scaling = \\[1\\]: must be an object"),
+     ({"rope_scaling": {"type": [], "factor": 2}}, (), "rope type \\[\\]: must be 'yarn' or 'default'")],
+)  # fmt: skip
+def test_rope_that_says_two_things_is_refused(folder, tmp_path, changes, drop, rule):
+    with pytest.raises(UserError, match=rule):
+        open_published(with_config(folder, tmp_path, changes, drop))
+
+
+def test_layers_after_the_last_are_known_by_their_tensors(tmp_path, tensors):
+    last = K2["num_hidden_layers"] - 1
+    extra = {n.replace(f"layers.{last}.", f"layers.{last + 1}."): v for n, v in tensors.items() if f"layers.{last}." in n}
+    config = {k: v for k, v in K2.items() if k != "num_nextn_predict_layers"}
+    place = write_checkpoint(tmp_path / "hf", config, {**tensors, **extra})
+    with pytest.raises(UserError) as error:
+        open_published(place)
+    assert len(error.value.problems) == 1 and f"{len(extra)} tensors of layer {last + 1}, after the" in str(error.value)
+    assert open_published(place, drop_mtp=True).tensors.keys() == tensors.keys()
+    for count in ("1", 1.0, -1, [], True):
+        (place / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": count}))
+        with pytest.raises(UserError, match="num_nextn_predict_layers = .*: must be an integer of at least 0"):
+            open_published(place)
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "F8_E8M0"])
+def test_block_scales_of_any_exact_kind(tmp_path, tensors, kind):
+    """The same powers of two as scales give the same weights, whatever holds them."""
+    drawn, out, expected = random.Random(3), {}, {}
+    for name, value in tensors.items():
+        if value.ndim == 2 and "proj" in name:
+            blocks = [-(-n // 16) for n in value.shape]
+            scales = np.array([2.0 ** drawn.randrange(-3, 4) for _ in range(blocks[0] * blocks[1])], np.float32)
+            scales = scales.reshape(blocks)
+            out[name], out[name + SCALE] = value.astype(ml_dtypes.float8_e4m3fn), scales.astype(DTYPES[kind])
+            wide = scales.repeat(16, 0).repeat(16, 1)[: value.shape[0], : value.shape[1]]
+            expected[name] = out[name].astype(np.float32) * wide
+        else:
+            out[name] = expected[name] = value
+    quantization = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}}
+    place = write_checkpoint(tmp_path / "fp8", K2 | quantization, tensors)
+    plain = write_checkpoint(tmp_path / "plain", K2, expected)
+    for file in place.glob("*.safetensors*"):
+        file.unlink()
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    write_tensors(place, {n: NewTensor(v.shape, words[v.dtype], lambda v=v: v) for n, v in out.items()}, 10**9)
+    got, want = (load_values(open_published(p), np.dtype(np.float32), None) for p in (place, plain))
+    flat = [np.concatenate([np.ravel(x) for x in leaves(tree)]) for tree in (got, want)]
+    np.testing.assert_array_equal(*flat)
+
+
+def leaves(tree):
+    return [x for value in tree.values() for x in (leaves(value) if isinstance(value, dict) else [np.asarray(value)])]
+
+
+def test_long_lists_end_after_ten(tmp_path, tensors):
+    place = write_checkpoint(tmp_path / "hf", K2, {f"other.{name}": value for name, value in tensors.items()})
+    with pytest.raises(UserError) as error:
+        open_published(place)
+    assert len(error.value.problems) == 11 and "problems of this kind in all" in error.value.problems[-1]
+
+
+def write_kimi(folder):
+    """tiktoken.model of 259 ranks, and tokenizer_config.json with K2's names. Returns {id: name}."""
+    ranks = [bytes([b]) for b in range(256)] + [b"th", b"the", b"in"]
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks)]
+    (folder / "tiktoken.model").write_text("".join(lines))
+    names = {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 11: "<|tool_calls_section_begin|>", 22: "<think>", 255: "[PAD]"}
+    names = {len(ranks) + i: name for i, name in names.items()}
+    entries = {str(i): {"content": name, "special": True} for i, name in names.items()}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": entries}))
+    return names
+
+
+def test_names_and_end_tokens_survive_a_round_trip(tmp_path):
+    names = write_kimi(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [261, 260]}))
+    config = {"bos_token_id": 259, "eos_token_id": 260}
+    first = published_tokenizer(tmp_path, config)
+    assert (first.bos, first.eos, first.ends, first.stops) == (259, 260, (261,), (260, 261))
+    assert names.items() <= first.specials.items() and first.specials[264] == "<|reserved_token_264|>"
+    (again := tmp_path / "again").mkdir()
+    for name, content in tokenizer_files(first).items():
+        (again / name).write_bytes(content)
+    added = {e["id"]: e["content"] for e in json.loads((again / "tokenizer.json").read_text())["added_tokens"]}
+    assert added == first.specials
+    second = published_tokenizer(again, config)
+    assert dataclasses.replace(second, spec="", _encode=None, _decode=None) == dataclasses.replace(
+        first, spec="", _encode=None, _decode=None
+    )
+    assert load_tokenizer(str(tmp_path / "tiktoken.model")).encode("the").tolist() == [257]
+
+
+def test_tokenizer_files_without_what_older_libraries_left_out(tmp_path):
+    whole = train_bpe(iter(["the ferry left the pier with crates of kelp"] * 40), 300)
+    parts = json.loads(whole.definition)
+    for name in ("type", "added_tokens", "normalizer", "decoder", "pre_tokenizer"):
+        legacy = json.loads(json.dumps(parts))
+        (legacy["model"] if name == "type" else legacy).pop(name)
+        (tmp_path / "legacy.json").write_text(json.dumps(legacy))
+        try:
+            same = load_tokenizer(str(tmp_path / "legacy.json")).encode("the ferry")
+        except UserError as error:  # what is gone is needed: that the file cannot serve is said by name
+            assert name != "type" and "legacy.json: " in str(error)
+        else:
+            assert name in ("type", "normalizer", "pre_tokenizer", "added_tokens")
+            assert name == "pre_tokenizer" or same.tolist() == whole.encode("the ferry").tolist()
+    parts["normalizer"] = {"type": "Sequence", "normalizers": []}
+    (tmp_path / "empty.json").write_text(json.dumps(parts))
+    assert load_tokenizer(str(tmp_path / "empty.json")).encode("the kelp").tolist() == whole.encode("the kelp").tolist()
+
+
+OTHERS = [b"", b"null", b"[]", b"3", b"{}", b"[" * 100_000, b"\xff\xfe", b"NaN", b"9" * 5000, b'{"a": 1e999}']
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json",
+             "model.safetensors", "tiktoken.model"]
+)  # fmt: skip
+def test_damaged_files_are_errors_and_never_tracebacks(tmp_path, tensors, name):
+    """These files carry no digest, so that a changed number is another network; but nothing else gets through."""
+    place, draw = write_checkpoint(tmp_path / "hf", K2, tensors), random.Random(name)
+    write_kimi(place)
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": [260, 261]}))
+    if name == "model.safetensors.index.json":
+        (file,) = place.glob("*.safetensors")
+        (place / name).write_text(json.dumps({"weight_map": {tensor: file.name for tensor in tensors}}))
+    path = place / name if name != "model.safetensors" else next(place.glob("*.safetensors"))
+    content = path.read_bytes()
+    head = len(content) if name != "model.safetensors" else 8 + int.from_bytes(content[:8], "little")
+    refused, changed = 0, [*OTHERS]
+    for _ in range(250):
+        start, size = draw.randrange(head), draw.choice([0, 1, 1, 2, 20])
+        changed.append(content[:start] + draw.randbytes(draw.choice([0, 1, 2])) + content[start + size :])
+    for damaged in changed:
+        path.unlink()
+        path.write_bytes(damaged)
+        try:
+            found = open_published(place, drop_mtp=True)
+            published_tokenizer(place, found.config)
+        except UserError as error:
+            assert error.problems
+            refused += 1
+    assert refused > (100 if name != "config.json" else 60)
