@@ -78,7 +78,9 @@ def test_rope_that_says_two_things_is_refused(folder, tmp_path, changes, drop, r
 
 def test_layers_after_the_last_are_known_by_their_tensors(tmp_path, tensors):
     last = K2["num_hidden_layers"] - 1
-    extra = {n.replace(f"layers.{last}.", f"layers.{last + 1}."): v for n, v in tensors.items() if f"layers.{last}." in n}
+    extra = {
+        n.replace(f"layers.{last}.", f"layers.{last + 1}."): v for n, v in tensors.items() if f"layers.{last}." in n
+    }
     config = {k: v for k, v in K2.items() if k != "num_nextn_predict_layers"}
     place = write_checkpoint(tmp_path / "hf", config, {**tensors, **extra})
     with pytest.raises(UserError) as error:

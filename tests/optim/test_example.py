@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from k2jax.optim import muonclip
 
@@ -24,11 +25,11 @@ def test_adamw_with_qk_clip_on_a_model_of_ones_own():
     assert max(maxima) < 2 * example["TAU"] and max(maxima[-50:]) < 1.3 * example["TAU"]
 
 
-def snippet() -> tuple[dict, str]:
-    """What docs/optimizer.md's code leaves behind, and the page."""
+def snippet(number: int = 0) -> tuple[dict, str]:
+    """The names that a block of docs/optimizer.md's code leaves behind, and the page."""
     page = (DOCS / "optimizer.md").read_text()
     names = {}
-    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1), names)
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[number], names)
     return names, page
 
 
@@ -56,3 +57,22 @@ def test_inject_hyperparams_with_the_pages_static_arguments():
         np.testing.assert_allclose(updates[name], names["updates"][name], rtol=1e-5)
     state.hyperparams["tau"] = jnp.float32(1e9)
     assert not np.allclose(tx.update(params, state, params, max_logits=maxima)[0]["q"], updates["q"])
+
+
+def test_the_snippet_with_flax():
+    """Query and key of every head take the root of 0.4, kernel and bias; the out projection is one matrix [64, 64]."""
+    names, _ = snippet(1)
+    params, updates = names["params"], names["updates"]
+    rest = {key: rule for key, rule in names["rules"].items() if key != "qk_parts"}
+    expected, _ = (free := muonclip(1e-3, **rest)).update(params, free.init(params), params)
+    for layer in ("query", "key"):
+        for name, value in params[layer].items():
+            want = 0.4**0.5 * (value + expected[layer][name])
+            np.testing.assert_allclose(value + updates[layer][name], want, rtol=1e-5, atol=1e-9)
+    np.testing.assert_array_equal(updates["value"]["kernel"], expected["value"]["kernel"])
+    out = np.asarray(updates["out"]["kernel"] + 1e-4 * params["out"]["kernel"]).reshape(64, 64)  # decay taken out
+    singular = np.linalg.svd(out / 1e-3 / (0.2 * 8), compute_uv=False)
+    assert 0.5 < singular[-2] and singular[0] < 1.3  # all but one weak direction of the gradient
+    moved = nnx.to_pure_dict(nnx.state(names["model"], nnx.Param))
+    fresh = nnx.to_pure_dict(nnx.state(nnx.MultiHeadAttention(4, 64, 64, decode=False, rngs=nnx.Rngs(0)), nnx.Param))
+    assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(fresh), strict=True))

@@ -12,7 +12,7 @@ from test_newton_schulz import reference as orthogonalise
 from k2jax.config import ModelConfig, OptimConfig
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import Weight
-from k2jax.optim import QKPart, Setup, matrix_labels, muonclip, muonclip_of
+from k2jax.optim import MatrixView, QKPart, Setup, by_path, matrix_labels, muonclip, muonclip_of
 
 
 def test_groups_of_k2():
@@ -108,3 +108,53 @@ def test_a_model_of_another_kind():
     )
     np.testing.assert_array_equal(clipped[:, :2], free[:, :2])
     np.testing.assert_allclose(clipped[:, 2:], free[:, 2:] / 2, rtol=1e-5)
+
+
+ATTENTION = {"query": {"kernel": jnp.ones((8, 2, 4)), "bias": jnp.ones((2, 4))}, "norm": {"scale": jnp.ones(8)}}
+
+
+def test_labels_by_dims_are_refused_where_dims_do_not_tell():
+    with pytest.raises(ValueError) as error:
+        matrix_labels(ATTENTION)
+    assert "query/kernel (8, 2, 4)" in str(error.value) and "query/bias (2, 4)" in str(error.value)
+    assert "norm" not in str(error.value) and "by_path" in str(error.value)
+    plain = {"w": jnp.ones((3, 4)), "bias": jnp.ones(4), "s": jnp.ones(())}
+    assert matrix_labels(plain) == {"w": "muon", "bias": "adamw", "s": "adamw"}
+
+
+def test_values_by_path():
+    labels = by_path([("/kernel$", "muon"), ("", "adamw")])
+    expected = {"query": {"kernel": "muon", "bias": "adamw"}, "norm": {"scale": "adamw"}}
+    assert labels(ATTENTION) == expected
+    with pytest.raises(ValueError) as error:
+        by_path([("kernel", "muon"), ("kernal", "muon"), ("bias", "adamw")])(ATTENTION)
+    assert str(error.value) == "by_path: norm/scale: no rule matches; 'kernal': decides for no parameter"
+
+
+@pytest.mark.parametrize("by_function", [False, True])
+def test_inside_an_outer_partition(by_function):
+    """Frozen by optax's own way: nothing moves what is frozen, and the rest moves as without the partition."""
+    params = {"q": jnp.ones((8, 2, 4)), "w": jnp.ones((8, 6)), "gain": jnp.ones(8)}
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
+    labels = {"q": "muon", "w": "muon", "gain": "adamw"}
+    parts = {"q": QKPart(0, ((4, 0.5),)), "w": None, "gain": None}
+    views = {"q": MatrixView(0, 1), "w": MatrixView(0, 1), "gain": None}
+    if by_function:
+        labels, parts, views = (
+            by_path([(f"^{name}$", value) for name, value in values.items()]) for values in (labels, parts, views)
+        )
+    inner = muonclip(1e-2, labels, parts, dimension_numbers=views, max_grad_norm=None)
+    maxima = {"max_logits": jnp.full((1, 2), 250.0)}
+    whole, _ = inner.update(grads, inner.init(params), params, **maxima)
+    groups = {"q": "train", "w": "train", "gain": "frozen"}
+    outer = optax.partition({"train": inner, "frozen": optax.set_to_zero()}, groups)
+    updates, _ = outer.update(grads, outer.init(params), params, **maxima)
+    assert not updates["gain"].any()
+    for name in ("q", "w"):
+        np.testing.assert_array_equal(updates[name], whole[name])
+    masked = optax.masked(inner, {"q": True, "w": True, "gain": False})
+    updates, _ = masked.update(grads, masked.init(params), params, **maxima)
+    np.testing.assert_array_equal(updates["q"], whole["q"])
+    with pytest.raises(ValueError, match="w.*label 'sgd'"):
+        outer = optax.partition({"train": muonclip(1e-2, {"q": "muon", "w": "sgd", "gain": "adamw"})}, "train")
+        outer.init(params)

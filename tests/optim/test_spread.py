@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import k2jax.optim.spread as spread_module
-from k2jax.optim import MatrixView, make_plan, scale_by_muon
+from k2jax.optim import MatrixView, make_assignment, scale_by_muon
 from k2jax.optim.spread import chunks, spread
 from k2jax.sharding.names import AXES
 
@@ -29,9 +29,9 @@ def fits(shape, at_rest, mesh):
     return all(size % math.prod(mesh.shape[a] for a in cut) == 0 for size, cut in zip(shape, cuts, strict=True))
 
 
-def with_offset(plan):
-    """The plan beginning with the last device but one of the group, so that its matrices go around the end."""
-    return plan._replace(offset=max(plan.group - 2, 0))
+def with_offset(assignment):
+    """The assignment beginning with the last device but one of the group, so that its matrices go around the end."""
+    return assignment._replace(offset=max(assignment.group - 2, 0))
 
 
 @pytest.mark.parametrize("chunk_bytes", [spread_module.CHUNK_BYTES, 5000])
@@ -45,7 +45,7 @@ def test_each_matrix_is_seen_whole(name, axes, chunk_bytes, mesh_of, monkeypatch
     mesh = mesh_of(**axes)
     if not fits(shape, at_rest, mesh):
         return
-    plan = with_offset(make_plan(shape, num_stack, at_rest, mesh.shape))
+    assignment = with_offset(make_assignment(shape, num_stack, at_rest, mesh.shape))
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
     def doubled(y):  # [matrices, matrix dims...]: every entry plus the sum of its own matrix
@@ -54,7 +54,7 @@ def test_each_matrix_is_seen_whole(name, axes, chunk_bytes, mesh_of, monkeypatch
     expected = doubled(x.reshape(-1, *shape[num_stack:])).reshape(shape)
     with jax.set_mesh(mesh):
         placed = jax.device_put(x, jax.NamedSharding(mesh, at_rest))
-        y = jax.jit(jax.sharding.auto_axes(spread(doubled, plan), out_sharding=at_rest))(placed)
+        y = jax.jit(jax.sharding.auto_axes(spread(doubled, assignment), out_sharding=at_rest))(placed)
     assert y.sharding.is_equivalent_to(placed.sharding, y.ndim)
     for shard in y.addressable_shards:  # copies too
         np.testing.assert_allclose(shard.data, expected[shard.index], rtol=0, atol=1e-4)
@@ -62,21 +62,21 @@ def test_each_matrix_is_seen_whole(name, axes, chunk_bytes, mesh_of, monkeypatch
 
 @pytest.mark.parametrize(("held", "group"), [(1, 8), (5, 8), (8, 8), (9, 8), (22, 8), (360, 16), (7, 1)])
 def test_chunks_are_the_plan(held, group):
-    """What is worked on by chunks is each held matrix once, on as many devices as the plan says."""
-    plan = make_plan((held, group, 4), 1, P(None, "fsdp", None), dict.fromkeys(AXES, 1) | {"fsdp": group})
+    """What is worked on by chunks is each held matrix once, on as many devices as the assignment says."""
+    assignment = make_assignment((held, group, 4), 1, P(None, "fsdp", None), dict.fromkeys(AXES, 1) | {"fsdp": group})
     found = np.zeros(group, int)
-    for slots, devices in chunks(plan, (2**20, 32), 4):  # one at a time
+    for slots, devices in chunks(assignment, (2**20, 32), 4):  # one at a time
         assert slots == 1
         found[:devices] += slots
-    assert found.tolist() == plan.per_device().tolist()
-    assert found.sum() == held and found.max() == plan.worked
+    assert found.tolist() == assignment.per_device().tolist()
+    assert found.sum() == held and found.max() == assignment.worked
 
 
 def test_devices_without_a_matrix_do_not_work(mesh_of):
     """Three matrices for four devices, beginning at the third: the second has none, and calls nothing."""
     mesh, at_rest = mesh_of(fsdp=4), P(None, "fsdp", None)
-    plan = make_plan((3, 4, 4), 1, at_rest, mesh.shape)._replace(offset=2)
-    assert plan.per_device().tolist() == [1, 0, 1, 1]
+    assignment = make_assignment((3, 4, 4), 1, at_rest, mesh.shape)._replace(offset=2)
+    assert assignment.per_device().tolist() == [1, 0, 1, 1]
     called = []
 
     def noted(y):
@@ -86,7 +86,7 @@ def test_devices_without_a_matrix_do_not_work(mesh_of):
     with jax.set_mesh(mesh):
         x = jnp.arange(1.0, 4.0)[:, None, None] * jnp.ones((3, 4, 4))
         placed = jax.device_put(x, jax.NamedSharding(mesh, at_rest))
-        run = jax.sharding.auto_axes(spread(noted, plan), out_sharding=at_rest)
+        run = jax.sharding.auto_axes(spread(noted, assignment), out_sharding=at_rest)
         jax.block_until_ready(jax.jit(run)(placed))
         jax.effects_barrier()
     assert sorted(called) == [1.0, 2.0, 3.0]
@@ -100,11 +100,11 @@ def test_spread_muon_equals_muon_on_one_device(dtype, mesh_of):
         mesh = mesh_of(fsdp=2, expert=2, tensor=2)
         grad = rng.normal(size=shape).astype(np.float32)
         updates = []
-        for plan in (None, with_offset(make_plan(shape, num_stack, at_rest, mesh.shape))):
-            tx = scale_by_muon(dtype=jnp.dtype(dtype), dimension_numbers=MatrixView(num_stack, 1, plan))
+        for assignment in (None, with_offset(make_assignment(shape, num_stack, at_rest, mesh.shape))):
+            tx = scale_by_muon(dtype=jnp.dtype(dtype), dimension_numbers=MatrixView(num_stack, 1, assignment))
             if name == "output":
-                tx = scale_by_muon(dtype=jnp.dtype(dtype), dimension_numbers=MatrixView(num_stack, 2, plan))
-            if plan is None:
+                tx = scale_by_muon(dtype=jnp.dtype(dtype), dimension_numbers=MatrixView(num_stack, 2, assignment))
+            if assignment is None:
                 updates.append(tx.update(grad, tx.init(grad))[0])
                 continue
             with jax.set_mesh(mesh):

@@ -7,7 +7,7 @@ from compiled import assert_only_exchanges, compile_update
 
 from k2jax.config import Config, MeshConfig
 from k2jax.plan.aot import expected_exchanges
-from k2jax.plan.muon_work import describe_plan
+from k2jax.plan.muon_work import describe_assignments
 from k2jax.plan.topology import topology_mesh
 
 pytestmark = pytest.mark.tpu
@@ -28,7 +28,7 @@ def test_k2_update_on_v5p(topology, axes, off, capsys):
     started = time.monotonic()
     compiled = compile_update(config, mesh)
     temp = compiled.memory_analysis().temp_size_in_bytes
-    estimate = describe_plan(config)["temp_bytes"]
+    estimate = describe_assignments(config)["temp_bytes"]
     with capsys.disabled():
         took = time.monotonic() - started
         print(

@@ -53,16 +53,28 @@ def test_one_trillion_in_seconds(capsys):
     assert "1,026,408,232,448" in text and "params.moe.ffn.gate" in text
 
 
-def test_bytes_are_those_of_the_state(tiny, mesh_of):
+CHAINS = """
+import optax
+def adafactor(setup): return optax.adafactor(setup.learning_rate, min_dim_size_to_factor=8)
+def lion(setup): return optax.lion(setup.learning_rate)
+def sgd(setup): return optax.sgd(setup.learning_rate)
+"""
+
+
+@pytest.mark.parametrize("chain", ["muonclip", "adafactor", "lion", "sgd"])
+def test_bytes_are_those_of_the_state(tiny, mesh_of, tmp_path, chain):
     """Summed over an abstract TrainState on eight devices, whose optimizer state optax itself made."""
     axes = {"fsdp": 2, "expert": 2, "tensor": 2}
     config = Config(model=tiny, mesh=MeshConfig(**axes)).validate()
+    if chain != "muonclip":
+        (tmp_path / "chains.py").write_text(CHAINS)
+        config = config.replace({"optim.optimizer": f"{tmp_path}/chains.py:{chain}", "optim.qk_clip_tau": None})
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         state = abstract_state(config, make_optimizer(config, mesh), mesh)
 
     def held(tree):
-        leaves = [x for x in jax.tree.leaves(tree) if x.ndim]  # counters are no buffers
+        leaves = jax.tree.leaves(tree)
         return sum(x.dtype.itemsize * int(np.prod(x.sharding.shard_shape(x.shape))) for x in leaves)
 
     found = describe(config)
@@ -77,7 +89,7 @@ def test_bytes_are_those_of_the_state(tiny, mesh_of):
 def test_plan_of_the_optimizer(tiny):
     """By hand: 2 layers of 8 experts on fsdp 2 x expert 2 x tensor 2, 8 matrices for each group of 4 devices."""
     config = Config(model=tiny, mesh=MeshConfig(fsdp=2, expert=2, tensor=2)).validate()
-    found = describe(config)["optimizer_plan"]
+    found = describe(config)["optimizer_assignment"]
     by_name = {leaf["name"]: leaf for leaf in found["leaves"]}
     step_flops = 4 * 24 * 24 * 48 + 2 * 24**3
     assert by_name["params.moe.ffn.up"] == {
@@ -105,9 +117,9 @@ def test_plan_of_the_optimizer(tiny):
 def test_plan_is_printed(capsys):
     """K2 on its config's own mesh."""
     text = inspect(capsys, "k2_1t.py")
-    plan = text[text.index("Newton-Schulz of") :]
-    assert re.search(r"params.moe.ffn.gate +7168 x 2048 +23,040 +23 +2.2% +1 ", plan)
-    assert re.search(r"per device: 69 matrices at most, 68.0 on average; .* 1.13 times the average", plan)
+    assignment = text[text.index("Newton-Schulz of") :]
+    assert re.search(r"params.moe.ffn.gate +7168 x 2048 +23,040 +23 +2.2% +1 ", assignment)
+    assert re.search(r"per device: 69 matrices at most, 68.0 on average; .* 1.13 times the average", assignment)
 
 
 def test_picture_of_the_mesh(tiny, capsys, tmp_path):

@@ -45,6 +45,22 @@ def masked(setup):
 def nothing(setup):
     return 3
 
+def every_two(setup):
+    return optax.MultiSteps(adamw(setup), 2).gradient_transformation()
+
+def every_two_bare(setup):
+    return optax.MultiSteps(adamw(setup), 2)
+
+def if_finite(setup):
+    return optax.apply_if_finite(adamw(setup), 3)
+
+def on_even_steps(setup):
+    return optax.chain(optax.conditionally_transform(adamw(setup), lambda step: step % 2 == 0))
+
+def if_finite_before(setup):
+    clip = qk_clip(setup.config.qk_clip_tau, setup.qk_parts)
+    return optax.chain(optax.apply_if_finite(optax.adamw(setup.learning_rate), 3), clip)
+
 def broken(setup):
     return setup.no_such_thing
 """
@@ -104,6 +120,23 @@ def test_a_clip_that_the_config_does_not_know_of(tiny, tmp_path):
     (tmp_path / "own.py").write_text(CHAINS.replace("setup.config.qk_clip_tau", "7.0"))
     with pytest.raises(UserError, match="optim.qk_clip_tau = None: the chain of .* has a qk_clip; give its tau"):
         build(tiny, f"{tmp_path}/own.py:adamw")
+
+
+@pytest.mark.parametrize(
+    ("function", "rule"),
+    [("every_two", "use train.num_microbatches, or a larger data.batch_sequences"),
+     ("every_two_bare", "use train.num_microbatches, or a larger data.batch_sequences"),
+     ("if_finite", "ApplyIfFinite leaves out some calls of the qk_clip inside"),
+     ("on_even_steps", "ConditionallyTransform leaves out some calls of the qk_clip inside")],
+)  # fmt: skip
+def test_wrappers_that_do_not_pass_on_every_call_are_refused(tiny, chains, function, rule):
+    with pytest.raises(UserError) as error:
+        build(tiny, f"{chains}:{function}", 50.0)
+    assert rule in str(error.value) and f"{chains}:{function}" in str(error.value)
+
+
+def test_a_wrapper_before_the_clip_is_fine(tiny, chains):
+    build(tiny, f"{chains}:if_finite_before", 50.0)
 
 
 def test_groups_from_masks():

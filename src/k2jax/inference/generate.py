@@ -72,7 +72,12 @@ class Decoder:
 
 
 def continue_tokens(
-    loaded: LoadedModel, contexts: list[list[int]], num_tokens: int, temperature: float, seed: int, stops: Container[int]
+    loaded: LoadedModel,
+    contexts: list[list[int]],
+    num_tokens: int,
+    temperature: float,
+    seed: int,
+    stops: Container[int],
 ) -> list[list[int]]:
     """Up to `num_tokens` token ids after each context, ending before the first of `stops`."""
     continued: list[list[int]] = [[] for _ in contexts]

@@ -54,7 +54,9 @@ def _read_config(folder: Path) -> dict:
         raise UserError(f"{folder}: {'has no config.json' if folder.is_dir() else 'no such folder'}")
     values = read_json(path, follow_links=True)  # a hub's cache is made of links
     if isinstance(values, dict) and "checkpoint" in values and "optim" in values:
-        raise UserError(f"{folder}: is a run of k2jax already, not a published checkpoint; `k2jax export` makes one of it")
+        raise UserError(
+            f"{folder}: is a run of k2jax already, not a published checkpoint; `k2jax export` makes one of it"
+        )
     quantization = isinstance(values, dict) and (values.get("quantization_config") or {})
     if not isinstance(values, dict) or not isinstance(quantization, dict):
         raise UserError(f"{path}: must hold an object, and so must its quantization_config")

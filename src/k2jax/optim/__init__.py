@@ -5,8 +5,8 @@ scale_by_muon(dimension_numbers=...)                            Muon, as a part 
 muonclip(2e-4, labels, parts)                                   all of K2's optimizer
 """
 
-from k2jax.optim.assignment import Plan, make_plan, make_plans
-from k2jax.optim.lse_gate import lse_gate
+from k2jax.optim.assignment import Assignment, make_assignment, make_assignments
+from k2jax.optim.by_path import by_path
 from k2jax.optim.muon import MatrixView, scale_by_muon
 from k2jax.optim.muonclip import group_labels, matrix_labels, muonclip
 from k2jax.optim.newton_schulz import COEFFICIENTS, newton_schulz
@@ -17,15 +17,15 @@ from k2jax.optim.setup import Setup, muonclip_of
 __all__ = [
     "COEFFICIENTS",
     "MatrixView",
-    "Plan",
+    "Assignment",
     "QKPart",
     "Setup",
+    "by_path",
     "clip_factors",
     "group_labels",
     "lost_updates",
-    "lse_gate",
-    "make_plan",
-    "make_plans",
+    "make_assignment",
+    "make_assignments",
     "matrix_labels",
     "muonclip",
     "muonclip_of",

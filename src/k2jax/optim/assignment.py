@@ -1,4 +1,4 @@
-"""Which device works on which whole matrix: a plan for every leaf, and all of them balanced over the mesh.
+"""Which device works on which whole matrix: an assignment for every leaf, and all of them balanced over the mesh.
 
 A leaf's group is the devices that hold parts of the same matrices. They work on `worked` whole ones each, but for the
 last, which have what is left: fewer, and then none. Device `offset` of the group counts as its first.
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from k2jax.optim.newton_schulz import newton_schulz_flops
 
 
-class Plan(NamedTuple):
+class Assignment(NamedTuple):
     """One leaf's way to whole matrices, on every device alike."""
 
     spec: P  # the leaf at rest
@@ -46,51 +46,53 @@ def _axes(entry) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def make_plan(shape: tuple[int, ...], num_stack: int, spec: P, sizes: Mapping[str, int]) -> Plan:
-    """The plan of a leaf [stack..., matrix dims...] that lies as `spec` says on a mesh with axes of these sizes."""
+def make_assignment(shape: tuple[int, ...], num_stack: int, spec: P, sizes: Mapping[str, int]) -> Assignment:
+    """The assignment of a leaf [stack..., matrix dims...] that lies as `spec` says on a mesh with axes of these sizes."""
     cuts = [tuple(a for a in _axes(entry) if sizes[a] > 1) for entry in (*spec, *[None] * (len(shape) - len(spec)))]
     held = math.prod(size // math.prod(sizes[a] for a in cut) for size, cut in zip(shape, cuts[:num_stack]))
     inside = {a for cut in cuts[num_stack:] for a in cut}
     group = math.prod(sizes[a] for a in inside)
     copies = math.prod(sizes[a] for a in sizes if not any(a in cut for cut in cuts))
     axes = tuple(a for a in sizes if a in inside)
-    return Plan(spec, num_stack, axes, tuple(cuts[num_stack:]), group, held, copies)
+    return Assignment(spec, num_stack, axes, tuple(cuts[num_stack:]), group, held, copies)
 
 
-def _on_mesh(plan: Plan, of_group: np.ndarray, names: tuple[str, ...], sizes: Mapping[str, int]) -> np.ndarray:
-    """Numbers per device of a plan's group [group] as an array that broadcasts over the mesh's axes `names`."""
-    return of_group.reshape([sizes[a] if a in plan.axes else 1 for a in names])
+def _on_mesh(
+    assignment: Assignment, of_group: np.ndarray, names: tuple[str, ...], sizes: Mapping[str, int]
+) -> np.ndarray:
+    """Numbers per device of an assignment's group [group] as an array that broadcasts over the mesh's axes `names`."""
+    return of_group.reshape([sizes[a] if a in assignment.axes else 1 for a in names])
 
 
-def _offset(plan: Plan, load: np.ndarray, names: tuple[str, ...]) -> int:
-    """Where the matrices of `plan` hurt least: the largest load that they come to, then the sum, is smallest."""
-    others = tuple(i for i, a in enumerate(names) if a not in plan.axes)
+def _offset(assignment: Assignment, load: np.ndarray, names: tuple[str, ...]) -> int:
+    """Where the matrices of `assignment` hurt least: the largest load that they come to, then the sum, is smallest."""
+    others = tuple(i for i, a in enumerate(names) if a not in assignment.axes)
     largest = load.max(others).reshape(-1)  # of the devices that work alike, as each of them has its own matrices
-    around = np.concatenate([largest, largest[: plan.held - 1]])
-    windows = np.lib.stride_tricks.sliding_window_view(around, plan.held)
+    around = np.concatenate([largest, largest[: assignment.held - 1]])
+    windows = np.lib.stride_tricks.sliding_window_view(around, assignment.held)
     return int(np.lexsort((windows.sum(1), windows.max(1)))[0])
 
 
-def load_per_device(plans: list[Plan], costs: list[float], sizes: Mapping[str, int]) -> np.ndarray:
+def load_per_device(assignments: list[Assignment], costs: list[float], sizes: Mapping[str, int]) -> np.ndarray:
     """Sum over leaves of the cost of each matrix that a device works on: [axis sizes...], in the order of `sizes`."""
     load = np.zeros(tuple(sizes.values()))
-    for plan, cost in zip(plans, costs, strict=True):
-        load += _on_mesh(plan, plan.per_device() * cost, tuple(sizes), sizes)
+    for assignment, cost in zip(assignments, costs, strict=True):
+        load += _on_mesh(assignment, assignment.per_device() * cost, tuple(sizes), sizes)
     return load
 
 
-def balanced(plans: list[Plan], costs: list[float], sizes: Mapping[str, int]) -> list[Plan]:
-    """The plans with offsets, so that the largest load is small; costs: of one matrix of each leaf.
+def level(assignments: list[Assignment], costs: list[float], sizes: Mapping[str, int]) -> list[Assignment]:
+    """The assignments with offsets, so that the largest load is small; costs: of one matrix of each leaf.
 
     Leaves whose matrices fill their group load all devices (nearly) alike and stay; the others are laid one after the
     other, costly matrices first, where the devices have least to do. The same input gives the same offsets.
     """
-    few = [i for i, plan in enumerate(plans) if plan.held < plan.group]
-    done, names = list(plans), tuple(sizes)
-    full = [i for i in range(len(plans)) if i not in few]
-    load = load_per_device([plans[i] for i in full], [costs[i] for i in full], sizes)
+    few = [i for i, assignment in enumerate(assignments) if assignment.held < assignment.group]
+    done, names = list(assignments), tuple(sizes)
+    full = [i for i in range(len(assignments)) if i not in few]
+    load = load_per_device([assignments[i] for i in full], [costs[i] for i in full], sizes)
     for i in sorted(few, key=lambda i: -costs[i]):  # a stable sort
-        done[i] = plans[i]._replace(offset=_offset(plans[i], load, names))
+        done[i] = assignments[i]._replace(offset=_offset(assignments[i], load, names))
         load += _on_mesh(done[i], done[i].per_device() * costs[i], names, sizes)
     return done
 
@@ -101,14 +103,14 @@ def matrix_flops(shape: tuple[int, ...], num_stack: int, num_inputs: int, steps:
     return newton_schulz_flops(math.prod(rest[:num_inputs]), math.prod(rest[num_inputs:]), steps)
 
 
-def make_plans(weights, sizes: Mapping[str, int], steps: int = 5):
+def make_assignments(weights, sizes: Mapping[str, int], steps: int = 5):
     """Plans for a pytree of weight declarations on a mesh with axes of these sizes; None for those that are not Muon's.
 
     A declaration has group, shape, num_stack, num_inputs and spec(sizes), the layout at rest.
     """
     leaves, tree = jax.tree.flatten(weights, is_leaf=lambda x: hasattr(x, "group"))
     muon = [i for i, w in enumerate(leaves) if w.group == "muon"]
-    plans = [make_plan(leaves[i].shape, leaves[i].num_stack, leaves[i].spec(sizes), sizes) for i in muon]
+    assignments = [make_assignment(leaves[i].shape, leaves[i].num_stack, leaves[i].spec(sizes), sizes) for i in muon]
     costs = [matrix_flops(leaves[i].shape, leaves[i].num_stack, leaves[i].num_inputs, steps) for i in muon]
-    found = dict(zip(muon, balanced(plans, costs, sizes), strict=True))
+    found = dict(zip(muon, level(assignments, costs, sizes), strict=True))
     return tree.unflatten([found.get(i) for i in range(len(leaves))])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from k2jax.optim.assignment import Plan
+from k2jax.optim.assignment import Assignment
 from k2jax.optim.newton_schulz import Quintic, coefficients_of, newton_schulz
 from k2jax.optim.spread import spread
 
@@ -18,12 +18,12 @@ from k2jax.optim.spread import spread
 class MatrixView(NamedTuple):
     """Which dims of a parameter make its matrix: [stack..., inputs..., outputs...].
 
-    plan: how the matrices are spread over the mesh, for a leaf that is cut; None leaves it to XLA.
+    assignment: how the matrices are spread over the mesh, for a leaf that is cut; None leaves it to XLA.
     """
 
     num_stack: int
     num_inputs: int
-    plan: Plan | None = None
+    assignment: Assignment | None = None
 
 
 class MuonState(NamedTuple):
@@ -74,9 +74,7 @@ def _views(dimension_numbers, updates) -> list:
         try:
             views = tree.flatten_up_to(dimension_numbers)
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"scale_by_muon: dimension_numbers are not shaped like the parameters: {error}"
-            ) from None
+            raise ValueError(f"scale_by_muon: dimension_numbers are not shaped like the parameters: {error}") from None
     views = [MatrixView(0, 1) if view is None and getattr(x, "ndim", 0) == 2 else view
              for (_, x), view in zip(leaves, views, strict=True)]  # fmt: skip
     wrong = [
@@ -105,7 +103,7 @@ def _orthogonal(x: jax.Array, view: MatrixView | MuonDimensionNumbers, iterate: 
         matrices = some.reshape(*some.shape[: some.ndim - x.ndim + view.num_stack], *size)
         return iterate(matrices).reshape(some.shape)
 
-    return (spread(whole, view.plan) if view.plan else whole)(x)
+    return (spread(whole, view.assignment) if view.assignment else whole)(x)
 
 
 def _scaled(x: jax.Array, grad: jax.Array, view: MatrixView | MuonDimensionNumbers, rms: float) -> jax.Array:

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from k2jax.optim.assignment import Plan
 from k2jax.optim.muon import scale_by_muon
 from k2jax.optim.qk_clip import qk_clip
 
@@ -17,12 +16,15 @@ def check_labels(labels: optax.Params, params: optax.Params) -> None:
     """Raise ValueError with every parameter that has no label, or one that is no group."""
     wrong = []
 
+    def is_masked(x) -> bool:  # by an outer optax.partition or optax.masked: another transform's parameter
+        return isinstance(x, optax.MaskedNode)
+
     def check(path, param, label):
-        if label not in GROUPS:
+        if not is_masked(param) and label not in GROUPS:
             wrong.append(f"{jax.tree_util.keystr(path)}: label {label!r}")
 
     try:
-        jax.tree_util.tree_map_with_path(check, params, labels)
+        jax.tree_util.tree_map_with_path(check, params, labels, is_leaf=is_masked)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"muonclip: labels are not shaped like the parameters: {error}") from None
     if wrong:
@@ -32,7 +34,7 @@ def check_labels(labels: optax.Params, params: optax.Params) -> None:
 def muonclip(
     learning_rate: optax.ScalarOrSchedule,
     labels: optax.Params | Callable[[optax.Params], optax.Params],
-    qk_parts: optax.Params | None = None,
+    qk_parts: optax.Params | Callable[[optax.Params], optax.Params] | None = None,
     tau: float | None = 100.0,
     *,
     dimension_numbers: optax.Params | Callable | None = None,
@@ -50,8 +52,8 @@ def muonclip(
 ) -> optax.GradientTransformationExtraArgs:
     """Algorithm 1 of the K2 report: clip by norm, Muon or AdamW, decoupled decay, learning rate, QK-Clip.
 
-    labels: "muon" or "adamw" for every parameter, or a function of the parameters that says so (`matrix_labels`).
-    qk_parts: pytree like the parameters of QKPart or None; with it and tau, update() needs `max_logits` [layers, H].
+    labels: "muon" or "adamw" for every parameter, or a function of the parameters that says so (`matrix_labels`,
+    `by_path`). qk_parts: pytree like the parameters of QKPart or None, or a function that gives one; with it and tau, update() needs `max_logits` [layers, H].
     dimension_numbers: what makes the matrices of Muon's parameters, see scale_by_muon. learning_rate: per step, or a
     schedule of the step; one for all, since updates of both groups have AdamW's size. Raises ValueError in init() for a
     parameter without a label.
@@ -75,11 +77,27 @@ def muonclip(
 
 
 def matrix_labels(params: optax.Params) -> optax.Params:
-    """The labels for a model without declarations: "muon" for what has two dims, "adamw" for the rest.
+    """The labels for a model whose matrices all have two dims: "muon" for those, "adamw" for scalars and vectors.
 
-    An embedding and a head have two dims as well, and are AdamW's in K2: label them by hand.
+    An embedding and a head have two dims as well, and are AdamW's in K2: label them by hand, or use `by_path`. Raises
+    ValueError with every parameter whose dims do not tell: three and more (attention kernels [width, heads, head_dim]
+    are matrices, stacks of biases are not), and two of a bias.
     """
-    return jax.tree.map(lambda p: "muon" if p.ndim == 2 else "adamw", params)
+    unclear = []
+
+    def label(path, param):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if param.ndim > 2 or (param.ndim == 2 and "bias" in name.rsplit("/", 1)[-1]):
+            unclear.append(f"{name} {param.shape}")
+        return "muon" if param.ndim == 2 else "adamw"
+
+    labels = jax.tree_util.tree_map_with_path(label, params)
+    if unclear:
+        rule = (
+            "their dims do not tell a matrix from a stack of vectors; give labels, or by_path([(PATTERN, LABEL), ...])"
+        )
+        raise ValueError(f"matrix_labels: {'; '.join(unclear)}: {rule}, and the dimension_numbers of the matrices")
+    return labels
 
 
 def group_labels(masks: Mapping[str, optax.Params]) -> optax.Params:
@@ -99,6 +117,3 @@ def group_labels(masks: Mapping[str, optax.Params]) -> optax.Params:
     if wrong:
         raise ValueError(f"group_labels: every parameter must be in exactly one group: {'; '.join(wrong)}")
     return labels
-
-
-__all__ = ["Plan", "Setup", "check_labels", "group_labels", "map_weights", "matrix_labels", "muonclip", "muonclip_of"]

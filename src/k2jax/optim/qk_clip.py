@@ -5,6 +5,7 @@ part of q takes g (the rotary k is shared by all heads and stays). Every logit o
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -87,21 +88,30 @@ def _check(tau: float, parts: optax.Params) -> None:
         raise ValueError(f"qk_clip: parts must be QKParts or None: {'; '.join(wrong)}; layers count from 0")
 
 
-def qk_clip(tau: float, parts: optax.Params) -> optax.GradientTransformationExtraArgs:
+def qk_clip(
+    tau: float, parts: optax.Params | Callable[[optax.Params], optax.Params]
+) -> optax.GradientTransformationExtraArgs:
     """Scale the *new* weights, params + update, of each head with max_logits > tau.
 
-    parts: pytree like the parameters, of QKPart or None. update() needs params and `max_logits` [layers, H], the
+    parts: pytree like the parameters, of QKPart or None, or a function of them that gives one (`by_path`). update() needs params and `max_logits` [layers, H], the
     largest of this step's scaled logits over the whole batch: with accumulation, as in optax.MultiSteps, which passes
     on what its last call is given, the caller's maximum over all calls since the last step. Unclipped heads come out as
     they went in, bit for bit. Scales in float32 at least; bfloat16 parameters round the result, so that a head just
     over tau may not move.
     Raises ValueError for tau <= 0, for parts that are no QKPart or do not fit, and for missing params or max_logits.
     """
-    _check(tau, parts)
+    _check(tau, None if callable(parts) else parts)
+
+    def parts_of(params) -> optax.Params:
+        if not callable(parts):
+            return parts
+        found = parts(params)
+        _check(tau, found)
+        return found
 
     def init(params):
         try:
-            jax.tree.map(lambda *_: None, parts, params, is_leaf=_is_part)
+            jax.tree.map(lambda *_: None, parts_of(params), params, is_leaf=_is_part)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"qk_clip: parts are not shaped like the parameters: {error}") from None
         return QKClipState()
@@ -124,6 +134,6 @@ def qk_clip(tau: float, parts: optax.Params) -> optax.GradientTransformationExtr
             scales, param = scales.astype(wide), param.astype(wide)
             return jnp.where(scales == 1, update.astype(dtype), (scales * (param + update) - param).astype(dtype))
 
-        return jax.tree.map(clip, parts, updates, params, is_leaf=_is_part), state
+        return jax.tree.map(clip, parts_of(params), updates, params, is_leaf=_is_part), state
 
     return optax.GradientTransformationExtraArgs(init, update)

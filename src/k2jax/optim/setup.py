@@ -30,7 +30,7 @@ class Setup:
     def my_adamw(setup):
         return optax.chain(optax.adamw(setup.learning_rate), qk_clip(setup.config.qk_clip_tau, setup.qk_parts))
 
-    weights: pytree like the parameters, of declarations (dims, shape, group, ...); plans: of each one's Plan, or
+    weights: pytree like the parameters, of declarations (dims, shape, group, ...); assignments: of each one's Assignment, or
     of None where there is no mesh. update() of what the function returns is given `max_logits` [layers, H], and the
     step's loss and gradients as `value` and `grad`.
     """
@@ -38,7 +38,7 @@ class Setup:
     config: OptimConfig
     weights: optax.Params
     batch_tokens: int
-    plans: optax.Params
+    assignments: optax.Params
 
     def learning_rate(self, count: jax.Array) -> jax.Array:
         """The rate (float32) of an update that `count` others came before: the config's schedule."""
@@ -57,7 +57,9 @@ class Setup:
     @property
     def matrices(self) -> optax.Params:
         """For `scale_by_muon`'s dimension_numbers: each parameter's matrices, and their way over the mesh."""
-        return map_weights(lambda w, plan: MatrixView(w.num_stack, w.num_inputs, plan), self.weights, self.plans)
+        return map_weights(
+            lambda w, assignment: MatrixView(w.num_stack, w.num_inputs, assignment), self.weights, self.assignments
+        )
 
 
 def muonclip_of(setup: Setup) -> optax.GradientTransformationExtraArgs:

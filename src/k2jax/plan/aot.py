@@ -12,7 +12,7 @@ from k2jax.config import Config
 from k2jax.errors import RunFailed
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import weight_leaves
-from k2jax.optim.assignment import Plan, make_plans
+from k2jax.optim.assignment import Assignment, make_assignments
 from k2jax.optim.spread import chunks
 from k2jax.plan.hlo import Collective, collectives
 from k2jax.plan.topology import MEMORY_GIB
@@ -100,7 +100,7 @@ def communication(found: list[Collective]) -> list[dict]:
 def expected_exchanges(config: Config, sizes: Mapping[str, int]) -> int:
     """All-to-alls of the optimizer: one in and one out for each chunk of each leaf that is cut inside its matrices."""
     weights = declarations(config.model)
-    plans = jax.tree.leaves(make_plans(weights, sizes), is_leaf=lambda x: isinstance(x, Plan))
+    plans = jax.tree.leaves(make_assignments(weights, sizes), is_leaf=lambda x: isinstance(x, Assignment))
     shapes = [w.shape[w.num_stack :] for w in weight_leaves(weights) if w.group == "muon"]
     size = {"bfloat16": 2, "float32": 4}[config.optim.ns_dtype]
     return sum(

@@ -1,4 +1,4 @@
-"""The optimizer's plan in `k2jax inspect`: which matrices each device orthogonalises, and what that moves and costs."""
+"""The optimizer's assignment in `k2jax inspect`: which matrices each device orthogonalises, and what that moves and costs."""
 
 import math
 
@@ -8,7 +8,7 @@ import numpy as np
 from k2jax.config import Config
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import weight_leaves
-from k2jax.optim.assignment import Plan, load_per_device, make_plans, matrix_flops
+from k2jax.optim.assignment import Assignment, load_per_device, make_assignments, matrix_flops
 from k2jax.optim.muon import MatrixView, matrix_shape
 from k2jax.optim.setup import map_weights
 from k2jax.optim.spread import CHUNK_BYTES
@@ -20,16 +20,16 @@ from k2jax.tables import aligned
 AT_A_TIME = 4
 
 
-def _temp_bytes(plan: Plan, matrix_bytes: int) -> int:
+def _temp_bytes(assignment: Assignment, matrix_bytes: int) -> int:
     """An estimate for the time that a leaf is worked on: the parts held of all its matrices, and a chunk of whole ones.
 
     XLA's own figure for K2 is within a fifth of it on 1,024 TPU v5p, within a half on 4,096 (tests/optim/test_tpu.py).
     """
-    slots = min(max(CHUNK_BYTES // matrix_bytes, 1), plan.worked)
-    return plan.held * matrix_bytes // plan.group + AT_A_TIME * slots * matrix_bytes
+    slots = min(max(CHUNK_BYTES // matrix_bytes, 1), assignment.worked)
+    return assignment.held * matrix_bytes // assignment.group + AT_A_TIME * slots * matrix_bytes
 
 
-def _entry(name: str, weight, plan: Plan, config: Config) -> dict:
+def _entry(name: str, weight, assignment: Assignment, config: Config) -> dict:
     n, m = matrix_shape(weight.shape, MatrixView(weight.num_stack, weight.num_inputs))
     matrix_bytes = n * m * np.dtype(config.optim.ns_dtype).itemsize
     flops = matrix_flops(weight.shape, weight.num_stack, weight.num_inputs, config.optim.ns_steps)
@@ -37,13 +37,13 @@ def _entry(name: str, weight, plan: Plan, config: Config) -> dict:
         "name": name,
         "matrix": [n, m],
         "matrices": math.prod(weight.shape[: weight.num_stack]),
-        "slots_per_device": plan.worked,
-        "padding": plan.padding,
-        "copies": plan.copies,
-        "bytes_moved_each_way": plan.worked * matrix_bytes * (plan.group - 1) // plan.group,
+        "slots_per_device": assignment.worked,
+        "padding": assignment.padding,
+        "copies": assignment.copies,
+        "bytes_moved_each_way": assignment.worked * matrix_bytes * (assignment.group - 1) // assignment.group,
         "flops_per_matrix": flops,
-        "flops_per_device": plan.worked * flops,
-        "temp_bytes": _temp_bytes(plan, matrix_bytes),
+        "flops_per_device": assignment.worked * flops,
+        "temp_bytes": _temp_bytes(assignment, matrix_bytes),
     }
 
 
@@ -51,29 +51,31 @@ def _balance(load: np.ndarray) -> dict:
     return {"max": load.max().item(), "mean": load.mean().item()}
 
 
-def describe_plan(config: Config) -> dict:
-    """JSON values: each Muon leaf's plan, then all together. Of one device, the busiest where they differ.
+def describe_assignments(config: Config) -> dict:
+    """JSON values: each Muon leaf's assignment, then all together. Of one device, the busiest where they differ.
 
     FLOPs are Newton-Schulz's in its plain form; bytes are moved by all-to-all, once in and once out.
     """
     sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
     weights = declarations(config.model)
-    plans = jax.tree.leaves(make_plans(weights, sizes, config.optim.ns_steps), is_leaf=lambda x: isinstance(x, Plan))
+    assignments = jax.tree.leaves(
+        make_assignments(weights, sizes, config.optim.ns_steps), is_leaf=lambda x: isinstance(x, Assignment)
+    )
     paths = jax.tree_util.tree_leaves_with_path(map_weights(lambda w: w.group, weights))
     names = [".".join(["params", *(entry.key for entry in path)]) for path, group in paths if group == "muon"]
     muon = [weight for weight in weight_leaves(weights) if weight.group == "muon"]
-    entries = [_entry(*leaf, config) for leaf in zip(names, muon, plans, strict=True)]
+    entries = [_entry(*leaf, config) for leaf in zip(names, muon, assignments, strict=True)]
     return {
         "leaves": entries,
-        "matrices_per_device": _balance(load_per_device(plans, [1] * len(plans), sizes)),
-        "flops_per_device": _balance(load_per_device(plans, [e["flops_per_matrix"] for e in entries], sizes)),
+        "matrices_per_device": _balance(load_per_device(assignments, [1] * len(assignments), sizes)),
+        "flops_per_device": _balance(load_per_device(assignments, [e["flops_per_matrix"] for e in entries], sizes)),
         "bytes_moved_each_way": sum(e["bytes_moved_each_way"] for e in entries),
         "temp_bytes": max(e["temp_bytes"] for e in entries),  # one leaf is worked on after the other
     }
 
 
-def plan_lines(found: dict) -> list[str]:
-    """`describe_plan` as text: a line per leaf, then the sums."""
+def assignment_lines(found: dict) -> list[str]:
+    """`describe_assignments` as text: a line per leaf, then the sums."""
     table = [
         ("Newton-Schulz of", "matrix", "matrices", "slots", "padding", "copies", "bytes each way", "FLOP", "temp bytes")
     ]

@@ -8,11 +8,10 @@ from k2jax.config import Config
 from k2jax.model.flops import count_parameters, flops_per_token
 from k2jax.model.transformer import bias_declarations, declarations
 from k2jax.model.weights import Weight, weight_leaves
-from k2jax.plan.muon_work import describe_plan, plan_lines
+from k2jax.plan.muon_work import assignment_lines, describe_assignments
 from k2jax.sharding.names import AXES
 from k2jax.tables import aligned
-
-_STATE_BUFFERS = {"muon": 1, "adamw": 2, None: 0}  # momentum; both moments
+from k2jax.train.optimizer import optimizer_bytes
 
 
 def _axes(weight: Weight, sizes: dict[str, int]) -> list[list[str] | None]:
@@ -28,7 +27,7 @@ def _bytes_per_device(weight: Weight, sizes: dict[str, int]) -> int:
     return 4 * weight.size // math.prod(sizes[axis] for entry in _axes(weight, sizes) for axis in entry or ())
 
 
-def _entry(name: str, weight: Weight, sizes: dict[str, int]) -> dict:
+def _entry(name: str, weight: Weight, sizes: dict[str, int], optimizer_bytes: int) -> dict:
     own = _bytes_per_device(weight, sizes)
     return {
         "name": name,
@@ -39,7 +38,7 @@ def _entry(name: str, weight: Weight, sizes: dict[str, int]) -> dict:
         "spec": _axes(weight, sizes),
         "bytes_per_device": own,
         "optimizer": weight.group,
-        "optimizer_bytes_per_device": own * _STATE_BUFFERS[weight.group],
+        "optimizer_bytes_per_device": optimizer_bytes,
     }
 
 
@@ -53,7 +52,12 @@ def describe(config: Config) -> dict:
     named = jax.tree_util.tree_leaves_with_path(
         {"params": weights, "router_bias": bias_declarations(config.model)}, is_leaf=lambda x: isinstance(x, Weight)
     )
-    entries = [_entry(".".join(entry.key for entry in path), weight, sizes) for path, weight in named]
+    state, rest = optimizer_bytes(config, sizes)
+    names = [".".join(entry.key for entry in path) for path, _ in named]
+    entries = [
+        _entry(name, weight, sizes, state.get(name.removeprefix("params."), 0) if name.startswith("params.") else 0)
+        for name, (_, weight) in zip(names, named, strict=True)
+    ]
     return {
         "parameters": {
             "total": sum(totals.values()),
@@ -67,10 +71,10 @@ def describe(config: Config) -> dict:
         "mesh": sizes | {"devices": math.prod(sizes.values())},
         "bytes_per_device": {
             "parameters": sum(e["bytes_per_device"] for e in entries),
-            "optimizer": sum(e["optimizer_bytes_per_device"] for e in entries),
+            "optimizer": sum(e["optimizer_bytes_per_device"] for e in entries) + rest,
         },
         "weights": entries,
-        "optimizer_plan": describe_plan(config),
+        "optimizer_assignment": describe_assignments(config),
     }
 
 
@@ -106,4 +110,4 @@ def tables(found: dict) -> str:
         table.append(
             (entry["name"], entry["dims"], shape, spec, entry["optimizer"] or "-", _count(entry["bytes_per_device"]))
         )
-    return "\n".join([*lines, *aligned(table), "", *plan_lines(found["optimizer_plan"])])
+    return "\n".join([*lines, *aligned(table), "", *assignment_lines(found["optimizer_assignment"])])

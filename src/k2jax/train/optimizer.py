@@ -2,8 +2,10 @@
 
 import importlib
 import inspect
+import math
 import runpy
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -15,7 +17,7 @@ from k2jax.config import Config
 from k2jax.errors import UserError
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import Weight
-from k2jax.optim.assignment import make_plans
+from k2jax.optim.assignment import make_assignments
 from k2jax.optim.qk_clip import QKClipState
 from k2jax.optim.setup import Setup, map_weights, muonclip_of
 from k2jax.sharding.place import on_mesh
@@ -52,17 +54,47 @@ def _shapes(weights) -> dict:
     return map_weights(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.float32), weights)
 
 
-def _build(config: Config, weights, plans) -> optax.GradientTransformation:
+def _build(config: Config, weights, assignments) -> optax.GradientTransformation:
     """Call the function. Raises UserError for what it raises, and where it returns something else."""
     field = f"optim.optimizer = {config.optim.optimizer!r}"
     function = find_function(config.optim.optimizer)
     try:
-        tx = function(Setup(config.optim, weights, config.batch_tokens, plans))
+        tx = function(Setup(config.optim, weights, config.batch_tokens, assignments))
     except Exception as error:
         raise UserError(f"{field}: {type(error).__name__}: {error}") from None
+    if isinstance(tx, optax.MultiSteps):
+        raise UserError(f"{field}: {_MULTI_STEPS}")
     if not isinstance(tx, optax.GradientTransformation):
         raise UserError(f"{field}: must return an optax.GradientTransformation, got {type(tx).__name__}")
     return tx
+
+
+# What optax's wrappers that do not pass on every call keep as their state.
+_CONDITIONAL = optax.ApplyIfFiniteState, optax.ConditionallyTransformState, optax.ConditionallyMaskState
+_MULTI_STEPS = (
+    "optax.MultiSteps hides all but its last call's max_logits from QK-Clip, and its updates are fewer than the steps "
+    "that the schedule counts; use train.num_microbatches, or a larger data.batch_sequences"
+)
+
+
+def _nodes(state, kinds) -> list:
+    """The parts of an optimizer's state that are of one of these kinds, outermost ones alone."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds))
+    return [leaf for leaf in leaves if isinstance(leaf, kinds)]
+
+
+def _wrapper_problems(field: str, state) -> Iterator[str]:
+    """Wrappers under which the chain would do something else than what is logged of it."""
+    if _nodes(state, optax.MultiStepsState):
+        yield f"{field}: {_MULTI_STEPS}"
+    for node in _nodes(state, _CONDITIONAL):
+        inner = [getattr(node, name) for name in node._fields if name.startswith("inner")]
+        if _nodes(inner, QKClipState):
+            name = type(node).__name__.removesuffix("State")
+            yield (
+                f"{field}: {name} leaves out some calls of the qk_clip inside, while every step's clips are logged; put "
+                "the qk_clip after it in the chain (bad steps are skipped by guard.* anyway)"
+            )
 
 
 def _check(config: Config, tx: optax.GradientTransformation, weights) -> None:
@@ -87,9 +119,8 @@ def _check(config: Config, tx: optax.GradientTransformation, weights) -> None:
     ]  # fmt: skip
     problems = [f"{field}: {path} is given its bare gradient: no transform of the chain has this parameter" for path
                 in bare]  # fmt: skip
-    clips = any(
-        isinstance(x, QKClipState) for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, QKClipState))
-    )
+    problems += _wrapper_problems(field, state)
+    clips = bool(_nodes(state, QKClipState))
     tau = config.optim.qk_clip_tau
     if clips != (tau is not None):
         has, rule = ("has a qk_clip", "give its tau") if clips else ("has no qk_clip", "add one, or set None")
@@ -107,7 +138,19 @@ def make_optimizer(config: Config, mesh: jax.sharding.Mesh) -> optax.GradientTra
     weights = declarations(config.model)
     if config.optim.optimizer != "muonclip":  # ours is checked by its tests
         _check(config, _build(config, weights, map_weights(lambda w: None, weights)), weights)
-    return _build(config, weights, make_plans(weights, mesh.shape, config.optim.ns_steps))
+    return _build(config, weights, make_assignments(weights, mesh.shape, config.optim.ns_steps))
+
+
+def _owners(weights) -> Callable:
+    """owner(path, leaf) -> (name, Weight) of the parameter whose path and shape a leaf of the state has, or None."""
+    at = {path: w for path, w in jax.tree.leaves_with_path(weights, is_leaf=lambda x: isinstance(x, Weight))}
+
+    def owner(path, leaf):
+        alike = ((path[i:], at[path[i:]]) for i in range(len(path)) if path[i:] in at)
+        own = next(((own, w) for own, w in alike if w.shape == leaf.shape), None)
+        return own and (jax.tree_util.keystr(own[0], simple=True, separator="."), own[1])
+
+    return owner
 
 
 def state_specs(tx: optax.GradientTransformation, weights, sizes: Mapping[str, int]) -> optax.OptState:
@@ -115,13 +158,33 @@ def state_specs(tx: optax.GradientTransformation, weights, sizes: Mapping[str, i
 
     sizes: of the mesh's axes. All else (counters, factored moments) is on every device.
     """
-    at = {path: w for path, w in jax.tree.leaves_with_path(weights, is_leaf=lambda x: isinstance(x, Weight))}
+    owner = _owners(weights)
 
     def spec(path, leaf):
-        alike = (at[path[i:]] for i in range(len(path)) if path[i:] in at)
-        return next((w.spec(sizes) for w in alike if w.shape == leaf.shape), P())
+        name = owner(path, leaf)
+        return P() if name is None else name[1].spec(sizes)
 
     return jax.tree_util.tree_map_with_path(spec, jax.eval_shape(tx.init, _shapes(weights)))
+
+
+def optimizer_bytes(config: Config, sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """({parameter: bytes of its optimizer state}, bytes of all else) on one device of a mesh with axes of these sizes.
+
+    From the abstract state of whatever chain the config names. All else is on every device: counters, factored moments.
+    """
+    weights = declarations(config.model)
+    tx = _build(config, weights, map_weights(lambda w: None, weights))
+    owner, by_parameter, rest = _owners(weights), Counter(), 0
+    for path, leaf in jax.tree.leaves_with_path(jax.eval_shape(tx.init, _shapes(weights))):
+        size = leaf.size * leaf.dtype.itemsize
+        if (found := owner(path, leaf)) is None:
+            rest += size
+            continue
+        cuts = [
+            axis for entry in found[1].spec(sizes) for axis in ((entry,) if isinstance(entry, str) else entry or ())
+        ]
+        by_parameter[found[0]] += size // math.prod(sizes[axis] for axis in cuts)
+    return dict(by_parameter), rest
 
 
 def init_optimizer(tx: optax.GradientTransformation, weights, params: optax.Params) -> optax.OptState:

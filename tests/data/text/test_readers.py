@@ -88,9 +88,10 @@ def test_a_window_of_two_gibibytes(tmp_path):
 def test_numbers_of_any_length_beside_the_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x", "n": %s}\n{"text": 5}\n{"text": 5.5}\n' % ("9" * 9000))
     texts, _, messages = read(tmp_path)
-    assert texts == ["x"] and [m.split(": ", 1)[1] for m in messages] == [
-        "the text is of type float, must be a string"
-    ] * 2
+    assert (
+        texts == ["x"]
+        and [m.split(": ", 1)[1] for m in messages] == ["the text is of type float, must be a string"] * 2
+    )
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + "[" * 100_000)
     assert read(tmp_path)[2] == [f"{tmp_path}/a.jsonl:2: is not JSON (nested too deeply); fix or remove the line"]
 
@@ -143,7 +144,9 @@ def test_bad_rows_and_columns(tmp_path):
     raw = [b"note %d" % i for i in range(60)]
     raw[30] = b"caf\xe9"
     buffers = pa.array(raw, pa.binary()).buffers()
-    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 60, [None, *buffers[1:]])}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"text": pa.Array.from_buffers(pa.string(), 60, [None, *buffers[1:]])}), tmp_path / "a.parquet"
+    )
     texts, skipped, messages = read(tmp_path)
     assert len(texts) == 59 and skipped == {"not UTF-8": 1} and messages == []
     pq.write_table(pa.table({"text": pa.array(["x", None, ""])}), tmp_path / "a.parquet")
@@ -161,7 +164,10 @@ def test_bad_lines_may_be_left_out_up_to_a_number(tmp_path):
     (folder := tmp_path / "in").mkdir()
     (folder / "a.jsonl").write_bytes(LINES * 4 + b"nothing\n" * 3)
     options = {"pattern": "*.jsonl", "validation_fraction": 0.3}
-    for allowed, said in ((0, "3 bad lines; or leave them out by --skip-bad-lines N"), (2, "3 bad lines; 2 are allowed")):
+    for allowed, said in (
+        (0, "3 bad lines; or leave them out by --skip-bad-lines N"),
+        (2, "3 bad lines; 2 are allowed"),
+    ):
         with pytest.raises(UserError) as error:
             prepare(str(folder), str(tmp_path / "out"), "byte", skip_bad_lines=allowed, **options)
         assert len(error.value.problems) == 4 and error.value.problems[-1].startswith(said)

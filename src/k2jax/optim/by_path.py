@@ -1,0 +1,39 @@
+"""Values for the parameters of a model without declarations, chosen by their paths."""
+
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+import optax
+
+
+def by_path(rules: Sequence[tuple[str, object]]) -> Callable[[optax.Params], optax.Params]:
+    """A function from a pytree of parameters to one of values: labels, MatrixViews, QKParts or None.
+
+    rules: (regular expression, value) pairs. The first expression that is found in a parameter's path, such as
+    "encoder/attention/query/kernel", gives its value. The function raises ValueError with every parameter that none
+    matches, and with every rule that decides for no parameter: a misspelt one would otherwise do nothing in silence.
+    """
+    patterns = [(re.compile(pattern), value) for pattern, value in rules]
+
+    def choose(params: optax.Params) -> optax.Params:
+        used, unmatched = set(), []
+
+        def value_of(path, param):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            for number, (pattern, value) in enumerate(patterns):
+                if pattern.search(name):
+                    used.add(number)
+                    return value
+            unmatched.append(name)
+            return None
+
+        # A parameter that an outer optax.partition has masked still has its path, and its rule.
+        values = jax.tree_util.tree_map_with_path(value_of, params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+        problems = [f"{name}: no rule matches" for name in unmatched]
+        problems += [f"{rule[0]!r}: decides for no parameter" for n, rule in enumerate(rules) if n not in used]
+        if problems:
+            raise ValueError(f"by_path: {'; '.join(problems)}")
+        return values
+
+    return choose
