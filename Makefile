@@ -26,8 +26,9 @@ constraints-%.txt:
 data: data/stdlib
 
 data/stdlib: | $(VENV)/ready
-	$(BIN)/k2jax prepare $(STDLIB) --pattern '**/*.py' --exclude 'site-packages/**' --exclude 'dist-packages/**' \
-		--tokenizer byte --out data/stdlib
+	$(BIN)/k2jax prepare $(STDLIB) --pattern '**/*.py' --exclude '**/{site,dist}-packages/**' \
+		--exclude '**/{test,tests,idle_test}/**' --exclude '{encodings,pydoc_data}/**' \
+		--tokenizer train:2048 --validation-fraction 0.05 --out data/stdlib
 
 # The same seed without QK-Clip, to see what the clip does; runs/tiny itself resumes if it was stopped.
 train: env data/stdlib

@@ -2,7 +2,7 @@
 
 python benchmarks/data_index.py [--rows 10000000] [--processes]
 
-Simulated: four sources with 3.8 billion windows of 4,096 tokens, five stages. Exits with 1 where a bound is missed.
+Simulated: four sources with 3.8 billion windows of 4,096 tokens, five phases. Exits with 1 where a bound is missed.
 --processes also begins 400 fresh Python processes, which read the run's files as a resume does: some minutes.
 """
 
@@ -23,7 +23,7 @@ from k2jax.runs.folder import write_config
 
 WINDOWS = {"web": 2_300_000_000, "code": 900_000_000, "math": 350_000_000, "knowledge": 250_000_000}
 TRILLION = 10**12
-STAGES = [
+PHASES = [
     [0, {"web": 60, "code": 25, "math": 9, "knowledge": 6}],
     [3 * TRILLION, {"web": 620, "code": 230, "math": 90, "knowledge": 60}],
     [7 * TRILLION, {"web": 58_999, "code": 24_001, "math": 10_000, "knowledge": 7_000}],
@@ -48,7 +48,7 @@ def simulated(batch: int = SEQUENCES):
     names = {
         name: {"windows": count, "epochs": 3, "store": "simulated", "packing": None} for name, count in WINDOWS.items()
     }
-    plan = [{"from_step": 0, "path": "simulated", "digest": "simulated", "sources": names, "stages": STAGES}]
+    plan = [{"from_step": 0, "path": "simulated", "digest": "simulated", "sources": names, "phases": PHASES}]
     config = Config().replace({"data.sequence_length": LENGTH, "data.batch_sequences": batch})
     return plan, config
 
@@ -85,9 +85,9 @@ def unique_windows(timeline, rows: int) -> dict:
 
 
 def share_error(timeline) -> float:
-    """Largest difference of a source's share from the plan, over the ends of the stages and of the run."""
+    """Largest difference of a source's share from the plan, over the ends of the phases and of the run."""
     worst, batch_tokens = 0.0, SEQUENCES * LENGTH
-    ends = [-(-tokens // batch_tokens) for tokens, _ in STAGES[1:]] + [STEPS]
+    ends = [-(-tokens // batch_tokens) for tokens, _ in PHASES[1:]] + [STEPS]
     for step in ends:
         rows = step * SEQUENCES
         worst = max(worst, float(np.abs(timeline.counts(rows) - timeline.planned(rows)).max() / rows))

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from k2jax.config import Config, DataConfig, ModelConfig, OptimConfig, StagesConfig, TrainConfig
+from k2jax.config import Config, DataConfig, ModelConfig, OptimConfig, PhasesConfig, TrainConfig
 from k2jax.launch.distributed import use_cpu_devices
 
 CHEAPEST = {"optim.optimizer": f"{Path(__file__).with_name('chains.py')}:sgd", "optim.qk_clip_tau": None}
@@ -49,7 +49,7 @@ def config(sequences: int, microbatches: int) -> Config:
             n_shared_experts=1,
         ),
         optim=OptimConfig(ns_dtype="float32", warmup_tokens=tokens),
-        stages=StagesConfig(start_tokens=(0,), rope=("plain",), router_bias_rate=(1e-3,), balance_alpha=(1e-4,)),
+        phases=PhasesConfig(start_tokens=(0,), rope=("plain",), router_bias_rate=(1e-3,), balance_alpha=(1e-4,)),
         data=DataConfig(sequence_length=512, batch_sequences=sequences),
         train=TrainConfig(num_microbatches=microbatches, compute_dtype="float32", remat="none"),
     ).validate()

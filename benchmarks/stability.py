@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 
-from k2jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, StagesConfig, TrainConfig
+from k2jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, PhasesConfig, TrainConfig
 from k2jax.errors import RunFailed
 from k2jax.launch.distributed import use_cpu_devices
 
@@ -67,7 +67,7 @@ def config(data: str, num_steps: int) -> Config:
             weight_decay=0.01,
             qk_clip_tau=None,
         ),
-        stages=StagesConfig(start_tokens=(0,), rope=("plain",), router_bias_rate=(1e-3,), balance_alpha=(1e-4,)),
+        phases=PhasesConfig(start_tokens=(0,), rope=("plain",), router_bias_rate=(1e-3,), balance_alpha=(1e-4,)),
         data=DataConfig(path=data, sequence_length=128, batch_sequences=16),
         train=TrainConfig(
             num_steps=num_steps, compute_dtype="float32", remat="none", log_every=num_steps, eval_sequences=512

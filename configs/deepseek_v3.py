@@ -12,8 +12,8 @@ from k2jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    PhasesConfig,
     RopeConfig,
-    StagesConfig,
     TrainConfig,
 )
 
@@ -59,7 +59,7 @@ def config() -> Config:
             constant_until_tokens=10_000_000_000_000,
             cosine_until_tokens=14_300_000_000_000,
         ),
-        stages=StagesConfig(
+        phases=PhasesConfig(
             start_tokens=(0, 14_300_000_000_000),
             rope=("plain", "plain"),
             router_bias_rate=(1e-3, 0.0),

@@ -14,8 +14,8 @@ from k2jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    PhasesConfig,
     RopeConfig,
-    StagesConfig,
     TrainConfig,
 )
 
@@ -61,7 +61,7 @@ def config() -> Config:
             weight_decay=0.1,
             qk_clip_tau=100.0,
         ),
-        stages=StagesConfig(
+        phases=PhasesConfig(
             start_tokens=(0, 15_500_000_000_000),
             rope=("plain", "plain"),
             router_bias_rate=(1e-3, 0.0),

@@ -2,7 +2,7 @@
 
     k2jax inspect configs/moonlight_16b.py
 
-Published: the model, learning rate, batch and stages (Moonlight 3.3, appendix C). Its batch is 2,048 sequences for the
+Published: the model, learning rate, batch and phases (Moonlight 3.3, appendix C). Its batch is 2,048 sequences for the
 first 200B tokens and the rate rises again in the cooldown; here both stay on one line.
 """
 
@@ -12,8 +12,8 @@ from k2jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    PhasesConfig,
     RopeConfig,
-    StagesConfig,
     TrainConfig,
 )
 
@@ -51,7 +51,7 @@ def config() -> Config:
             cosine_until_tokens=5_200_000_000_000,
             qk_clip_tau=100.0,
         ),
-        stages=StagesConfig(
+        phases=PhasesConfig(
             start_tokens=(0, 5_200_000_000_000),
             rope=("plain", "plain"),
             router_bias_rate=(1e-3, 0.0),

@@ -2,7 +2,7 @@
 
     k2jax train configs/tiny.py --simulate 1
 
-Text: the Python standard library, byte by byte (data/stdlib, made by `make data`).
+Text: the Python standard library without its tests, in tokens of a BPE trained on it (data/stdlib, by `make data`).
 """
 
 from k2jax.config import (
@@ -13,7 +13,7 @@ from k2jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
-    StagesConfig,
+    PhasesConfig,
     TrainConfig,
 )
 
@@ -21,7 +21,7 @@ from k2jax.config import (
 def config() -> Config:
     return Config(
         model=ModelConfig(
-            vocab_size=258,
+            vocab_size=2048,
             hidden_size=128,
             num_hidden_layers=4,
             first_k_dense_replace=1,
@@ -41,14 +41,14 @@ def config() -> Config:
         ),
         optim=OptimConfig(
             learning_rate=2e-2,
-            final_learning_rate=1.2e-3,
+            final_learning_rate=1e-3,
             warmup_tokens=20 * 4096,
-            constant_until_tokens=60 * 4096,
-            cosine_until_tokens=170 * 4096,
+            constant_until_tokens=100 * 4096,
+            cosine_until_tokens=300 * 4096,
             qk_clip_tau=12.0,
         ),
         guard=GuardConfig(window=32, loss_zscore=8.0, grad_norm_zscore=8.0),
-        stages=StagesConfig(start_tokens=(0,), rope=("plain",), router_bias_rate=(1e-3,), balance_alpha=(1e-4,)),
+        phases=PhasesConfig(start_tokens=(0,), rope=("plain",), router_bias_rate=(1e-3,), balance_alpha=(1e-4,)),
         data=DataConfig(path="data/stdlib", sequence_length=256, batch_sequences=16, prefetch_sequences=64),
         mesh=MeshConfig(),
         train=TrainConfig(

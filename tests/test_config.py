@@ -132,7 +132,7 @@ def test_json_with_unknown_and_missing_fields():
     values["zebra"] = {"stripes": 2}
     assert error_of(lambda: Config.from_json("x", values)) == (
         "optim.learning_rat: no such field; did you mean optim.learning_rate or optim.final_learning_rate?\n"
-        "zebra.stripes: no such field; sections are model, optim, guard, stages, kernels, data, mixture, mesh, train, "
+        "zebra.stripes: no such field; sections are model, optim, guard, phases, kernels, data, mixture, mesh, train, "
         "checkpoint\n"
         "optim.learning_rate: is missing"
     )
@@ -171,8 +171,8 @@ def test_mixture_and_data_rules():
         }
     )
     assert error_of(config.validate).split("\n") == [
-        "mixture.weights = ('web=3 code=1', 'web=0', 'web:3', 'natural'): has 4 entries, must have 1 or 2, one per stage, as "
-        "stages.start_tokens has",
+        "mixture.weights = ('web=3 code=1', 'web=0', 'web:3', 'natural'): has 4 entries, must have 1 or 2, one per phase, as "
+        "phases.start_tokens has",
         "mixture.weights: 'web=0' adds up to 0, must be 1 to 1,000,000",
         "mixture.weights: 'web:3' must be pairs source=integer with spaces between, such as 'web=70 code=30', or 'natural'",
         "mixture.epochs = 'web=0 wiki=2': must be at least 1 of each source; a weight of 0 leaves it out",
@@ -185,7 +185,7 @@ def test_mixture_and_data_rules():
         "data.fim_tokens = (1, 1, 999): must be three different ids, before prefix, suffix and middle",
         "data.fim_tokens: 999 must be below model.vocab_size = 500",
     ]
-    one = {name: value[:1] for name, value in flatten(dataclasses.asdict(Config())).items() if name.startswith("stages.")}
+    one = {name: value[:1] for name, value in flatten(dataclasses.asdict(Config())).items() if name.startswith("phases.")}
     config = Config().replace(one | {"mixture.weights": ("a=1", "b=1")})
     assert "has 2 entries, must have 1, one per" in error_of(config.validate)
     good = {"mixture.weights": ("a=1", "natural"), "data.fim_rate": 0.1, "data.fim_tokens": (0, 1, 2), "data.skip_steps": ("3-3",)}
@@ -202,28 +202,28 @@ def test_a_url_where_a_folder_is_written_to():
     Config().replace({"data.path": "gs://bucket/store", "train.compile_cache": None}).validate()
 
 
-def test_stages_are_columns_of_one_length():
+def test_phases_are_columns_of_one_length():
     config = Config().replace(
         {
-            "stages.start_tokens": (5, 100, 100),
-            "stages.rope": ("plain", "yarn", "plain"),
-            "stages.router_bias_rate": (0.1,),
-            "stages.balance_alpha": (0.1, -0.1, 0.0),
+            "phases.start_tokens": (5, 100, 100),
+            "phases.rope": ("plain", "yarn", "plain"),
+            "phases.router_bias_rate": (0.1,),
+            "phases.balance_alpha": (0.1, -0.1, 0.0),
             "model.rope.factor": None,
         }
     )
     assert error_of(config.validate) == "\n".join(
         [
-            "stages.balance_alpha = (0.1, -0.1, 0.0): must be at least 0",
-            "stages.router_bias_rate = (0.1,): has 1 values, must have 3, one per stage, as stages.start_tokens has",
-            "stages.start_tokens = (5, 100, 100): must begin with 0 and rise; nearest: (0, 5, 100)",
-            "stages.rope: 'yarn' needs model.rope.factor, which is None; give the factor or use 'plain'",
+            "phases.balance_alpha = (0.1, -0.1, 0.0): must be at least 0",
+            "phases.router_bias_rate = (0.1,): has 1 values, must have 3, one per phase, as phases.start_tokens has",
+            "phases.start_tokens = (5, 100, 100): must begin with 0 and rise; nearest: (0, 5, 100)",
+            "phases.rope: 'yarn' needs model.rope.factor, which is None; give the factor or use 'plain'",
         ]
     )
-    assert error_of(Config().replace({"stages.rope": ("plain", "ntk")}).validate).startswith(
-        "stages.rope = ('plain', 'ntk'): must be a list, each one of 'plain', 'yarn'"
+    assert error_of(Config().replace({"phases.rope": ("plain", "ntk")}).validate).startswith(
+        "phases.rope = ('plain', 'ntk'): must be a list, each one of 'plain', 'yarn'"
     )
-    assert error_of(Config().replace({"stages.rope": ()}).validate).startswith("stages.rope = (): must be a list")
+    assert error_of(Config().replace({"phases.rope": ()}).validate).startswith("phases.rope = (): must be a list")
 
 
 @pytest.mark.parametrize(

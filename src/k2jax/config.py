@@ -100,7 +100,7 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
-class StagesConfig:
+class PhasesConfig:
     """What changes along the run: entry i of every field holds from `start_tokens[i]` tokens on."""
 
     start_tokens: tuple[int, ...] = (0, 15_500_000_000_000)  # pretraining, then annealing
@@ -145,7 +145,7 @@ class DataConfig:
 class MixtureConfig:
     """How many rows of which source. A source that runs out begins again, in a new order."""
 
-    # Of each stage, or one for all: "web=70 code=30", integers; or "natural", as many as each source has tokens.
+    # Of each phase, or one for all: "web=70 code=30", integers; or "natural", as many as each source has tokens.
     weights: tuple[str, ...] = ("natural",)
     epochs: str | None = None  # most passes over a source: "web=1 wiki=10"; None: as many as the run takes
     max_repeats: int | None = None  # most times that any document is seen, its rephrased variants counted
@@ -198,7 +198,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
-    stages: StagesConfig = field(default_factory=StagesConfig)
+    phases: PhasesConfig = field(default_factory=PhasesConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)

@@ -37,7 +37,7 @@ def describe_type(kind: object) -> str:
     ]
 
 
-MAX_WEIGHTS = 1_000_000  # a stage's pattern of sources is a table of so many rows
+MAX_WEIGHTS = 1_000_000  # a phase's pattern of sources is a table of so many rows
 
 
 def read_shares(text: str) -> dict[str, int]:
@@ -63,7 +63,7 @@ def read_steps(text: str) -> tuple[int, int]:
 _MAY_BE_ZERO = {
     "model.first_k_dense_replace", "model.n_shared_experts", "optim.final_learning_rate", "optim.warmup_tokens",
     "optim.weight_decay", "optim.momentum", "optim.adam_b1", "optim.adam_b2", "model.rope.mscale_all_dim",
-    "stages.start_tokens", "stages.router_bias_rate", "stages.balance_alpha", "data.seed",
+    "phases.start_tokens", "phases.router_bias_rate", "phases.balance_alpha", "data.seed",
     "data.read_threads", "data.fim_rate", "data.fim_tokens", "data.max_bad_rows", "train.seed",
 }  # fmt: skip
 # (jax.random.key would drop the higher bits of a seed)
@@ -142,7 +142,7 @@ def _fit_problems(values: dict):
         yield f"kernels.expert_buffer = {values['kernels.expert_buffer']}: {rule}; nearest: 1.0"
     yield from _pipeline_problems(values)
     yield from _group_problems(values)
-    yield from _stage_problems(values)
+    yield from _phase_problems(values)
     yield from _mixture_problems(values)
     yield from _data_problems(values)
 
@@ -183,27 +183,27 @@ def _group_problems(values: dict):
         )
 
 
-def _stage_problems(values: dict):
-    names = [name for name in values if name.startswith("stages.")]
-    starts = values.get("stages.start_tokens")
+def _phase_problems(values: dict):
+    names = [name for name in values if name.startswith("phases.")]
+    starts = values.get("phases.start_tokens")
     if starts is None:
         return
     for name in names:
         if len(values[name]) != len(starts):
-            count = f"{len(starts)}, one per stage, as stages.start_tokens has"
+            count = f"{len(starts)}, one per phase, as phases.start_tokens has"
             yield f"{name} = {values[name]!r}: has {len(values[name])} values, must have {count}"
     if starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
-        yield f"stages.start_tokens = {starts!r}: must begin with 0 and rise; nearest: {tuple(sorted({0, *starts}))!r}"
-    stretched = "yarn" in values.get("stages.rope", ())
+        yield f"phases.start_tokens = {starts!r}: must begin with 0 and rise; nearest: {tuple(sorted({0, *starts}))!r}"
+    stretched = "yarn" in values.get("phases.rope", ())
     if stretched and values.get("model.rope.factor", 1) is None:
-        yield "stages.rope: 'yarn' needs model.rope.factor, which is None; give the factor or use 'plain'"
+        yield "phases.rope: 'yarn' needs model.rope.factor, which is None; give the factor or use 'plain'"
 
 
 def _mixture_problems(values: dict):
-    stages, weights = values.get("stages.start_tokens", ()), values.get("mixture.weights", ())
-    if weights and stages and len(weights) not in (1, len(stages)):
-        counts = "1" if len(stages) == 1 else f"1 or {len(stages)}"
-        rule = f"has {len(weights)} entries, must have {counts}, one per stage, as stages.start_tokens has"
+    phases, weights = values.get("phases.start_tokens", ()), values.get("mixture.weights", ())
+    if weights and phases and len(weights) not in (1, len(phases)):
+        counts = "1" if len(phases) == 1 else f"1 or {len(phases)}"
+        rule = f"has {len(weights)} entries, must have {counts}, one per phase, as phases.start_tokens has"
         yield f"mixture.weights = {weights!r}: {rule}"
     for text in weights:
         try:

@@ -82,18 +82,18 @@ def test_none_is_off_but_a_choice_where_it_is_one():
 
 
 def test_lists_are_joined_by_commas(place, capsys):
-    given = ["--stages.start-tokens", "0,7680", "--mixture.weights", "code=5 man=3,code=1 man=8"]
-    values = {"stages.start_tokens": (0, 7680), "mixture.weights": ("code=5 man=3", "code=1 man=8")}
+    given = ["--phases.start-tokens", "0,7680", "--mixture.weights", "code=5 man=3,code=1 man=8"]
+    values = {"phases.start_tokens": (0, 7680), "mixture.weights": ("code=5 man=3", "code=1 man=8")}
     assert read_overrides(given) == (values, [])
-    arguments = ("--stages.start-tokens", "0", "7680", "--stages.rope", "plain yarn", "--data.fim-tokens", "1,x")
+    arguments = ("--phases.start-tokens", "0", "7680", "--phases.rope", "plain yarn", "--data.fim-tokens", "1,x")
     assert read_overrides([*arguments])[1] == [
         "7680: stands alone; arguments are pairs --section.field value, the values of a list joined by commas",
-        "stages.rope = 'plain yarn': must be a list, each one of 'plain', 'yarn', joined by commas",
+        "phases.rope = 'plain yarn': must be a list, each one of 'plain', 'yarn', joined by commas",
         "data.fim_tokens = '1,x': must be a list, each an integer or None, joined by commas",
     ]
     assert main(["train", MICRO, "--help"]) == 0
     shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-    assert "--stages.start-tokens INT[,INT ...]" in shown and "--stages.rope {plain,yarn}[,{plain,yarn} ...]" in shown
+    assert "--phases.start-tokens INT[,INT ...]" in shown and "--phases.rope {plain,yarn}[,{plain,yarn} ...]" in shown
     assert "{None}|{INT[,INT ...]}" in shown
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from k2jax.cli.main import main
-from k2jax.config import Config, DataConfig, StagesConfig, TrainConfig
+from k2jax.config import Config, DataConfig, PhasesConfig, TrainConfig
 from k2jax.data.loader.batches import validation_batches
 from k2jax.data.loader.corpus import open_corpus
 from k2jax.data.saved_tokenizer import save_tokenizer
@@ -43,7 +43,7 @@ def place(tmp_path_factory):
     config = Config(
         model=micro.config().model,
         data=DataConfig(path=str(folder / "store"), sequence_length=WINDOW),
-        stages=StagesConfig(start_tokens=(0,), rope=("plain",), router_bias_rate=(0.0,), balance_alpha=(0.0,)),
+        phases=PhasesConfig(start_tokens=(0,), rope=("plain",), router_bias_rate=(0.0,), balance_alpha=(0.0,)),
         train=TrainConfig(run_dir=str(folder / "run"), compute_dtype="float32"),
     ).validate()
     params = init_params(declarations(config.model), jax.random.key(0), 0.3)

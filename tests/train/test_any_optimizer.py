@@ -18,7 +18,7 @@ from k2jax.sharding.mesh import make_mesh
 from k2jax.sharding.rules import spec
 from k2jax.train.batch import Batch
 from k2jax.train.optimizer import init_optimizer
-from k2jax.train.phases import stage_rope
+from k2jax.train.phases import phase_rope
 from k2jax.train.step import accumulate, make_loss, make_update
 
 pytestmark = pytest.mark.slow
@@ -86,7 +86,7 @@ def gradients(axes):
     """(mesh, weights on it, compiled losses and gradients of one fixed batch)."""
     params, bias, batch = make_values(CONFIG)
     mesh = make_mesh(MeshConfig(**dict(axes)), jax.devices()[: math.prod(dict(axes).values())])
-    loss_fn = functools.partial(make_loss(CONFIG), rope=stage_rope(CONFIG, 0))
+    loss_fn = functools.partial(make_loss(CONFIG), rope=phase_rope(CONFIG, 0))
 
     def place(x, at):
         return jax.device_put(x, jax.NamedSharding(mesh, at))

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from test_step import LENGTH, NUM_ROWS, make_config, make_values
 
-from k2jax.config import StagesConfig
+from k2jax.config import PhasesConfig
 from k2jax.model.rope import make_rope
 from k2jax.sharding.mesh import single_device_mesh
 from k2jax.sharding.rules import spec
 from k2jax.train.optimizer import make_optimizer
-from k2jax.train.phases import rope_after, stage_of
+from k2jax.train.phases import phase_of, rope_after
 from k2jax.train.state import abstract_state
 from k2jax.train.step import accumulate, make_loss, make_train_step
 
@@ -21,7 +21,7 @@ TOKENS = NUM_ROWS * LENGTH  # of one step
 
 
 def staged(tiny, **columns):
-    return dataclasses.replace(make_config(tiny, 1), stages=StagesConfig(**columns))
+    return dataclasses.replace(make_config(tiny, 1), phases=PhasesConfig(**columns))
 
 
 def test_stage_begins_at_the_first_step_past_its_tokens(tiny):
@@ -32,8 +32,8 @@ def test_stage_begins_at_the_first_step_past_its_tokens(tiny):
         router_bias_rate=(0.1,) * 4,
         balance_alpha=(0.0,) * 4,
     ).validate()
-    assert [stage_of(config, step) for step in (0, 1, 2, 3, 4)] == [0, 0, 1, 2, 2]
-    traced = jax.jit(lambda step: stage_of(config, step))
+    assert [phase_of(config, step) for step in (0, 1, 2, 3, 4)] == [0, 0, 1, 2, 2]
+    traced = jax.jit(lambda step: phase_of(config, step))
     assert [int(traced(step)) for step in (0, 1, 2, 3, 4)] == [0, 0, 1, 2, 2]
     assert rope_after(config, 0) == rope_after(config, 5) == "plain"
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from k2jax.config import Config, DataConfig, MeshConfig, OptimConfig, StagesConfig, TrainConfig
+from k2jax.config import Config, DataConfig, MeshConfig, OptimConfig, PhasesConfig, TrainConfig
 from k2jax.model import moe
 from k2jax.model.moe import sequence_balance
 from k2jax.model.rope import make_rope
@@ -70,7 +70,7 @@ def make_config(model, num_microbatches, num_layers=2):
             qk_clip_tau=1.05,
             adam_eps=1e-3,  # with less, entries whose gradient is next to zero move by the sign of its rounding
         ),
-        stages=StagesConfig(balance_alpha=(0.1, 0.0)),  # large enough to be seen in the router's gradient
+        phases=PhasesConfig(balance_alpha=(0.1, 0.0)),  # large enough to be seen in the router's gradient
         data=DataConfig(sequence_length=LENGTH, batch_sequences=NUM_ROWS),
         train=TrainConfig(num_microbatches=num_microbatches, compute_dtype="float32"),
     )

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 from k2jax import config_rules
-from k2jax.config import Config, MeshConfig, ModelConfig, StagesConfig, field_types, flatten
+from k2jax.config import Config, MeshConfig, ModelConfig, PhasesConfig, field_types, flatten
 from k2jax.data.saved_tokenizer import save_tokenizer
 from k2jax.errors import UserError, first_of
 from k2jax.files import must_be_new, read_json, whole_folder
@@ -204,9 +204,9 @@ def load_hf(
 
 def _config_for(found: PublishedCheckpoint, run_dir: str) -> Config:
     """A config around a published network: what using it takes is right, what training takes is to be chosen."""
-    stages = StagesConfig(start_tokens=(0,), rope=(found.rope,), router_bias_rate=(1e-3,), balance_alpha=(1e-4,))
+    phases = PhasesConfig(start_tokens=(0,), rope=(found.rope,), router_bias_rate=(1e-3,), balance_alpha=(1e-4,))
     half = found.config.get("torch_dtype", found.config.get("dtype")) in ("bfloat16", "float16")
-    return Config(model=found.model, stages=stages).replace(
+    return Config(model=found.model, phases=phases).replace(
         {
             "data.sequence_length": found.config.get("max_position_embeddings", 4096),
             "train.run_dir": run_dir,

@@ -19,7 +19,7 @@ from k2jax.optim.setup import map_weights
 from k2jax.train.batch import Batch, passes
 from k2jax.train.guard import after_step, is_good
 from k2jax.train.optimizer import call_update
-from k2jax.train.phases import stage_of, stage_rope, stage_value
+from k2jax.train.phases import phase_of, phase_rope, phase_value
 from k2jax.train.state import TrainState
 
 OPTIMIZER_SCOPE = "optimizer"  # in the name of every operation of the update: what a compiled step says of itself
@@ -125,13 +125,13 @@ def make_train_step(config: Config, tx: optax.GradientTransformation) -> Callabl
     update = make_update(tx, map_weights(lambda w: w.group, declarations(config.model)))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        stage = stage_of(config, state.step)
+        phase = phase_of(config, state.step)
         alpha, bias_rate = (
-            stage_value(v, stage) for v in (config.stages.balance_alpha, config.stages.router_bias_rate)
+            phase_value(v, phase) for v in (config.phases.balance_alpha, config.phases.router_bias_rate)
         )
-        at_stage = partial(loss_fn, rope=stage_rope(config, stage))
+        in_phase = partial(loss_fn, rope=phase_rope(config, phase))
         together = config.train.microbatches_together
-        losses, grads = accumulate(at_stage, alpha, state.params, state.router_bias, batch, together)
+        losses, grads = accumulate(in_phase, alpha, state.params, state.router_bias, batch, together)
         grad_norm = optax.tree.norm(grads)
         good = is_good(config.guard, state.guard, losses.loss, grad_norm, losses.report.max_logits)
         (params, opt_state), lost = update(good, losses, grads, state.opt_state, state.params)

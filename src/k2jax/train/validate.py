@@ -9,7 +9,7 @@ from k2jax.config import Config
 from k2jax.data.loader.batches import validation_batches
 from k2jax.data.loader.corpus import Corpus
 from k2jax.train.batch import Batch, passes, split_rows
-from k2jax.train.phases import stage_of, stage_rope
+from k2jax.train.phases import phase_of, phase_rope
 from k2jax.train.state import TrainState
 from k2jax.train.step import make_loss
 
@@ -29,7 +29,7 @@ def make_evaluator(config: Config, corpus: Corpus, mesh: jax.sharding.Mesh, sour
 
     @jax.jit
     def loss_sum(params, router_bias, step, batch: Batch):
-        rope = stage_rope(config, stage_of(config, step - 1))  # of the last step done
+        rope = phase_rope(config, phase_of(config, step - 1))  # of the last step done
         return loss_fn(params, router_bias, jax.tree.map(lambda x: x[0], passes(batch)), rope).loss
 
     def evaluate(state: TrainState) -> float:

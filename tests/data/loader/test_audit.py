@@ -133,7 +133,7 @@ def test_before_the_run_and_from_another_machine(run, capsys, tmp_path):
     folder, _, _ = run
     expected = audit(capsys, folder, "--step", "8")
     config = json.loads((folder / "config.json").read_text())
-    fields = {f"{s}.{k}": v for s in ("data", "mixture", "stages", "train") for k, v in config[s].items()}
+    fields = {f"{s}.{k}": v for s in ("data", "mixture", "phases", "train") for k, v in config[s].items()}
     fields |= {"model.vocab_size": 258, "train.run_dir": str(tmp_path / "none")}
     file = tmp_path / "config.py"
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}

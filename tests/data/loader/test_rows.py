@@ -52,7 +52,7 @@ def place(tmp_path_factory):
 def config_of(place, **changes):
     values = {"data.path": f"{place}/one,{place}/two", "data.sequence_length": T, "data.batch_sequences": B}
     values |= {"model.vocab_size": 258, "train.eval_sequences": 4, "data.index_dir": str(place / "indexes")}
-    values |= {"stages.start_tokens": (0, 7 * B * T), "mixture.weights": ("web=5 code=3 wiki=1", "web=1 wiki=2")}
+    values |= {"phases.start_tokens": (0, 7 * B * T), "mixture.weights": ("web=5 code=3 wiki=1", "web=1 wiki=2")}
     return Config().replace(values | {key.replace("__", "."): value for key, value in changes.items()})
 
 
@@ -324,7 +324,7 @@ def test_what_does_not_fit_is_named(place):
 
 def test_natural_passes_over_no_source(tmp_path):
     path = write(tmp_path / "store", {"web": 60, "wiki": 30, "code": 2}, num_parts=1)
-    plain = {"data__path": path, "data__sequence_length": 60, "train__eval_sequences": 1, "stages__start_tokens": (0,)}
+    plain = {"data__path": path, "data__sequence_length": 60, "train__eval_sequences": 1, "phases__start_tokens": (0,)}
     config = config_of(tmp_path, **plain, mixture__weights=("natural",))
     with pytest.raises(UserError) as error:
         settle_timeline(open_data(config), config)

@@ -19,9 +19,9 @@ from k2jax.errors import UserError
 B, T = 24, 8
 
 
-def segment(stages, windows, from_step=0, store="s", **epochs):
+def segment(phases, windows, from_step=0, store="s", **epochs):
     sources = {n: {"windows": w, "epochs": epochs.get(n), "store": store, "packing": None} for n, w in windows.items()}
-    return {"from_step": from_step, "path": "p", "digest": store, "sources": sources, "stages": stages}
+    return {"from_step": from_step, "path": "p", "digest": store, "sources": sources, "phases": phases}
 
 
 def timeline_of(*plan, skips=None, batch=B):
@@ -41,8 +41,8 @@ def naive(timeline, plan, rows, skips=()):
         step = data_step - sum(min(stop, data_step + 1) - first for first, stop in skips if first <= data_step)
         step = max(step, 0)
         part = [p for p in plan if p["from_step"] <= step][-1]
-        stage = sum(step * timeline.batch * T >= tokens for tokens, _ in part["stages"]) - 1
-        shares = part["stages"][stage][1]
+        stage = sum(step * timeline.batch * T >= tokens for tokens, _ in part["phases"]) - 1
+        shares = part["phases"][stage][1]
         if (part["from_step"], stage) != block:
             block, turn = (part["from_step"], stage), []
         if not turn:
@@ -61,7 +61,7 @@ def located(timeline, rows):
     return [(timeline.names[s], e, w) for s, e, w in zip(*(values.tolist() for values in place), strict=True)]
 
 
-def test_rows_of_stages_one_by_one():
+def test_rows_of_phases_one_by_one():
     plan = [segment(STAGES, WINDOWS)]
     timeline = timeline_of(*plan)
     expected = naive(timeline, plan, 40 * B)
@@ -97,7 +97,7 @@ def test_same_name_in_another_store_is_another_source():
 
 
 def test_every_sighting_of_every_window():
-    """rows_of is the inverse of locate, through passes, stages, changes and skipped steps."""
+    """rows_of is the inverse of locate, through passes, phases, changes and skipped steps."""
     plan = [segment(STAGES, WINDOWS), segment([[s, {"wiki": 2, "web": 3}] for s, _ in STAGES], WINDOWS, 4)]
     timeline = timeline_of(*plan, skips=("2-3", "8-8"))
     found = located(timeline, 30 * B)
@@ -138,7 +138,7 @@ def test_skipping_moves_the_rest_and_not_the_past():
                 check_position(saved, skipping, config, step)
 
 
-def test_continue_plan():
+def test_continue_segments():
     old = segment(STAGES, WINDOWS)
     new = segment([[s, {"web": 1}] for s, _ in STAGES], {**WINDOWS, "web": 300})
     assert continue_segments([], old, 0, False) == ([old], [])

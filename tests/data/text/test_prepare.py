@@ -159,8 +159,8 @@ def test_every_wrong_argument_at_once(tree, tmp_path):
         f"source = '{tmp_path}/none': no such file or folder",
         f"out = '{tmp_path}/out': exists already; name a new folder, or remove this one",
         "validation_fraction = 2: must be above 0 and below 1; 0.02 is usual",
-        "tokenizer = 'bite': no such file; must be 'byte', 'train:VOCAB' (in prepare), the path of a .tiktoken file, "
-        "or the path of a tokenizer.json; nearest: 'byte'",
+        "tokenizer = 'bite': no such file; must be 'byte', 'train:VOCAB' (in prepare), the path of a .tiktoken file "
+        "or of tiktoken.model, or the path of a tokenizer.json; nearest: 'byte'",
     )
     assert (tmp_path / "out/mine").read_text() == "kept"
     assert refused([], str(tmp_path / "new"), "train:9")[0] == "source: is an empty list; name a folder or a file"
@@ -305,9 +305,9 @@ def test_another_process_is_not_disturbed(tree, tmp_path):
 def test_a_source_that_changes_meanwhile_is_noticed(tree, tmp_path, monkeypatch):
     real = tasks._TASKS["resolve"]
 
-    def change(plan, work, *rest):
+    def change(recipe, work, *rest):
         (tree / "sub/01.txt").write_text("document X")
-        real(plan, work, *rest)
+        real(recipe, work, *rest)
 
     monkeypatch.setitem(tasks._TASKS, "resolve", change)
     problems = refused(str(tree), str(tmp_path / "out"), "byte", validation_fraction=0.3)

@@ -14,7 +14,7 @@ from k2jax.errors import UserError
 from k2jax.files import read_sealed, write_sealed
 
 # What of a segment has to be the same for it to be the same mixture; the stores may move, their digests cover the rest.
-_SAME = ("digest", "sources", "stages")
+_SAME = ("digest", "sources", "phases")
 
 
 def _natural(windows: dict[str, int]) -> dict[str, int]:
@@ -56,7 +56,7 @@ def make_segment(corpus: Corpus, config: Config) -> dict:
     cuts = {name: make_cut(corpus.store_of[name], config, name) for name in sorted(corpus.streams["train"])}
     windows = {name: cut.num_windows for name, cut in cuts.items() if cut.num_windows}
     epochs = read_shares(config.mixture.epochs) if config.mixture.epochs else {}
-    weights, starts = config.mixture.weights, config.stages.start_tokens
+    weights, starts = config.mixture.weights, config.phases.start_tokens
     texts = weights * len(starts) if len(weights) == 1 else weights
     shares = [_natural(windows) if text == "natural" else read_shares(text) for text in texts]
     return {
@@ -72,7 +72,7 @@ def make_segment(corpus: Corpus, config: Config) -> dict:
             }
             for name, count in windows.items()
         },
-        "stages": [list(pair) for pair in zip(starts, shares, strict=True)],
+        "phases": [list(pair) for pair in zip(starts, shares, strict=True)],
         "validation_fractions": {name: corpus.store_of[name].validation_fraction for name in windows},
     }
 
@@ -83,7 +83,7 @@ def _differences(old: dict, new: dict) -> Iterator[str]:
     for name in sorted({*old["sources"], *new["sources"]}):
         if (a := old["sources"].get(name)) != (b := new["sources"].get(name)):
             yield f"source {name}: {a} -> {b}"
-    for (start, a), (_, b) in zip(old["stages"], new["stages"], strict=True):
+    for (start, a), (_, b) in zip(old["phases"], new["phases"], strict=True):
         if a != b:
             yield f"weights from {start:,} tokens on: {a} -> {b}"
 

@@ -1,13 +1,13 @@
 """Which window of which source is in which row, for a whole run, by arithmetic alone.
 
-The rows of the data, r = step * B + place in the batch, fall into blocks: a block begins with a stage of the run, or
+The rows of the data, r = step * B + place in the batch, fall into blocks: a block begins with a phase of the run, or
 where its mixture was changed. In a block with integer weights w, the sources take turns in a pattern of sum(w) rows
 that repeats and that spreads each source evenly. The n-th row that a source ever has is window permute(n mod N) of its
 N under a key of its own for every pass. So rows, windows and counts come out of each other without any state.
 
 The segments that a run keeps in timeline.json are a list, JSON values,
 {"from_step", "path", "digest", "sources": {name: {"windows", "epochs", ...}},
-"stages": [[start_tokens, {name: weight}]], "validation_fractions": {name: that of its store, or None}}
+"phases": [[start_tokens, {name: weight}]], "validation_fractions": {name: that of its store, or None}}
 where `path` and `digest` say which stores were read.
 """
 
@@ -114,8 +114,8 @@ class Timeline:
         self._starts = np.array([block.start for block in self.blocks], np.int64)
 
     def _add_segment(self, part: dict, end: int | None, batch_tokens: int) -> None:
-        firsts = [-(-tokens // batch_tokens) for tokens, _ in part["stages"]]
-        for first, after, (_, shares) in zip(firsts, [*firsts[1:], None], part["stages"], strict=True):
+        firsts = [-(-tokens // batch_tokens) for tokens, _ in part["phases"]]
+        for first, after, (_, shares) in zip(firsts, [*firsts[1:], None], part["phases"], strict=True):
             step = max(first, part["from_step"])
             if (after is not None and after <= step) or (end is not None and end <= step):
                 continue  # another has taken over before its first step

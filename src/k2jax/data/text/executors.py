@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from k2jax.data.text.job import Plan, unfinished
+from k2jax.data.text.job import Recipe, unfinished
 from k2jax.data.text.sources import EXTRA
 from k2jax.data.text.tasks import num_tasks, run_stage_task
 from k2jax.errors import RunFailed, UserError
@@ -110,21 +110,21 @@ def _value(text: str):
         return text
 
 
-def _wait_for_slurm(job: str, plan: Plan, work: Path, stage: str) -> None:
-    while unfinished(work, stage, num_tasks(plan, stage)):
+def _wait_for_slurm(job: str, recipe: Recipe, work: Path, stage: str) -> None:
+    while unfinished(work, stage, num_tasks(recipe, stage)):
         queue = subprocess.run(["squeue", "-h", "-j", str(job)], capture_output=True, text=True)
         if queue.returncode or not queue.stdout.strip():
             return
         time.sleep(_POLL_SECONDS)
 
 
-def _run_on_datatrove(kind: str, workers: int, options: dict[str, str], plan: Plan, work: Path, stage: str) -> None:
+def _run_on_datatrove(kind: str, workers: int, options: dict[str, str], recipe: Recipe, work: Path, stage: str) -> None:
     import loguru
 
     loguru.logger.disable("datatrove")  # what it has to say is in the logs of the tasks
     step = functools.partial(_run_rank, work=str(work), stage=stage)
     values = {name: _value(text) for name, text in options.items()}
-    common = {"tasks": num_tasks(plan, stage), "workers": workers, "logging_dir": str(work / "executor" / stage)}
+    common = {"tasks": num_tasks(recipe, stage), "workers": workers, "logging_dir": str(work / "executor" / stage)}
     if kind == "local":
         _executor_class(kind)([step], **common, **values).run()
     elif kind == "ray":
@@ -143,7 +143,7 @@ def _run_on_datatrove(kind: str, workers: int, options: dict[str, str], plan: Pl
         )
         executor.launch_merge_stats = lambda: None  # a job of its own, for statistics that are not ours
         executor.run()
-        _wait_for_slurm(executor.job_id, plan, work, stage)
+        _wait_for_slurm(executor.job_id, recipe, work, stage)
 
 
 def _failure(work: Path, stage: str, ranks: list[int], cause: Exception | None):
@@ -161,9 +161,9 @@ def _failure(work: Path, stage: str, ranks: list[int], cause: Exception | None):
     )
 
 
-def run_stage(kind: str, workers: int, options: dict[str, str], plan: Plan, work: Path, stage: str) -> None:
+def run_stage(kind: str, workers: int, options: dict[str, str], recipe: Recipe, work: Path, stage: str) -> None:
     """Run what is unfinished of a stage. UserError or RunFailed if some of it cannot be done."""
-    count, cause = num_tasks(plan, stage), None
+    count, cause = num_tasks(recipe, stage), None
     ranks = unfinished(work, stage, count)
     if not ranks:
         return
@@ -174,7 +174,7 @@ def run_stage(kind: str, workers: int, options: dict[str, str], plan: Plan, work
             for rank in ranks:
                 run_stage_task(str(work), stage, rank)
         else:
-            _run_on_datatrove(kind, workers, options, plan, work, stage)
+            _run_on_datatrove(kind, workers, options, recipe, work, stage)
     except (UserError, RunFailed):
         raise
     except Exception as error:  # whatever a task or an executor raises: a bug of theirs keeps its trace in errors/

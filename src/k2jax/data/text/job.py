@@ -1,10 +1,10 @@
-"""A preparation under way: its plan, and the stages and tasks whose results lie in a folder.
+"""A preparation under way: its recipe, and the stages and tasks whose results lie in a folder.
 
-A task is a pure function of the plan and of earlier stages' results. It writes into a folder of its own and renames it
+A task is a pure function of the recipe and of earlier stages' results. It writes into a folder of its own and renames it
 to STAGE/RANK when it is done, so that a result is there whole or not at all: after a kill the tasks without one run
 again, wherever, even twice at once, and give the same bytes.
 
-plan.json     what is prepared and how, the files and their cut into tasks
+recipe.json     what is prepared and how, the files and their cut into tasks
 STAGE/RANK/   results, one folder per task
 progress/     what each task has done so far, and at last its cost
 errors/       why a task failed
@@ -31,7 +31,7 @@ _SECONDS_BETWEEN_REPORTS = 0.5
 
 
 @dataclass(frozen=True)
-class Plan:
+class Recipe:
     """All that the result depends on, as JSON values; `tasks` are [first, last + 1) of `files`."""
 
     format: int
@@ -72,7 +72,7 @@ def cut_into_tasks(files: list[File], least_bytes: int) -> list[list[int]]:
 
 
 def _differences(old: dict, new: dict) -> Iterator[str]:
-    for name in [field.name for field in fields(Plan)]:
+    for name in [field.name for field in fields(Recipe)]:
         if old.get(name) == new[name] or name in ("tasks", "skipped"):
             continue
         if name == "files":
@@ -84,9 +84,9 @@ def _differences(old: dict, new: dict) -> Iterator[str]:
             yield f"{name} = {new[name]!r}: was {old.get(name)!r} when it began"
 
 
-def save_plan(work: Path, plan: Plan) -> None:
-    """Write the plan, or find the same one. UserError where another one was begun."""
-    path, new = work / "plan.json", json.loads(json.dumps(asdict(plan)))
+def save_recipe(work: Path, recipe: Recipe) -> None:
+    """Write the recipe, or find the same one. UserError where another one was begun."""
+    path, new = work / "recipe.json", json.loads(json.dumps(asdict(recipe)))
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
         if old != new:
@@ -98,8 +98,8 @@ def save_plan(work: Path, plan: Plan) -> None:
     write_atomic(path, json.dumps(new))
 
 
-def load_plan(work: Path) -> Plan:
-    return Plan(**json.loads((work / "plan.json").read_text(encoding="utf-8")))
+def load_recipe(work: Path) -> Recipe:
+    return Recipe(**json.loads((work / "recipe.json").read_text(encoding="utf-8")))
 
 
 class Meter:
@@ -160,7 +160,7 @@ def _publish(temporary: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
-def run_task(work: Path, stage: str, rank: int, task: Callable[[Plan, Path, int, Path, Meter], None]) -> None:
+def run_task(work: Path, stage: str, rank: int, task: Callable[[Recipe, Path, int, Path, Meter], None]) -> None:
     """Run one task unless its result is there. What it raises is also written down, for whoever started the stage."""
     final = result(work, stage, rank)
     if final.is_dir():
@@ -171,7 +171,7 @@ def run_task(work: Path, stage: str, rank: int, task: Callable[[Plan, Path, int,
     temporary.mkdir()
     meter = Meter(work / "progress" / f"{stage}-{rank:05d}.json")
     try:
-        task(load_plan(work), work, rank, temporary, meter)
+        task(load_recipe(work), work, rank, temporary, meter)
     except Exception as error:
         problems = [*error.problems] if isinstance(error, UserError) else None
         content = {"problems": problems, "error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}

@@ -21,7 +21,7 @@ import numpy as np
 from k2jax.data.store.manifest import CHUNK_TOKENS, SHARD_TOKENS, SPLITS
 from k2jax.data.text import dedup, filters
 from k2jax.data.text.executors import executor_problems, run_stage
-from k2jax.data.text.job import FORMAT, Plan, cut_into_tasks, result, save_plan
+from k2jax.data.text.job import FORMAT, Recipe, cut_into_tasks, result, save_recipe
 from k2jax.data.text.progress import Progress, costs_of, watched
 from k2jax.data.text.readers import has_fields
 from k2jax.data.text.sources import EXTRA, File, Tally, bad_lines, find_files, missing_for, source_and_path
@@ -49,7 +49,7 @@ def _source_problems(specs: list[str], out: Path):
             yield f"out = {str(out)!r}: must not lie inside source = {path!r}; name a folder outside"
 
 
-def _argument_problems(out: Path, plan: dict):
+def _argument_problems(out: Path, recipe: dict):
     if is_url(out):
         yield f"out = {str(out)!r}: must be a folder, no URL; copy the store there when it is made"
     elif "," in str(out) or str(out).startswith("~"):
@@ -58,23 +58,23 @@ def _argument_problems(out: Path, plan: dict):
         yield f"out = {str(out)!r}: {rule}; nearest: {nearest!r}"
     elif os.path.lexists(out):
         yield f"out = {str(out)!r}: exists already; name a new folder, or remove this one"
-    fraction, least, most = plan["validation_fraction"], plan["min_chars"], plan["max_chars"]
+    fraction, least, most = recipe["validation_fraction"], recipe["min_chars"], recipe["max_chars"]
     if not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
         yield f"validation_fraction = {fraction!r}: must be above 0 and below 1; 0.02 is usual"
     if least < 1:
         yield f"min_chars = {least}: must be at least 1"
     if most is not None and most < least:
         yield f"max_chars = {most}: must be at least min_chars = {least}"
-    if plan["skip_bad_lines"] < 0:
-        yield f"skip_bad_lines = {plan['skip_bad_lines']}: must be at least 0"
-    for name in plan["filters"]:
+    if recipe["skip_bad_lines"] < 0:
+        yield f"skip_bad_lines = {recipe['skip_bad_lines']}: must be at least 0"
+    for name in recipe["filters"]:
         if name not in filters.KINDS:
             yield f"filters: {name!r} must be one of {', '.join(filters.KINDS)}"
-    near = plan["near_duplicates"]
+    near = recipe["near_duplicates"]
     if near is not None and not dedup.LEAST_THRESHOLD <= near <= 1:
         rule = f"must be at least {dedup.LEAST_THRESHOLD} and at most 1, a Jaccard similarity; 0.8 is usual"
         yield f"near_duplicates = {near}: {rule}"
-    for what, module, wanted in (("filters", "datatrove", plan["filters"]), ("near_duplicates", "rensa", near)):
+    for what, module, wanted in (("filters", "datatrove", recipe["filters"]), ("near_duplicates", "rensa", near)):
         if wanted and importlib.util.find_spec(module) is None:
             yield f"{what} = {wanted}: needs {module}; {EXTRA}"
 
@@ -87,23 +87,23 @@ def _tokenizer_or_problems(spec: str) -> tuple[Tokenizer | None, tuple[str, ...]
         return None, error.problems
 
 
-def _find(specs: list[str], plan: dict, skipped: Tally) -> list[File]:
+def _find(specs: list[str], recipe: dict, skipped: Tally) -> list[File]:
     """The files of all sources; UserError where a URL cannot be listed or a kind of file not be read here."""
     try:
-        files = find_files(specs, plan["pattern"], tuple(plan["exclude"]), skipped)
+        files = find_files(specs, recipe["pattern"], tuple(recipe["exclude"]), skipped)
     except (OSError, ImportError, ValueError) as error:  # a URL's: what fsspec raises for a bucket, or says to install
         raise UserError(f"source: cannot be listed: {type(error).__name__}: {error}") from None
     problems = [*missing_for(files)]
-    if plan["text_field"] != "text" and files and not any(map(has_fields, files)):
+    if recipe["text_field"] != "text" and files and not any(map(has_fields, files)):
         rule = f"none of the {len(files)} files is JSON lines or Parquet, so that it names nothing; leave it out"
-        problems.append(f"text_field = {plan['text_field']!r}: {rule}")
+        problems.append(f"text_field = {recipe['text_field']!r}: {rule}")
     if problems:
         raise UserError(*problems)
     return files
 
 
-def _versions(plan: dict) -> dict[str, str]:
-    used = {"datatrove": plan["filters"], "rensa": plan["near_duplicates"]}
+def _versions(recipe: dict) -> dict[str, str]:
+    used = {"datatrove": recipe["filters"], "rensa": recipe["near_duplicates"]}
     return {name: importlib.metadata.version(name) for name, wanted in used.items() if wanted}
 
 
@@ -129,37 +129,37 @@ def _work_folder(out: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _refuse_bad(work: Path, plan: Plan) -> None:
-    """UserError for all lines and files that could not be read; plan.skip_bad_lines lines are left out instead."""
+def _refuse_bad(work: Path, recipe: Recipe) -> None:
+    """UserError for all lines and files that could not be read; recipe.skip_bad_lines lines are left out instead."""
     bad = Tally(num_examples=10)
-    for rank in range(len(plan.tasks)):
+    for rank in range(len(recipe.tasks)):
         bad.merge(json.loads((result(work, "read", rank) / "tally.json").read_text())["bad"])
     lines = bad.reasons.get("line", {"count": 0})["count"]
-    if bad.reasons.keys() <= {"line"} and lines <= plan.skip_bad_lines:
+    if bad.reasons.keys() <= {"line"} and lines <= recipe.skip_bad_lines:
         return
     hint = []
-    if lines > plan.skip_bad_lines:
-        allowed = f"{plan.skip_bad_lines} are allowed" if plan.skip_bad_lines else "or leave them out"
+    if lines > recipe.skip_bad_lines:
+        allowed = f"{recipe.skip_bad_lines} are allowed" if recipe.skip_bad_lines else "or leave them out"
         hint = [f"{lines} bad lines; {allowed} by --skip-bad-lines N"]
     raise UserError(*bad_lines(bad), *hint)
 
 
-def _refuse_lopsided(work: Path, plan: Plan) -> None:
+def _refuse_lopsided(work: Path, recipe: Recipe) -> None:
     """UserError unless both splits have a document."""
-    ranks = range(len(plan.tasks))
+    ranks = range(len(recipe.tasks))
     places = [np.load(result(work, "read", rank) / "places.npy")[fates(work, rank) == 0] for rank in ranks]
-    places, fraction = np.concatenate([np.empty(0), *places]), plan.validation_fraction
+    places, fraction = np.concatenate([np.empty(0), *places]), recipe.validation_fraction
     held_out = int((places < fraction).sum())
     counts = [len(places) - held_out, held_out]
     if all(counts):
         return
-    source = plan.sources[0] if len(plan.sources) == 1 else plan.sources
-    reasons = ", ".join(f"{entry['count']} {reason}" for reason, entry in left_out(plan, work, "read").reasons.items())
+    source = recipe.sources[0] if len(recipe.sources) == 1 else recipe.sources
+    reasons = ", ".join(f"{entry['count']} {reason}" for reason, entry in left_out(recipe, work, "read").reasons.items())
     besides = f" (left out: {reasons})" if reasons else ""
     if not any(counts):
-        rule = f"no document matches pattern = {plan.pattern!r}{besides}"
-        if "/" not in plan.pattern and not plan.pattern.startswith("**"):
-            rule += f", which means files at the top of a folder alone; '**/{plan.pattern}' finds them below it, too"
+        rule = f"no document matches pattern = {recipe.pattern!r}{besides}"
+        if "/" not in recipe.pattern and not recipe.pattern.startswith("**"):
+            rule += f", which means files at the top of a folder alone; '**/{recipe.pattern}' finds them below it, too"
         raise UserError(f"source = {source!r}: {rule}; change one of them")
     if sum(counts) == 1:
         raise UserError(
@@ -171,20 +171,20 @@ def _refuse_lopsided(work: Path, plan: Plan) -> None:
     raise UserError(f"{found}; for these documents it must be {fits}")
 
 
-def _run(work: Path, plan: Plan, executor: tuple, progress: Callable[[Progress], None] | None) -> None:
+def _run(work: Path, recipe: Recipe, executor: tuple, progress: Callable[[Progress], None] | None) -> None:
     """All stages, one after the other."""
-    if not plan.tasks:
-        _refuse_lopsided(work, plan)
+    if not recipe.tasks:
+        _refuse_lopsided(work, recipe)
     for stage in STAGES:
-        with watched(work, plan, stage, progress):
-            run_stage(*executor, plan, work, stage)
+        with watched(work, recipe, stage, progress):
+            run_stage(*executor, recipe, work, stage)
         if stage == "read":
-            _refuse_bad(work, plan)
+            _refuse_bad(work, recipe)
         if stage == "resolve":
-            _refuse_lopsided(work, plan)
+            _refuse_lopsided(work, recipe)
 
 
-def _plan(specs: list[str], out: Path, values: dict, task_bytes: int, executor: tuple) -> tuple[Plan, Tokenizer | None]:
+def _recipe(specs: list[str], out: Path, values: dict, task_bytes: int, executor: tuple) -> tuple[Recipe, Tokenizer | None]:
     """UserError with every problem that the arguments alone show, then with those of the files."""
     chosen, problems = _tokenizer_or_problems(values["tokenizer"])
     problems = [*_source_problems(specs, out), *_argument_problems(out, values), *problems]
@@ -193,7 +193,7 @@ def _plan(specs: list[str], out: Path, values: dict, task_bytes: int, executor: 
         raise UserError(*problems)
     skipped = Tally()
     files = _find(specs, values, skipped)
-    plan = Plan(
+    recipe = Recipe(
         format=FORMAT,
         sources=specs,
         tokenizer_digest=chosen.digest if chosen else None,
@@ -203,7 +203,7 @@ def _plan(specs: list[str], out: Path, values: dict, task_bytes: int, executor: 
         skipped=skipped.reasons,
         **values,
     )
-    return plan, chosen
+    return recipe, chosen
 
 
 def _finish(work: Path, out: Path) -> dict:
@@ -270,11 +270,11 @@ def prepare(
         "chunk_tokens": chunk_tokens,
     }
     runner = (executor, workers, dict(executor_options or {}))
-    plan, chosen = _plan(specs, Path(out), values, task_bytes, runner)
+    recipe, chosen = _recipe(specs, Path(out), values, task_bytes, runner)
     with _work_folder(Path(out)) as work:
-        save_plan(work, plan)
+        save_recipe(work, recipe)
         try:
-            _run(work, plan, runner, progress)
+            _run(work, recipe, runner, progress)
         except UserError:
             shutil.rmtree(work)
             raise

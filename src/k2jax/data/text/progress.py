@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from k2jax.data.text.job import Plan
+from k2jax.data.text.job import Recipe
 from k2jax.data.text.tasks import STAGES, num_tasks
 
 _SECONDS = 0.5
@@ -30,11 +30,11 @@ class Progress(NamedTuple):
 class _Watch(threading.Thread):
     """Calls `progress` twice a second with what the tasks of a stage have reported."""
 
-    def __init__(self, work: Path, plan: Plan, stage: str, progress: Callable[[Progress], None]):
+    def __init__(self, work: Path, recipe: Recipe, stage: str, progress: Callable[[Progress], None]):
         super().__init__(daemon=True)
-        self.work, self.plan, self.stage, self.progress = work, plan, stage, progress
+        self.work, self.recipe, self.stage, self.progress = work, recipe, stage, progress
         self.stopped, self.started, self.done = threading.Event(), time.monotonic(), {}
-        self.total = sum(file[3] for file in plan.files) if stage in ("read", "tokenizer", "write") else 0
+        self.total = sum(file[3] for file in recipe.files) if stage in ("read", "tokenizer", "write") else 0
         self.before = self._sums()[1:]
 
     def _sums(self) -> tuple[int, int, int, int, int]:
@@ -51,7 +51,7 @@ class _Watch(threading.Thread):
 
     def show(self) -> None:
         done, documents, text_bytes, tokens, file_bytes = self._sums()
-        tasks, seconds = (done, num_tasks(self.plan, self.stage)), time.monotonic() - self.started
+        tasks, seconds = (done, num_tasks(self.recipe, self.stage)), time.monotonic() - self.started
         sizes = (file_bytes, self.total)
         self.progress(Progress(self.stage, tasks, documents, text_bytes, tokens, sizes, seconds, self.before))
 
@@ -66,12 +66,12 @@ class _Watch(threading.Thread):
 
 
 @contextlib.contextmanager
-def watched(work: Path, plan: Plan, stage: str, progress: Callable[[Progress], None] | None) -> Iterator[None]:
+def watched(work: Path, recipe: Recipe, stage: str, progress: Callable[[Progress], None] | None) -> Iterator[None]:
     """Have `progress` called, if there is one, while a stage runs, and once when it has ended."""
     if progress is None:
         yield
         return
-    watch = _Watch(work, plan, stage, progress)
+    watch = _Watch(work, recipe, stage, progress)
     watch.start()
     try:
         yield

@@ -21,7 +21,7 @@ from k2jax.data.store.manifest import SPLITS
 from k2jax.data.store.writer import PartWriter, merge_parts
 from k2jax.data.text import dedup
 from k2jax.data.text.filters import make_filters
-from k2jax.data.text.job import Meter, Plan, result, results, run_task
+from k2jax.data.text.job import Meter, Recipe, result, results, run_task
 from k2jax.data.text.provenance import Origins, rephrased_sources
 from k2jax.data.text.readers import Record, records
 from k2jax.data.text.sources import File, Tally
@@ -39,11 +39,11 @@ def split_hash(digest: bytes) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _records(plan: Plan, rank: int, skipped: Tally, bad: Tally, meter: Meter) -> Iterator[tuple[File, Record]]:
+def _records(recipe: Recipe, rank: int, skipped: Tally, bad: Tally, meter: Meter) -> Iterator[tuple[File, Record]]:
     """Every record of a task; the meter gets the bytes of files, of the one being read as far as its text says."""
-    for file in plan.files_of(rank):
+    for file in recipe.files_of(rank):
         seen = 0
-        for record in records(file, plan.text_field, skipped, bad):
+        for record in records(file, recipe.text_field, skipped, bad):
             yield file, record
             part = min(len(record.text), file.size - seen)
             seen += part
@@ -62,11 +62,11 @@ def _reason_to_skip(record: Record, filters: list, meter: Meter) -> str | None:
     return None
 
 
-def _read(plan: Plan, work: Path, rank: int, folder: Path, meter: Meter) -> None:
+def _read(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) -> None:
     skipped, bad = Tally(), Tally(num_examples=10)
-    filters = make_filters(tuple(plan.filters), plan.min_chars, plan.max_chars)
+    filters = make_filters(tuple(recipe.filters), recipe.min_chars, recipe.max_chars)
     digests, signatures, ordinals, places, origins = [], [], [], [], Origins()
-    for ordinal, (file, record) in enumerate(_records(plan, rank, skipped, bad, meter)):
+    for ordinal, (file, record) in enumerate(_records(recipe, rank, skipped, bad, meter)):
         try:
             content = record.text.encode("utf-8")
         except UnicodeEncodeError:  # JSON can spell half a surrogate pair
@@ -77,14 +77,14 @@ def _read(plan: Plan, work: Path, rank: int, folder: Path, meter: Meter) -> None
             skipped.add(reason, record.name)
             continue
         digest = hashlib.sha256(content).digest()
-        if plan.near_duplicates is not None:
+        if recipe.near_duplicates is not None:
             with meter.timed("fingerprint"):
                 signatures.append(dedup.signature(record.text))
         digests.append(digest)
         ordinals.append(ordinal)
         origins.add(file.source, record)
         places.append(split_hash(bytes.fromhex(record.origin["sha256"]) if record.origin else digest))
-    near = None if plan.near_duplicates is None else np.array(signatures, np.uint32).reshape(-1, dedup.NUM_HASHES)
+    near = None if recipe.near_duplicates is None else np.array(signatures, np.uint32).reshape(-1, dedup.NUM_HASHES)
     dedup.write_index(folder, np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32), near)
     np.save(folder / "ordinals.npy", np.array(ordinals, np.uint32))
     np.save(folder / "places.npy", np.array(places, np.float64))
@@ -92,22 +92,22 @@ def _read(plan: Plan, work: Path, rank: int, folder: Path, meter: Meter) -> None
     (folder / "tally.json").write_text(json.dumps({"skipped": skipped.reasons, "bad": bad.reasons}))
 
 
-def _match(plan: Plan, work: Path, rank: int, folder: Path, meter: Meter) -> None:
-    folders = results(work, "read", len(plan.tasks))
-    exact, near = dedup.find_pairs(folders, rank, num_tasks(plan, "match"), plan.near_duplicates)
+def _match(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) -> None:
+    folders = results(work, "read", len(recipe.tasks))
+    exact, near = dedup.find_pairs(folders, rank, num_tasks(recipe, "match"), recipe.near_duplicates)
     np.save(folder / "exact.npy", exact)
     np.save(folder / "near.npy", near)
 
 
-def _resolve(plan: Plan, work: Path, rank: int, folder: Path, meter: Meter) -> None:
-    found = results(work, "match", num_tasks(plan, "match"))
+def _resolve(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) -> None:
+    found = results(work, "match", num_tasks(recipe, "match"))
     exact, near = (np.concatenate([np.load(path / f"{kind}.npy") for path in found]) for kind in ("exact", "near"))
-    counts = [len(np.load(path / "ordinals.npy", mmap_mode="r")) for path in results(work, "read", len(plan.tasks))]
+    counts = [len(np.load(path / "ordinals.npy", mmap_mode="r")) for path in results(work, "read", len(recipe.tasks))]
     is_exact, is_near = dedup.resolve(sum(counts), exact, near)
     fates = np.where(is_exact, np.uint8(1), np.where(is_near, np.uint8(2), np.uint8(0)))
     for number, part in enumerate(np.split(fates, np.cumsum(counts)[:-1])):
         np.save(folder / f"{number:05d}.npy", part)
-    rephrased = rephrased_sources(results(work, "read", len(plan.tasks)))
+    rephrased = rephrased_sources(results(work, "read", len(recipe.tasks)))
     (folder / "rephrased.json").write_text(json.dumps(rephrased))
 
 
@@ -119,12 +119,12 @@ def fates(work: Path, rank: int) -> np.ndarray:
     return np.load(result(work, "resolve", 0) / f"{rank:05d}.npy")
 
 
-def _kept(plan: Plan, work: Path, rank: int, skipped: Tally, meter: Meter) -> Iterator[tuple[File, Record, float]]:
+def _kept(recipe: Recipe, work: Path, rank: int, skipped: Tally, meter: Meter) -> Iterator[tuple[File, Record, float]]:
     """(file, record, place) of the documents that stay; UserError where the files have changed since they were read."""
     folder = result(work, "read", rank)
     ordinals, places, digests = (np.load(folder / f"{name}.npy") for name in ("ordinals", "places", "digests"))
     fate, row = fates(work, rank), 0
-    for ordinal, (file, record) in enumerate(_records(plan, rank, Tally(), Tally(), meter)):
+    for ordinal, (file, record) in enumerate(_records(recipe, rank, Tally(), Tally(), meter)):
         if row == len(ordinals) or ordinal != ordinals[row]:
             continue
         if hashlib.sha256(record.text.encode("utf-8", "replace")).digest() != digests[row].tobytes():
@@ -135,7 +135,7 @@ def _kept(plan: Plan, work: Path, rank: int, skipped: Tally, meter: Meter) -> It
             skipped.add(reason, record.name)
         row += 1
     if row < len(ordinals):
-        raise UserError(f"{plan.files_of(rank)[-1].path}: has changed while it was being prepared; begin anew")
+        raise UserError(f"{recipe.files_of(rank)[-1].path}: has changed while it was being prepared; begin anew")
 
 
 def save_tokenizer_copy(folder: Path, tokenizer: Tokenizer) -> None:
@@ -152,25 +152,25 @@ def tokenizer_copy(work: Path) -> Tokenizer:
     return replace(load_tokenizer("byte" if name is None else str(folder / name)), spec=spec)
 
 
-def _tokenizer(plan: Plan, work: Path, rank: int, folder: Path, meter: Meter) -> None:
-    vocab = train_vocab(plan.tokenizer)
+def _tokenizer(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) -> None:
+    vocab = train_vocab(recipe.tokenizer)
     if vocab is None:
-        chosen = load_tokenizer(plan.tokenizer)
-        if chosen.digest != plan.tokenizer_digest:
-            raise UserError(f"tokenizer = {plan.tokenizer!r}: has changed since the preparation began; begin anew")
+        chosen = load_tokenizer(recipe.tokenizer)
+        if chosen.digest != recipe.tokenizer_digest:
+            raise UserError(f"tokenizer = {recipe.tokenizer!r}: has changed since the preparation began; begin anew")
     else:
-        documents = (kept for r in range(len(plan.tasks)) for kept in _kept(plan, work, r, Tally(), meter))
-        chosen = train_bpe((d.text for _, d, place in documents if place >= plan.validation_fraction), vocab)
+        documents = (kept for r in range(len(recipe.tasks)) for kept in _kept(recipe, work, r, Tally(), meter))
+        chosen = train_bpe((d.text for _, d, place in documents if place >= recipe.validation_fraction), vocab)
     save_tokenizer_copy(folder, chosen)
 
 
-def _write(plan: Plan, work: Path, rank: int, folder: Path, meter: Meter) -> None:
-    sizes = {"shard_tokens": plan.shard_tokens, "chunk_tokens": plan.chunk_tokens}
+def _write(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) -> None:
+    sizes = {"shard_tokens": recipe.shard_tokens, "chunk_tokens": recipe.chunk_tokens}
     writer, skipped = PartWriter(folder, rank, tokenizer_copy(work), **sizes), Tally()
-    for file, record, place in _kept(plan, work, rank, skipped, meter):
+    for file, record, place in _kept(recipe, work, rank, skipped, meter):
         before, origin = writer.num_tokens, record.origin
         origin = origin and {"name": origin["name"], "sha256": origin["sha256"]}
-        split = SPLITS[int(place < plan.validation_fraction)]
+        split = SPLITS[int(place < recipe.validation_fraction)]
         with meter.timed("tokenise"):
             size = writer.append(split, file.source, record.name, record.text, origin)
         meter.add(documents=1, text_bytes=size, tokens=writer.num_tokens - before)
@@ -178,12 +178,12 @@ def _write(plan: Plan, work: Path, rank: int, folder: Path, meter: Meter) -> Non
     (folder / "tally.json").write_text(json.dumps({"skipped": skipped.reasons}))
 
 
-def left_out(plan: Plan, work: Path, *stages: str) -> Tally:
+def left_out(recipe: Recipe, work: Path, *stages: str) -> Tally:
     """What was left out before the stages, and by them."""
     skipped = Tally()
-    skipped.merge(plan.skipped)
+    skipped.merge(recipe.skipped)
     for stage in stages:
-        for folder in results(work, stage, len(plan.tasks)):
+        for folder in results(work, stage, len(recipe.tasks)):
             tally = json.loads((folder / "tally.json").read_text())
             skipped.merge(tally["skipped"])
             skipped.merge({f"bad {reason}": entry for reason, entry in tally.get("bad", {}).items()})
@@ -200,27 +200,27 @@ def _move(path: Path, target: Path) -> None:
             raise
 
 
-def _merge(plan: Plan, work: Path, rank: int, folder: Path, meter: Meter) -> None:
+def _merge(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) -> None:
     """The parts are where their writers have put them; moving them together needs no copy."""
     store = work / "store"
-    for part in results(work, "write", len(plan.tasks)):
+    for part in results(work, "write", len(recipe.tasks)):
         for path in [*part.glob("parts/*.json"), *(path for split in SPLITS for path in part.glob(f"{split}/*/*"))]:
             _move(path, store / path.relative_to(part))
     created = {
-        "source": plan.sources,
-        "pattern": plan.pattern,
-        "exclude": plan.exclude,
-        "validation_fraction": plan.validation_fraction,
-        "text_field": plan.text_field,
-        "min_chars": plan.min_chars,
-        "max_chars": plan.max_chars,
-        "filters": plan.filters,
-        "near_duplicates": plan.near_duplicates,
-        "versions": plan.versions,
-        "skipped": left_out(plan, work, "read", "write").reasons,
+        "source": recipe.sources,
+        "pattern": recipe.pattern,
+        "exclude": recipe.exclude,
+        "validation_fraction": recipe.validation_fraction,
+        "text_field": recipe.text_field,
+        "min_chars": recipe.min_chars,
+        "max_chars": recipe.max_chars,
+        "filters": recipe.filters,
+        "near_duplicates": recipe.near_duplicates,
+        "versions": recipe.versions,
+        "skipped": left_out(recipe, work, "read", "write").reasons,
     }
     rephrased = json.loads((result(work, "resolve", 0) / "rephrased.json").read_text())
-    merge_parts(store, len(plan.tasks), tokenizer_copy(work), rephrased, **created)
+    merge_parts(store, len(recipe.tasks), tokenizer_copy(work), rephrased, **created)
 
 
 _TASKS: dict[str, Callable] = {
@@ -234,9 +234,9 @@ _TASKS: dict[str, Callable] = {
 STAGES = tuple(_TASKS)
 
 
-def num_tasks(plan: Plan, stage: str) -> int:
-    """Of the plan alone, never of the executor, so that results do not depend on it."""
-    return {"read": len(plan.tasks), "write": len(plan.tasks), "match": min(len(plan.tasks), _MAX_MATCH_TASKS)}.get(
+def num_tasks(recipe: Recipe, stage: str) -> int:
+    """Of the recipe alone, never of the executor, so that results do not depend on it."""
+    return {"read": len(recipe.tasks), "write": len(recipe.tasks), "match": min(len(recipe.tasks), _MAX_MATCH_TASKS)}.get(
         stage, 1
     )
 
