@@ -5,6 +5,7 @@ import math
 import types
 import typing
 from collections.abc import Iterator
+from os.path import expanduser
 from typing import Literal
 
 from k2jax.files import is_url
@@ -72,6 +73,16 @@ _BELOW = {"data.fim_rate": 1, "optim.momentum": 1, "optim.adam_b1": 1, "optim.ad
 _FOLDERS = {"train.run_dir", "train.compile_cache", "data.index_dir"}  # written to; a URL would become one called "gs:"
 
 
+_PATHS = {"data.path", "data.validation_path", "data.tokenizer", "train.init_from"}
+
+
+def home_problem(paths: str) -> str | None:
+    """The rule that one of these paths, joined by commas, breaks by beginning with ~: a folder of that name."""
+    if not any(path.startswith("~") for path in paths.split(",")):
+        return None
+    return f"must not begin with ~, which is not expanded here; nearest: {','.join(map(expanduser, paths.split(',')))!r}"
+
+
 def _own_problems(values: dict, kinds: dict) -> dict[str, str]:
     """{field: problem} of the fields that are wrong whatever the others are."""
     problems = {}
@@ -91,6 +102,8 @@ def _own_problems(values: dict, kinds: dict) -> dict[str, str]:
             problems[name] = "must be at least {}, {}".format(*_AT_LEAST[name])
         elif any(v >= _BELOW.get(name, math.inf) for v in numbers):
             problems[name] = f"must be below {_BELOW[name]}"
+        elif name in (*_FOLDERS, *_PATHS) and value is not None and (home := home_problem(value)):
+            problems[name] = home
         elif name in _FOLDERS and value is not None and is_url(value):
             problems[name] = "must be a folder, no URL; copy it there when the run is done, or mount the bucket"
     return {name: f"{name} = {values[name]!r}: {rule}" for name, rule in problems.items()}

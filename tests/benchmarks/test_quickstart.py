@@ -35,7 +35,7 @@ def test_code_passes():
     text = CODE[CODE.index("def sample") :][:4000]
     share, words, statements = verdicts(text.replace("    ", "\t"))  # spaces of an indent are one token of a BPE
     assert share and words and statements
-    assert {"If", "Return"} <= NAMES["kinds_of_statements"](CODE)
+    assert len(NAMES["kinds_of_statements"](CODE)) >= 4
 
 
 def test_a_block_from_inside_a_function_counts():

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from k2jax.cli.main import main
-from k2jax.cli.overrides import read_overrides
+from k2jax.cli.overrides import load_config, read_overrides
+from k2jax.data.store.reader import TokenStore
 from k2jax.data.text.prepare import prepare
 
 MICRO = str(Path(__file__).parents[1] / "train" / "micro.py")
@@ -110,7 +111,7 @@ def test_config_files_that_are_none(place, capsys):
     (place / "broken.py").write_text("def config(:\n")
     assert "no such config file" in refusal(capsys, "train", "absent.py")
     assert "must define config()" in refusal(capsys, "train", "empty.py")
-    assert "broken.py: SyntaxError" in refusal(capsys, "train", "broken.py")
+    assert "broken.py:1: SyntaxError: " in refusal(capsys, "train", "broken.py")
 
 
 def test_empty_source(place, capsys):
@@ -180,3 +181,54 @@ def test_a_run_directory_that_cannot_be_made(place, capsys):
     (place / "file").write_text("")
     arguments = ("train", MICRO, *ON_EIGHT, "--train.run-dir")
     assert "train.run_dir = 'file/run': cannot be made: " in refusal(capsys, *arguments, "file/run")
+
+
+def test_options_before_or_after_a_list(place, capsys, monkeypatch):
+    """argparse alone would refuse what comes after the options."""
+    seen = []
+    monkeypatch.setattr("k2jax.cli.model.generate", lambda args, rest: seen.append((args.prompt, args.tokens)) or 0)
+    for arguments in (["a b", "c", "--tokens", "2"], ["--tokens", "2", "a b", "c"], ["a b", "--tokens", "2", "c"]):
+        assert main(["generate", "run", *arguments]) == 0
+    assert main(["generate", "run", "--tokens", "2"]) == 0
+    assert seen == [(["a b", "c"], 2)] * 3 + [([""], 2)]
+    with pytest.raises(SystemExit):
+        main(["generate", "run", "--tokns", "2", "a"])
+    documents(place / "a"), documents(place / "b")
+    assert main(["prepare", "a=a", "--tokenizer", "byte", "--out", "store", "b=b"]) == 0
+    assert main(["plot", "nothing", "--out", "x.png", "nowhere"]) == 2
+
+
+def test_a_config_imports_the_file_beside_it_and_the_next_one_its_own(place, capsys):
+    for folder, steps in (("one", 3), ("two", 4)):
+        (place / folder).mkdir()
+        (place / folder / "base.py").write_text(f"STEPS = {steps}")
+        (place / folder / "child.py").write_text(
+            "from base import STEPS\nfrom k2jax.config import Config, TrainConfig\n"
+            "def config():\n    import base\n    return Config(train=TrainConfig(num_steps=base.STEPS))\n"
+        )
+    for folder, steps in (("one", 3), ("two", 4), ("one", 3)):
+        assert load_config(f"{folder}/child.py").train.num_steps == steps
+    assert "base" not in sys.modules and not any(path.startswith(str(place)) for path in sys.path)
+
+
+def test_mistakes_in_a_config_file_name_the_line_and_the_field(place, capsys):
+    head = "from k2jax.config import Config, ModelConfig\ndef config():\n    return "
+    cases = {
+        head + "Config(model=ModelConfig(hiden_size=3))": "c.py:3: TypeError: .*hiden_size'; did you mean model.hidden_size\\?",
+        head + "1 / 0": "c.py:3: ZeroDivisionError: division by zero",
+        head + ")": "c.py:3: SyntaxError: unmatched",
+        "import nothing_of_that_name": "c.py:1: ModuleNotFoundError",
+    }
+    for text, rule in cases.items():
+        (place / "c.py").write_text(text)
+        assert re.search(rule, refusal(capsys, "train", "c.py")), text
+
+
+def test_paths_that_begin_with_a_tilde_or_go_up(place, capsys):
+    error = refusal(capsys, "train", MICRO, "--train.run-dir", "~/x", "--data.path", "a,~/b")
+    assert "train.run_dir = '~/x': must not begin with ~" in error and "data.path = 'a,~/b': must not begin" in error
+    assert "nearest: '/" in error and list(place.iterdir()) == []
+    source, inner = documents(place / "a"), place / "inner"
+    prepare(source, str(place / "store"), "byte", validation_fraction=0.3)
+    inner.mkdir()
+    assert TokenStore(f"{inner}/../store").vocab_size == 258

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2] / "src" / "k2jax"
 # Lowest first. Packages of one row are siblings: each can be read, and used, without the others.
 LAYERS = [
     {"errors"},
-    {"files", "dtypes", "tables"},
+    {"files", "dtypes", "tables", "user_code"},
     {"config_rules"},
     {"config"},
     {"sharding", "kernels", "optim", "data", "runs"},

@@ -10,9 +10,10 @@ from k2jax.errors import RunFailed, UserError
 
 def _reading_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("source", nargs="+", help="PATH or NAME=PATH: folders, text, .jsonl, .parquet, .gz, .zst, URLs")
+    sub.set_defaults(more="source")
     sub.add_argument("--pattern", default="**/*", help="which files of a folder (default: %(default)s)")
     sub.add_argument("--exclude", action="append", default=[], help="which of them not; may be repeated")
-    sub.add_argument("--text-field", default="text", help="field of a line, or column, with the text (default: %(default)s)")
+    sub.add_argument("--text-field", default="text", help="field or column of the text (default: %(default)s)")
 
 
 def _preparing_commands(command) -> None:
@@ -84,6 +85,7 @@ def _run_commands(command) -> None:
 
     sub = command("plot", plan.plot, "Draw loss and max logit of runs into one PNG.")
     sub.add_argument("run", nargs="+", help="run directories")
+    sub.set_defaults(more="run")
     sub.add_argument("--out", required=True, help="the PNG")
 
 
@@ -91,6 +93,7 @@ def _model_commands(command) -> None:
     sub = command("generate", model.generate, "Continue texts with a trained model.")
     sub.add_argument("run", help="run directory, or folder of a published checkpoint")
     sub.add_argument("prompt", nargs="*", default=[""], help="one or more; several are continued together")
+    sub.set_defaults(more="prompt")
     sub.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
     sub.add_argument("--tokens", type=int, default=400, help="at most this many (default: %(default)s)")
     sub.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
@@ -141,6 +144,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 the run failed, 2 the user can mend it, 128 + n on signal n."""
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
+    if (name := getattr(args, "more", None)) and not any(argument.startswith("-") for argument in rest):
+        # argparse closes a list at the first option after it: `generate RUN --tokens 20 PROMPT` leaves PROMPT over.
+        given = [value for value in getattr(args, name) if value != ""]
+        setattr(args, name, [*given, *rest] or [""])
+        rest = []
     if rest and args.command not in ("train", "inspect", "plan", "import", "audit"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-import runpy
+import re
 import typing
 from pathlib import Path
 from types import NoneType
@@ -10,6 +10,14 @@ from types import NoneType
 from k2jax.config import Config, field_types, unknown_field
 from k2jax.config_rules import describe_type
 from k2jax.errors import UserError
+from k2jax.user_code import call_beside, describe_error, run_file
+
+
+def _field_hint(error: Exception) -> str:
+    """For a section that was given a field that it does not have: the fields that were meant."""
+    match = re.fullmatch(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    section = match and next((n for n, kind in typing.get_type_hints(Config).items() if kind.__name__ == match[1]), None)
+    return f"; {unknown_field(f'{section}.{match[2]}').partition('; ')[2]}" if section else ""
 
 
 def load_config(path: str) -> Config:
@@ -18,10 +26,12 @@ def load_config(path: str) -> Config:
         near = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
         raise UserError(f"{path}: no such config file" + (f"; there are {near}" if near else ""))
     try:
-        names = runpy.run_path(path)
-        config = names["config"]() if callable(names.get("config")) else None
-    except Exception as error:  # the file is the user's code: whatever it raises is theirs to mend
-        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
+        names = run_file(path)
+        config = call_beside(path, names["config"]) if callable(names.get("config")) else None
+    except UserError:
+        raise
+    except Exception as error:  # the file is the user's code: whatever it raises is theirs to correct
+        raise UserError(describe_error(path, error) + _field_hint(error)) from None
     if not isinstance(config, Config):
         raise UserError(f"{path}: must define config() and return a k2jax.config.Config, got {type(config).__name__}")
     return config

@@ -18,8 +18,8 @@ def path_problem(folder: Path) -> str | None:
 
     A path with one of these characters does not match itself, and the save, which seems to succeed, is unreadable.
     """
-    bad = [mark for mark in "[\\" if mark in str(folder.absolute())]
-    return f"{folder.absolute()} must not have {' or '.join(bad)}, which checkpoints cannot be read below" if bad else None
+    bad = [mark for mark in "[\\" if mark in str(folder.resolve())]
+    return f"{folder.resolve()} must not have {' or '.join(bad)}, which checkpoints cannot be read below" if bad else None
 
 
 def write_config(folder: Path, config: Config) -> None:

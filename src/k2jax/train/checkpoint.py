@@ -53,7 +53,7 @@ def parts(state: TrainState) -> dict:
 
 def open_model_array(folder: Path, step: int, path: tuple[str, ...]) -> tensorstore.TensorStore:
     """One array of a step's model, such as ("params", "moe", "ffn", "gate"), to be read in parts. No cache is kept."""
-    base = {"driver": "file", "path": f"{folder.absolute() / str(step) / 'model'}/"}
+    base = {"driver": "file", "path": f"{folder.resolve() / str(step) / 'model'}/"}
     kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
     return tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True).result()
 
@@ -80,9 +80,9 @@ def save_model(folder: Path, model: dict, config: Config) -> None:
     folder.mkdir(parents=True)
     run = {"config": asdict(config), "data_position": {}}
     with _context():
-        ocp.save_checkpointables(folder.absolute() / "0", {"model": model, "run": run})
-    _check_readable(folder.absolute(), 0, model)
-    commit(folder.absolute(), {"step": 0, "holds": ["model"], "data_position": {}})
+        ocp.save_checkpointables(folder.resolve() / "0", {"model": model, "run": run})
+    _check_readable(folder.resolve(), 0, model)
+    commit(folder.resolve(), {"step": 0, "holds": ["model"], "data_position": {}})
 
 
 class Saver:
@@ -90,7 +90,7 @@ class Saver:
 
     def __init__(self, folder: Path, config: CheckpointConfig):
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._config = folder.absolute(), config
+        self._folder, self._config = folder.resolve(), config
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -143,15 +143,15 @@ class Saver:
 
 def restore_run(folder: Path, step: int) -> dict:
     """The config and data position saved with `step`: {"config": ..., "data_position": ...}."""
-    return ocp.load_checkpointables((folder / str(step)).absolute(), {"run": None})["run"]
+    return ocp.load_checkpointables((folder / str(step)).resolve(), {"run": None})["run"]
 
 
 def restore_model(folder: Path, step: int, abstract: dict) -> dict:
     """{"params", "router_bias"} of `step`, laid out as `abstract`, the same of ShapeDtypeStructs, says."""
-    return ocp.load_checkpointables((folder / str(step)).absolute(), {"model": abstract})["model"]
+    return ocp.load_checkpointables((folder / str(step)).resolve(), {"model": abstract})["model"]
 
 
 def restore_state(folder: Path, step: int, abstract: TrainState) -> TrainState:
     """The TrainState of `step` on the mesh of `abstract`, whatever mesh it was saved from."""
-    stored = ocp.load_checkpointables((folder / str(step)).absolute(), parts(abstract))
+    stored = ocp.load_checkpointables((folder / str(step)).resolve(), parts(abstract))
     return TrainState(**stored["model"], **stored["optimizer"])

@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import math
-import runpy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from k2jax.optim.assignment import make_assignments
 from k2jax.optim.qk_clip import QKClipState
 from k2jax.optim.setup import Setup, map_weights, muonclip_of
 from k2jax.sharding.place import on_mesh
+from k2jax.user_code import run_file
 
 
 def find_function(name: str) -> Callable[[Setup], optax.GradientTransformation]:
@@ -32,7 +32,7 @@ def find_function(name: str) -> Callable[[Setup], optax.GradientTransformation]:
     if place.endswith(".py") and not Path(place).is_file():
         raise UserError(f"{field}: there is no file {place} (seen from {Path.cwd()})")
     try:
-        names = runpy.run_path(place) if place.endswith(".py") else vars(importlib.import_module(place))
+        names = run_file(place) if place.endswith(".py") else vars(importlib.import_module(place))
     except Exception as error:  # the code is the user's: whatever it raises is theirs to mend
         raise UserError(f"{field}: {place} cannot be imported: {type(error).__name__}: {error}") from None
     if not callable(names.get(function)):

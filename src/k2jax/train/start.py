@@ -65,7 +65,10 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
             f"--train.init-from {folder} and another train.run_dir"
         )
     changes = differences(read_config(folder), config)
-    rule = "this may not change within a run; restore it, or give another train.run_dir"
+    rule = (
+        "this may not change within a run; restore it, or go on from the weights alone in a new run: "
+        f"--train.run-dir NEW --train.init-from {folder}"
+    )
     problems = [
         f"{name}: the run in {folder} has {old!r}, now given {new!r}; {rule}"
         for name, (old, new) in changes.items()

@@ -74,7 +74,7 @@ class Folder:
         """TensorStore's kvstore spec of a folder inside this one."""
         inside = f"{name}/" if name else ""
         if self.local is not None:
-            return {"driver": "file", "path": f"{self.local.absolute()}/{inside}"}
+            return {"driver": "file", "path": f"{self.local.resolve()}/{inside}"}  # it refuses ".."
         return _remote_spec(f"{self.url}/{inside}")
 
     def _wait(self, future, what: str):
