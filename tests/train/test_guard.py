@@ -12,7 +12,7 @@ from test_step import make_config, make_values
 from k2jax.config import GuardConfig, MeshConfig
 from k2jax.sharding.mesh import make_mesh
 from k2jax.sharding.rules import spec
-from k2jax.train.guard import Guard, after_step, init_guard, is_good
+from k2jax.train.guard import Guard, after_step, init_guard, is_good, skip_reasons, zscores
 from k2jax.train.optimizer import make_optimizer
 from k2jax.train.state import abstract_state, init_state
 from k2jax.train.step import make_train_step
@@ -47,6 +47,17 @@ def test_what_is_bad(values, good):
     values = {"loss": 1.0, "grad_norm": np.e, "max_logit": 5.0} | values
     logits = jnp.array([[1.0, values["max_logit"]]])
     assert bool(is_good(CONFIG, guard(), jnp.float32(values["loss"]), jnp.float32(values["grad_norm"]), logits)) == good
+
+
+def test_a_skipped_step_gives_its_reasons():
+    scores = np.asarray(zscores(guard(), jnp.float32(1 + 3.5 * 0.141421), jnp.float32(np.exp(1 + 1.5 * 0.141421))))
+    np.testing.assert_allclose(scores, [3.5, 1.5], rtol=1e-3)
+    assert skip_reasons(CONFIG, 1.495, 3.4, 5.0, scores) == ["loss = 1.495 has z-score 3.50 > guard.loss_zscore = 3"]
+    assert skip_reasons(CONFIG, np.nan, np.inf, 5.0, (np.nan, np.inf)) == [
+        "loss = nan is not finite", "grad_norm = inf is not finite",
+        "grad_norm = inf has z-score inf > guard.grad_norm_zscore = 2",
+    ]  # fmt: skip
+    assert np.isnan(zscores(guard(np.r_[np.nan, CALM[1:]]), jnp.float32(9.0), jnp.float32(1.0))[0])
 
 
 def test_no_spike_is_seen_without_a_score_or_a_full_window():

@@ -1,5 +1,6 @@
-"""Bad steps: which are, and what is remembered of the good ones to tell (config.GuardConfig)."""
+"""Bad steps, which are skipped, and the statistics of the good ones that tell them apart (config.GuardConfig)."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ def _log(norm: jax.Array) -> jax.Array:
 
 
 def _is_spike(past: jax.Array, value: jax.Array, zscore: float | None) -> jax.Array:
-    """Whether `value` is more than `zscore` standard deviations over the mean of `past`; never where that has a NaN."""
+    """True if `value` is more than `zscore` standard deviations over the mean of `past`; never if that has a NaN."""
     if zscore is None:
         return jnp.zeros((), bool)
     return value > past.mean() + zscore * past.std()
@@ -37,10 +38,29 @@ def _is_spike(past: jax.Array, value: jax.Array, zscore: float | None) -> jax.Ar
 def is_good(
     config: GuardConfig, guard: Guard, loss: jax.Array, grad_norm: jax.Array, max_logits: jax.Array
 ) -> jax.Array:
-    """Whether the step may be applied. max_logits: [layers, H]."""
+    """True if the step may be applied. max_logits: [layers, H]."""
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(max_logits).all()
     spike = _is_spike(guard.losses, loss, config.loss_zscore)
     return finite & ~spike & ~_is_spike(guard.log_norms, _log(grad_norm), config.grad_norm_zscore)
+
+
+def zscores(guard: Guard, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
+    """float32 [2]: loss and logarithm of the gradient norm in standard deviations over the mean; NaN if unknown yet."""
+    pairs = (guard.losses, loss), (guard.log_norms, _log(grad_norm))
+    return jnp.stack([((value - past.mean()) / past.std()).astype(jnp.float32) for past, value in pairs])
+
+
+def skip_reasons(
+    config: GuardConfig, loss: float, grad_norm: float, max_logit: float, scores: tuple[float, float]
+) -> list[str]:
+    """Why a step was skipped: each check that it failed, with its value and its bound. Numbers of the host."""
+    values = {"loss": loss, "grad_norm": grad_norm, "max_logit": max_logit}
+    reasons = [f"{name} = {value} is not finite" for name, value in values.items() if not math.isfinite(value)]
+    bounds = {"loss": config.loss_zscore, "grad_norm": config.grad_norm_zscore}
+    for (name, bound), score in zip(bounds.items(), scores, strict=True):
+        if bound is not None and score > bound:
+            reasons.append(f"{name} = {values[name]:.6g} has z-score {score:.2f} > guard.{name}_zscore = {bound:g}")
+    return reasons
 
 
 def after_step(guard: Guard, good: jax.Array, loss: jax.Array, grad_norm: jax.Array) -> Guard:

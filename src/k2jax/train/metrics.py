@@ -7,6 +7,7 @@ import numpy as np
 
 from k2jax.config import Config
 from k2jax.errors import RunFailed
+from k2jax.train.guard import skip_reasons
 from k2jax.train.step import Metrics
 
 WALL_CLOCK = ("seconds", "tokens_per_second")  # the only fields that a repeated run need not reproduce
@@ -24,6 +25,8 @@ def make_record(step: int, metrics: Metrics, config: Config, seconds: float) -> 
     """
     tau, skipped = config.optim.qk_clip_tau, bool(metrics.skipped_in_a_row)
     clipped = np.argwhere(metrics.report.max_logits > tau) if tau is not None and not skipped else []
+    values = float(metrics.loss), float(metrics.grad_norm), float(metrics.report.max_logits.max())
+    reasons = skip_reasons(config.guard, *values, tuple(metrics.zscores.tolist())) if skipped else []
     load = metrics.report.expert_load
     over_mean = load.max(-1) / load.mean(-1) if load.size else np.zeros(0)
     low, high = metrics.router_bias if load.size else (0.0, 0.0)
@@ -51,6 +54,7 @@ def make_record(step: int, metrics: Metrics, config: Config, seconds: float) -> 
         "router_bias_max": float(high),
         "rows_dropped": int(metrics.report.rows_dropped.sum(dtype=np.int64)),
         "skipped": skipped,
+        "skip_reasons": reasons,
         "skipped_in_a_row": int(metrics.skipped_in_a_row),
         "skipped_so_far": int(metrics.skipped),
         **lost,
@@ -68,10 +72,9 @@ def check_health(record: dict, config: Config) -> None:
             f"{end} to the same step: begin a new train.run_dir with another optimizer or optim.learning_rate"
         )
     if record["skipped_in_a_row"] >= config.guard.max_skips:
-        seen = ", ".join(f"{name} = {record[name]}" for name in ("loss", "grad_norm", "max_logit"))
         raise RunFailed(
-            f"step {record['step']}: {record['skipped_in_a_row']} steps in a row were skipped (here {seen}; None: not "
-            f"finite), and guard.max_skips = {config.guard.max_skips}; {end} to the same steps: look at the data, give "
+            f"step {record['step']}: {record['skipped_in_a_row']} steps in a row were skipped (here "
+            f"{'; '.join(record['skip_reasons'])}), and guard.max_skips = {config.guard.max_skips}; {end} to the same steps: look at the data, give "
             "other guard.* values, or begin a new train.run_dir with another optim.learning_rate"
         )
 

@@ -17,7 +17,7 @@ from k2jax.optim.rounding import lost_updates
 from k2jax.optim.schedule import learning_rate_of_step
 from k2jax.optim.setup import map_weights
 from k2jax.train.batch import Batch, passes
-from k2jax.train.guard import after_step, is_good
+from k2jax.train.guard import after_step, is_good, zscores
 from k2jax.train.optimizer import call_update
 from k2jax.train.phases import phase_of, phase_rope, phase_value
 from k2jax.train.state import TrainState
@@ -37,6 +37,7 @@ class Metrics(NamedTuple):
     lost_updates: dict[str, dict[str, jax.Array]]  # {dtype: {group: share}}, of a skipped step without meaning
     skipped: jax.Array  # bad steps so far
     skipped_in_a_row: jax.Array  # 0: this step was good
+    zscores: jax.Array  # [2]: of loss and gradient norm, against the good steps before
 
 
 class Losses(NamedTuple):
@@ -149,6 +150,7 @@ def make_train_step(config: Config, tx: optax.GradientTransformation) -> Callabl
             lost_updates=lost,
             skipped=guard.skipped,
             skipped_in_a_row=guard.in_a_row,
+            zscores=zscores(state.guard, losses.loss, grad_norm),
         )
         return TrainState(state.step + 1, params, router_bias, opt_state, guard), metrics
 
