@@ -78,7 +78,7 @@ def rows(benchmark: Benchmark, lines: list[Line], status: int) -> list[str]:
 
 
 def machine() -> str:
-    """What the figures were taken on, as far as it can be told; no name of a host."""
+    """The machine, as far as it can be told; no name of a host."""
     from importlib.metadata import version
 
     python = platform.python_version()

@@ -1,4 +1,4 @@
-"""How much of a weight's gradient is lost when devices add up their parts in bfloat16, by the number of devices.
+"""Loss of a weight's gradient when devices add up their parts in bfloat16, by the number of devices.
 
 python benchmarks/gradient_rounding.py; NumPy alone. Each device has a part, noise of a batch plus a mean that all
 share, and rounds it to bfloat16, as a matmul's output is. The parts are then added around a ring, as reduce-scatter

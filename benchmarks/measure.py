@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's own matmul rate, and lines that say whether a bound holds."""
+"""Shared by the benchmarks: the machine's own matmul rate, and lines that say whether a bound holds."""
 
 import time
 

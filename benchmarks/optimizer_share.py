@@ -1,4 +1,4 @@
-"""What the optimizer, QK-Clip, the bad-step guard and the rounding metric cost in a whole training step, in float32.
+"""Costs of optimizer, QK-Clip, bad-step guard and rounding metric in a whole training step, in float32.
 
 python benchmarks/optimizer_share.py. The step is the one that the trainer compiles; each line takes it with and without
 one part, in interleaved pairs in one process, and prints the part's share of the whole: the median over the pairs of

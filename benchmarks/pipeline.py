@@ -1,4 +1,4 @@
-"""What a step keeps and moves with pipeline stages and without, read from the compiled program: docs/pipeline.md.
+"""Memory and traffic of a step with pipeline stages and without, read from the compiled program: docs/pipeline.md.
 
 python benchmarks/pipeline.py compiles, and runs nothing: eight MoE layers of width 256 on four CPU devices, float32, 16
 sequences of 128 tokens. Weights: bytes on one device of all-gathers, all-reduces and reduce-scatters in the forward and

@@ -1,4 +1,4 @@
-"""What preparation costs, and that it survives: python benchmarks/prepare.py FOLDER [--megabytes 60]
+"""Costs of a preparation, and that it survives kills: python benchmarks/prepare.py FOLDER [--megabytes 60]
 
 Takes text that every machine with Python has (the standard library, installed packages, man pages), trains a vocabulary
 in Kimi's format on it, and prepares it several times inside FOLDER:
@@ -124,7 +124,7 @@ def all_bytes(folder: Path) -> dict[str, str]:
 
 
 def kill_and_resume(runner: Runner, seconds: float, rng: random.Random) -> int:
-    """How often SIGKILL found the two-worker preparation of "killed" at work before it was left to end."""
+    """Times that SIGKILL found the two-worker preparation of "killed" at work before it was left to end."""
     kills = 0
     for _ in range(5):
         child = runner.start("killed", workers=2)

@@ -20,7 +20,7 @@ import numpy as np
 
 from k2jax.launch.distributed import use_cpu_devices
 
-PROMPTS = ("import ", "class ", "def ")
+PROMPTS = ("import os\nimport ", "class ", "def main(")
 
 
 def decoded(corpus, split: str) -> bytes:
@@ -121,7 +121,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run")
     parser.add_argument("unclipped")
-    parser.add_argument("--windows", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=256)
     args = parser.parse_args()
     use_cpu_devices(1)
     from k2jax.data.loader.batches import validation_batches

@@ -1,4 +1,4 @@
-"""What each `train.remat` keeps and costs: memory and time of a training step (SGD), and FLOPs that are done again.
+"""Memory and time of a training step (SGD) under each `train.remat`, and the FLOPs that it recomputes.
 
 python benchmarks/remat.py           this machine's CPU: temporary memory, and the time of a step against "none", in
                                      interleaved rounds in one process
@@ -73,7 +73,7 @@ def stepper(config: Config, mesh: jax.sharding.Mesh, compiled: jax.stages.Compil
 
 
 def repeated(weight: Weight, remat: str) -> bool:
-    """Whether the backward pass multiplies by this weight of a layer once more, forwards."""
+    """True if the backward pass multiplies by this weight of a layer once more, forwards."""
     if remat == "none" or not weight.stack.startswith("L"):
         return False
     of_k2 = ("q_b_proj", "kv_b_proj", "experts.{E}.down_proj")

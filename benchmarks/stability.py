@@ -1,4 +1,4 @@
-"""What large attention logits do to a small MoE of the K2 family on real text, and what QK-Clip does about them.
+"""Effect of large attention logits on a small MoE of the K2 family on real text, and of QK-Clip on them.
 
     make data && python benchmarks/stability.py --out runs/stability
 

@@ -96,7 +96,7 @@ class Worker:
 
 
 def task(experts: str) -> str:
-    """What a comparator's process is to do, as JSON."""
+    """The job of a comparator's process, as JSON."""
     model = config(8, 1).model
     sizes = {name: getattr(model, name) for name in THEIR_FIELDS}
     return json.dumps({"sizes": sizes, "experts": experts, "batch": [8, 512], "threads": 2})

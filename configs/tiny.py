@@ -41,10 +41,10 @@ def config() -> Config:
         ),
         optim=OptimConfig(
             learning_rate=2e-2,
-            final_learning_rate=1e-3,
+            final_learning_rate=6e-4,
             warmup_tokens=20 * 4096,
-            constant_until_tokens=100 * 4096,
-            cosine_until_tokens=300 * 4096,
+            constant_until_tokens=80 * 4096,
+            cosine_until_tokens=260 * 4096,
             qk_clip_tau=12.0,
         ),
         guard=GuardConfig(window=32, loss_zscore=8.0, grad_norm_zscore=8.0),
@@ -52,7 +52,7 @@ def config() -> Config:
         data=DataConfig(path="data/stdlib", sequence_length=256, batch_sequences=16, prefetch_sequences=64),
         mesh=MeshConfig(),
         train=TrainConfig(
-            run_dir="runs/tiny", num_steps=300, compute_dtype="float32", remat="none", log_every=10, eval_every=100
+            run_dir="runs/tiny", num_steps=400, compute_dtype="float32", remat="none", log_every=10, eval_every=100
         ),
         checkpoint=CheckpointConfig(save_every=100),
     )

@@ -1,4 +1,4 @@
-"""What the comparators share: Muon as K2 has it in PyTorch, and a loop that takes a step for every line that it reads.
+"""Shared by the comparators: Muon as K2 has it in PyTorch, and a loop that takes a step for every line that it reads.
 
 Matrices by torch.optim.Muon (adjust_lr_fn="match_rms_adamw"); the stacks of experts, which it refuses, by the same formula
 over the stack at once; AdamW for embedding, head and gains. No QK-Clip and no router-bias balancing.

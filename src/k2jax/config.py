@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses in sections, checked once, stored as JSON.
+"""A run as frozen dataclasses in sections, checked once, stored as JSON.
 
 Model fields carry the names of the published `config.json` of the DeepSeek-V3 family, and every default
 is Kimi K2's. Tokens are the unit of the schedule; a step is `data.batch_sequences * data.sequence_length`
@@ -86,11 +86,11 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """Which steps are bad. A bad one changes nothing but the counters: it is skipped, and its batch with it.
+    """The rule for bad steps. A bad step changes nothing but the counters: it is skipped, and its batch with it.
 
     A step whose loss, gradient norm or largest logits are not finite is always bad. The z-scores are in standard
-    deviations over the mean of the last `window` good steps, of the loss and of the gradient norm's logarithm; None:
-    that is not looked at.
+    deviations over the mean of the last `window` good steps, of the loss and of the gradient norm's logarithm; None
+    turns a check off.
     """
 
     window: int = 128  # steps; before as many have been good, nothing is a spike
@@ -101,7 +101,7 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class PhasesConfig:
-    """What changes along the run: entry i of every field holds from `start_tokens[i]` tokens on."""
+    """The phases of a run: entry i of every field holds from `start_tokens[i]` tokens on."""
 
     start_tokens: tuple[int, ...] = (0, 15_500_000_000_000)  # pretraining, then annealing
     rope: tuple[Literal["plain", "yarn"], ...] = ("plain", "plain")
@@ -111,7 +111,7 @@ class PhasesConfig:
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    """Which implementation does the heavy work. "auto" chooses by platform and mesh, and the banner says what."""
+    """Implementations of the heavy work. "auto" chooses by platform and mesh; the banner shows the choice."""
 
     exchange: Literal["auto", "ragged", "dense", "ring"] = "auto"  # how tokens reach their experts: docs/experts.md
     expert_buffer: float | None = None  # rows that a device may receive, in balanced loads; None: all, none is dropped
@@ -122,7 +122,7 @@ class KernelsConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which tokens, in which order, in which portions."""
+    """The tokens, their order, and how they are cut into batches."""
 
     path: str = "data/tokens"  # token stores, folders or URLs, or .idx files of Megatron; joined by commas
     validation_path: str | None = None  # where the held-out text is; None: in the stores of `path`
@@ -143,7 +143,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """How many rows of which source. A source that runs out begins again, in a new order."""
+    """The share of rows of each source. A source that runs out begins again, in a new order."""
 
     # Of each phase, or one for all: "web=70 code=30", integers; or "natural", as many as each source has tokens.
     weights: tuple[str, ...] = ("natural",)

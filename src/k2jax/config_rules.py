@@ -25,7 +25,7 @@ def _fits(value: object, kind: object) -> bool:
 
 
 def describe_type(kind: object) -> str:
-    """How a field's type is called in messages."""
+    """The words for a field's type in messages."""
     origin = typing.get_origin(kind)
     if origin is types.UnionType:
         return " or ".join(describe_type(k) for k in typing.get_args(kind))
@@ -138,7 +138,7 @@ _AT_MOST = [
 
 
 def _fit_problems(values: dict):
-    """Rules between fields; a rule is passed over where one of its fields is wrong in itself and so absent here."""
+    """Rules between fields; a rule is skipped if one of its fields is wrong in itself and so absent here."""
     for name, divisors in _MULTIPLES:
         sizes = [values.get(d) if isinstance(d, str) else d for d in divisors]
         if values.get(name) is None or None in sizes or values[name] % (divisor := math.prod(sizes)) == 0:
@@ -161,7 +161,7 @@ def _fit_problems(values: dict):
 
 
 def _pipeline_problems(values: dict):
-    """Whether the MoE layers can be dealt out to pipeline stages, and the other axes go with them."""
+    """Problems of dealing the MoE layers out to pipeline stages, and of axes that do not go with them."""
     names = "mesh.stage", "model.num_hidden_layers", "model.first_k_dense_replace"
     stages, layers, dense = map(values.get, names)
     if (together := values.get("train.microbatches_together")) is not None and stages == 1:
@@ -180,7 +180,7 @@ def _pipeline_problems(values: dict):
 
 
 def _group_problems(values: dict):
-    """Whether enough experts are left once the groups are chosen."""
+    """Problems of groups that leave too few experts to choose from."""
     experts, groups, used, chosen = (
         values.get(f"model.{n}") for n in ("n_routed_experts", "n_group", "topk_group", "num_experts_per_tok")
     )
@@ -254,7 +254,7 @@ def _data_problems(values: dict):
 
 
 def problems(values: dict[str, object], kinds: dict[str, object]) -> Iterator[str]:
-    """What is wrong with the values of all fields, whose types are `kinds`."""
+    """Every violated rule of the values of all fields, whose types are `kinds`."""
     own = _own_problems(values, kinds)
     yield from own.values()
     yield from _fit_problems({name: value for name, value in values.items() if name not in own})

@@ -89,7 +89,7 @@ def sealed(values: dict) -> dict:
 
 
 def unsealed(where: str | Path, value: object, hint: str = "restore it from a copy") -> dict:
-    """What `sealed` was given. UserError if `value` is not an object, or its digest not that of its values."""
+    """The values given to `sealed`. UserError if `value` is not an object, or its digest not that of its values."""
     if not isinstance(value, dict) or not isinstance(value.get("sha256"), str):
         raise UserError(f"{where}: must be an object that carries its own sha256; {hint}")
     values = {key: entry for key, entry in value.items() if key != "sha256"}

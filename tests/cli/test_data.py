@@ -1,4 +1,4 @@
-"""What a preparation shows while it goes on."""
+"""The display of a preparation."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""What a user's mistakes look like: one clear message, exit code 2, no traceback, nothing written."""
+"""A user's mistakes: one clear message, exit code 2, no traceback, nothing written."""
 
 import re
 import resource

@@ -1,4 +1,4 @@
-"""What the tests' small servers on loopback share. They stop by themselves: with `serve`, their threads with the process."""
+"""Shared by the tests' small servers on loopback. They stop by themselves: with `serve`, their threads with the process."""
 
 import contextlib
 import http.server

@@ -1,4 +1,4 @@
-"""What is refused, in one message that names every problem; what is accepted; nothing is left behind."""
+"""Refusals, in one message that names every problem; what is accepted; nothing is left behind."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the tests of tokamax's kernels share."""
+"""Shared by the tests of tokamax's kernels."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the compiled optimizer update of the whole model communicates: all-to-all in and out, and the norm."""
+"""Communication of the compiled optimizer update of the whole model: all-to-all in and out, and the norm."""
 
 import pytest
 from compiled import assert_only_exchanges, compile_update

@@ -50,7 +50,7 @@ def test_every_published_set(name, steps, form):
 
 
 def test_polar_express_is_closer_to_orthogonal():
-    """What it is for: after as many steps its singular values are nearer to 1 than those of the standard set."""
+    """After as many steps its singular values are nearer to 1 than those of the standard set."""
     x = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
     far = [
         np.abs(np.linalg.svd(newton_schulz(x, 5, np.float32, name), compute_uv=False) - 1).max()

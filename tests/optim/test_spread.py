@@ -62,7 +62,7 @@ def test_each_matrix_is_seen_whole(name, axes, chunk_bytes, mesh_of, monkeypatch
 
 @pytest.mark.parametrize(("held", "group"), [(1, 8), (5, 8), (8, 8), (9, 8), (22, 8), (360, 16), (7, 1)])
 def test_chunks_are_the_plan(held, group):
-    """What is worked on by chunks is each held matrix once, on as many devices as the assignment says."""
+    """Work by chunks covers each held matrix once, on as many devices as the assignment says."""
     assignment = make_assignment((held, group, 4), 1, P(None, "fsdp", None), dict.fromkeys(AXES, 1) | {"fsdp": group})
     found = np.zeros(group, int)
     for slots, devices in chunks(assignment, (2**20, 32), 4):  # one at a time

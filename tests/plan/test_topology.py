@@ -1,4 +1,4 @@
-"""What a user hears of topologies that do not exist, do not fit, or cannot be compiled for. Nothing is compiled."""
+"""Messages for topologies that do not exist, do not fit, or cannot be compiled for. Nothing is compiled."""
 
 import importlib.util
 

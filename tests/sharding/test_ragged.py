@@ -17,7 +17,7 @@ from k2jax.sharding import transports
 
 
 def receive(here, operand_SND, output_MD, start_SK, size_SK, place_SK, received_K):
-    """What shard `here` has after the exchange. Raises AssertionError where sender and receiver disagree."""
+    """Rows of shard `here` after the exchange. AssertionError if sender and receiver disagree."""
     num_shards, result = len(operand_SND), np.array(output_MD)
     written = np.zeros(len(result), bool)
     per_shard = start_SK.shape[1] // num_shards

@@ -34,7 +34,7 @@ def path_of(axes: dict[str, int]) -> Path:
 
 
 def counted(found: list[Collective], stages: int) -> list[dict]:
-    """How many collectives of each kind, over which axes, and where by how often they run. bytes: of one run of each."""
+    """Counts of collectives by kind, axes and trip count. bytes: of one run of each."""
     turns = NUM_MICROBATCHES * stages + stages - 1
     where = {1: "step", turns: "microbatch" if stages == 1 else "tick", turns * NUM_MOE_LAYERS: "MoE layer"}
     counts, sizes = Counter(), Counter()

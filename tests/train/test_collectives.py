@@ -1,4 +1,4 @@
-"""What the whole compiled training step communicates is what the golden files say, on six meshes."""
+"""The collectives of the compiled training step are those of the golden files, on six meshes."""
 
 import jax
 import pytest

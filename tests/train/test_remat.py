@@ -71,7 +71,7 @@ def test_same_loss_and_gradients(tiny, remat, axes):
 @pytest.mark.parametrize("axes", MESHES)
 @pytest.mark.parametrize("remat, offloaded", [("layer", "offload"), ("k2", "k2-offload")])
 def test_offload_is_the_same_bit_for_bit(tiny, remat, offloaded, axes):
-    """What waits in the host's memory comes back as it was."""
+    """Offloaded activations come back as they were."""
     (loss, grads, _), (got_loss, got_grads, _) = (gradients(tiny, axes, r) for r in (remat, offloaded))
     assert got_loss == loss
     jax.tree.map(np.testing.assert_array_equal, got_grads, grads)
@@ -95,7 +95,7 @@ def equations(jaxpr):
 
 
 def forward_matmuls(model, remat: str) -> Counter:
-    """How often the gradient's program multiplies by each weight of a layer, forwards; weights by their shapes."""
+    """Forward multiplications by each weight of a layer in the gradient's program; weights by their shapes."""
     weights = {w.shape[1:]: w for w in jax.tree.leaves(declarations(model), is_leaf=lambda x: hasattr(x, "hf"))}
     params = init_params(declarations(model), jax.random.key(0), 0.1)
     batch = jax.tree.map(jnp.asarray, make_batch(model))

@@ -32,18 +32,18 @@ def _open_audit(args, rest: list[str]):
 
     is_run = Path(args.run).is_dir()
     config = _config_of_run(Path(args.run), rest) if is_run else override(load_config(args.run), rest)
-    plan = read_segments(Path(args.run) if is_run else Path(config.train.run_dir))
-    if args.data is None and not plan:
+    segments = read_segments(Path(args.run) if is_run else Path(config.train.run_dir))
+    if args.data is None and not segments:
         corpus = open_data(config)
     else:
-        paths = args.data or segment_paths(plan)
+        paths = args.data or segment_paths(segments)
         corpus = open_corpus(paths, config.data.tokenizer, config.data.index_dir, namesakes=True)
-    timeline = make_timeline(plan, config) if plan else settle_timeline(corpus, config)[0]
+    timeline = make_timeline(segments, config) if segments else settle_timeline(corpus, config)[0]
     return config, RowReader(corpus, timeline, config)
 
 
 def _open_held_out(config: Config):
-    """What data.validation_path has; None where it is not given."""
+    """The corpus of data.validation_path; None if it is not given."""
     from k2jax.data.loader.corpus import open_corpus
 
     data = config.data

@@ -1,4 +1,4 @@
-"""What the commands that make data do, and what they show meanwhile."""
+"""`k2jax prepare` and `rephrase`, and what they show while they run."""
 
 import os
 import sys
@@ -90,7 +90,8 @@ def prepare(args, rest: list[str]) -> int:
         with _progress_bars(console) as progress:
             summary = preparation.prepare(
                 args.source, args.out, args.tokenizer, pattern=args.pattern, exclude=args.exclude,
-                validation_fraction=args.validation_fraction, text_field=args.text_field, skip_bad_lines=args.skip_bad_lines, min_chars=args.min_chars,
+                validation_fraction=args.validation_fraction, text_field=args.text_field,
+                skip_bad_lines=args.skip_bad_lines, min_chars=args.min_chars,
                 max_chars=args.max_chars, filters=args.filter, near_duplicates=args.near_duplicates,
                 executor=args.executor, workers=args.workers, executor_options=options, progress=progress,
             )  # fmt: skip

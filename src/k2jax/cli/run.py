@@ -39,7 +39,7 @@ def train(args, rest: list[str]) -> int:
 
 
 def _show_result(folder: Path, result) -> None:
-    """What was learned: validation loss, picture, sample, and where everything lies."""
+    """Print validation loss, picture, sample, and the paths of everything."""
     from k2jax.inference.generate import generate
     from k2jax.inference.load import load_run
     from k2jax.report.curves import plot_runs

@@ -25,7 +25,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
-    """What `save_tokenizer` wrote. Raises UserError if there is none, or another one."""
+    """The tokenizer that `save_tokenizer` wrote. Raises UserError if there is none, or another one."""
     if not os.path.lexists(folder / _INFO):
         raise UserError(f"{folder}: holds no tokenizer ({_INFO})")
     info = read_sealed(folder / _INFO)

@@ -96,7 +96,7 @@ class Tokenizer:
 
 
 def _has_long_run(text: str) -> bool:
-    """Whether `split_long` has to look for runs, which takes six times as long as this."""
+    """True if `split_long` has to look for runs, which takes six times as long as this."""
     if len(text) <= _MAX_RUN:
         return False
     return max(map(len, text.split()), default=0) > _MAX_RUN or _LONG_SPACE.search(text) is not None
@@ -214,7 +214,7 @@ def _lossy_splits(part: dict | None) -> Iterator[str]:
 
 
 def _lossy_parts(parts: dict) -> Iterator[str]:
-    """What in a byte-level BPE's tokenizer.json lets ids be other than those of the whole text and nothing else."""
+    """Parts of a byte-level BPE's tokenizer.json by which ids would not be those of the whole text alone."""
     yield from (f"{name} is set" for name in ("truncation", "padding") if parts.get(name))
     yield from (f"pre_tokenizer: {found}" for found in _lossy_splits(parts["pre_tokenizer"]))
     names = "dropout", "continuing_subword_prefix", "end_of_word_suffix"

@@ -26,7 +26,7 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies; `dtype` is the file's own word for it."""
+    """The position of a tensor in a file; `dtype` is the file's own word for it."""
 
     path: Path
     dtype: str
@@ -39,7 +39,7 @@ class StoredTensor:
 
 
 def _is_foreign_link(path: Path, folder: Path) -> bool:
-    """Whether `path` is a symbolic link, other than those of the Hugging Face cache (snapshots/REV/F -> blobs/HASH)."""
+    """True if `path` is a symbolic link, other than those of the Hugging Face cache (snapshots/REV/F -> blobs/HASH)."""
     cached = folder.parent.name == "snapshots" and path.resolve().parent == folder.parent.parent / "blobs"
     return path.is_symlink() and not cached
 

@@ -23,7 +23,7 @@ UNSEEN = jnp.iinfo(jnp.int32).max  # index of a key that no query sees; a query 
 
 
 class TokenIndex(NamedTuple):
-    """Where tokens stand, int32 [B, tokens]: a query sees the keys of its segment whose index is not above its own."""
+    """Positions of tokens, int32 [B, tokens]: a query sees the keys of its segment whose index is not above its own."""
 
     index: jax.Array
     segment: jax.Array
@@ -84,7 +84,7 @@ def _finite(x: jax.Array) -> jax.Array:
 
 
 class _Task(NamedTuple):
-    """What both passes read, padded to whole chunks."""
+    """Inputs of both passes, padded to whole chunks."""
 
     q_BHSK: jax.Array
     sources: tuple

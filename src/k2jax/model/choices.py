@@ -1,4 +1,4 @@
-"""What the model runs on this mesh, in words: attention, experts, pipeline."""
+"""The implementations that the model runs on this mesh, in words: attention, experts, pipeline."""
 
 import jax
 
@@ -16,7 +16,7 @@ def describe_attention(config: Config) -> str:
 
 
 def describe_experts(config: Config, mesh: jax.sharding.Mesh) -> str:
-    """Which exchange and which grouped matmul the routed experts use on `mesh`."""
+    """The exchange and the grouped matmul that the routed experts use on `mesh`."""
     device, num_shards, kernels = mesh.devices.flat[0].platform, mesh.shape["expert"], config.kernels
     transport = choose_transport(kernels, device, num_shards, config.model.num_experts_per_tok)
     room = "room for all rows" if kernels.expert_buffer is None else f"room for {kernels.expert_buffer} balanced loads"
@@ -25,7 +25,7 @@ def describe_experts(config: Config, mesh: jax.sharding.Mesh) -> str:
 
 
 def describe_pipeline(config: Config) -> str:
-    """Who has which layers, and how long devices wait: each pass is as many ticks longer as there are other stages."""
+    """Layers per stage, and the share of time that devices wait: a pass takes one tick more for each further stage."""
     stages, microbatches = config.mesh.stage, config.train.microbatches_together or config.train.num_microbatches
     if stages == 1:
         return "one stage"

@@ -33,7 +33,7 @@ def rms_norm(x: jax.Array, gain: Param, eps: float) -> jax.Array:
 
 
 class Positions(NamedTuple):
-    """What attention knows of the token positions; computed once for all layers."""
+    """Token positions as attention reads them; computed once for all layers."""
 
     rope: Rope
     q_angles_BS: jax.Array  # [B, S, R / 2]

@@ -1,7 +1,7 @@
-"""Which activations of a layer the backward pass finds, and which it makes again: their names, and the policies.
+"""Rematerialisation: which activations are saved for the backward pass and which are recomputed.
 
-A policy lists what is kept, not what is made again: a value that is made again under its name could still be found
-without it, one operation earlier, and nothing would be saved.
+A policy lists what is saved, not what is recomputed: a value that is recomputed under its name could still be saved
+without one, a single operation earlier, and no memory would be gained.
 """
 
 from collections.abc import Callable
@@ -47,15 +47,15 @@ def _policy(kept: tuple[str, ...], offloaded: tuple[str, ...]):
 
 
 def rematerialise_stage(stage: Callable) -> Callable:
-    """`stage`, all the layers of a pipeline's stage: of each microbatch its backward pass finds the input alone."""
+    """`stage`, all layers of a pipeline stage: only the input of each microbatch is saved for its backward pass."""
     return jax.checkpoint(stage, policy=_policy((), ()))
 
 
 def rematerialise(layer: Callable, remat: Remat) -> Callable:
-    """`layer`, whose backward pass finds what the policy `remat` keeps and makes the rest again.
+    """`layer`, whose backward pass recomputes what the policy `remat` does not save.
 
-    none: keeps all. k2: what K2 keeps. layer: the layer's input alone. k2-offload and offload: the same two, but what
-    is kept waits in the host's memory.
+    none: all is saved. k2: what K2 saves. layer: the layer's input alone. k2-offload and offload: the same two, saved
+    in host memory.
     """
     policies = {
         "k2": _policy(KEPT_BY_K2, ()),

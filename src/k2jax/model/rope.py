@@ -12,7 +12,7 @@ from k2jax.dtypes import wide
 
 
 class Rope(NamedTuple):
-    """How positions enter attention. Computed in float64 on the host, cast where it is used."""
+    """Frequencies and scale of the rotary positions. Computed in float64 on the host, cast where they are used."""
 
     frequency: np.ndarray | jax.Array  # [qk_rope_head_dim / 2], radians per position
     amplitude: float | jax.Array  # factor of cos and sin

@@ -34,7 +34,7 @@ class Output(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What decoding keeps of the past: Latents with a leading dim of layers, 0 where a stack has none."""
+    """The past as decoding keeps it: Latents with a leading dim of layers, 0 where a stack has none."""
 
     dense: Latents
     moe: Latents

@@ -19,7 +19,7 @@ from k2jax.sharding.rules import stored_spec
 
 @dataclass(frozen=True)
 class QKSlice:
-    """How QK-Clip scales a projection: K2 report 2.1.
+    """The runs of a projection's last dim that QK-Clip scales, with their powers: K2 report 2.1.
 
     `powers`: (size, power) runs along the last dim; a head's factor g acts as g**power on each run.
     """

@@ -1,4 +1,4 @@
-"""Which device works on which whole matrix: an assignment for every leaf, and all of them balanced over the mesh.
+"""Whole matrices dealt out to devices: an assignment for every leaf, all of them levelled over the mesh.
 
 A leaf's group is the devices that hold parts of the same matrices. They work on `worked` whole ones each, but for the
 last, which have what is left: fewer, and then none. Device `offset` of the group counts as its first.
@@ -65,7 +65,7 @@ def _on_mesh(
 
 
 def _offset(assignment: Assignment, load: np.ndarray, names: tuple[str, ...]) -> int:
-    """Where the matrices of `assignment` hurt least: the largest load that they come to, then the sum, is smallest."""
+    """The offset that minimises the peak load of the devices that get a matrix, then their total load."""
     others = tuple(i for i, a in enumerate(names) if a not in assignment.axes)
     largest = load.max(others).reshape(-1)  # of the devices that work alike, as each of them has its own matrices
     around = np.concatenate([largest, largest[: assignment.held - 1]])

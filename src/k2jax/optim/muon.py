@@ -16,7 +16,7 @@ from k2jax.optim.spread import spread
 
 
 class MatrixView(NamedTuple):
-    """Which dims of a parameter make its matrix: [stack..., inputs..., outputs...].
+    """The dims of a parameter that make its matrix: [stack..., inputs..., outputs...].
 
     assignment: how the matrices are spread over the mesh, for a leaf that is cut; None leaves it to XLA.
     """
@@ -49,7 +49,7 @@ def _order(numbers: MuonDimensionNumbers, ndim: int) -> tuple[list[int], MatrixV
 
 
 def _fits(x: jax.Array, view) -> bool:
-    """Whether `view` makes matrices of x, with dims for inputs and for outputs and none of them twice."""
+    """True if `view` makes matrices of x, with dims for inputs and for outputs and none of them twice."""
     if isinstance(view, MatrixView):
         return 0 <= view.num_stack and 0 < view.num_inputs and view.num_stack + view.num_inputs < x.ndim
     if not isinstance(view, MuonDimensionNumbers):

@@ -53,7 +53,8 @@ def muonclip(
     """Algorithm 1 of the K2 report: clip by norm, Muon or AdamW, decoupled decay, learning rate, QK-Clip.
 
     labels: "muon" or "adamw" for every parameter, or a function of the parameters that says so (`matrix_labels`,
-    `by_path`). qk_parts: pytree like the parameters of QKPart or None, or a function that gives one; with it and tau, update() needs `max_logits` [layers, H].
+    `by_path`). qk_parts: pytree like the parameters of QKPart or None, or a function that gives one; with it and tau,
+    update() needs `max_logits` [layers, H].
     dimension_numbers: what makes the matrices of Muon's parameters, see scale_by_muon. learning_rate: per step, or a
     schedule of the step; one for all, since updates of both groups have AdamW's size. Raises ValueError in init() for a
     parameter without a label.

@@ -15,7 +15,7 @@ import optax
 
 
 class QKPart(NamedTuple):
-    """What QK-Clip may scale in a parameter: [inputs..., H, last] of one layer, or [L, inputs..., H, last] of several.
+    """The part of a parameter that QK-Clip may scale: [inputs..., H, last], or [L, inputs..., H, last] of L layers.
 
     first_layer: row of max_logits for its first (or only) layer. powers: (size, power) runs along the last dim; a
     head's factor g acts as g**power on each. A kernel whose heads are merged into the last dim, [..., H * last], sets
@@ -70,7 +70,7 @@ def _is_part(x) -> bool:
 
 
 def _is_whole(part: QKPart) -> bool:
-    """Whether its fields can be meant: a negative layer would be read as another one, from the end."""
+    """True if its fields can be meant: a negative layer would count from the end."""
     return part.first_layer >= 0 and all(np.shape(run) == (2,) for run in part.powers)
 
 
@@ -93,7 +93,8 @@ def qk_clip(
 ) -> optax.GradientTransformationExtraArgs:
     """Scale the *new* weights, params + update, of each head with max_logits > tau.
 
-    parts: pytree like the parameters, of QKPart or None, or a function of them that gives one (`by_path`). update() needs params and `max_logits` [layers, H], the
+    parts: pytree like the parameters, of QKPart or None, or a function of them that gives one (`by_path`).
+    update() needs params and `max_logits` [layers, H], the
     largest of this step's scaled logits over the whole batch: with accumulation, as in optax.MultiSteps, which passes
     on what its last call is given, the caller's maximum over all calls since the last step. Unclipped heads come out as
     they went in, bit for bit. Scales in float32 at least; bfloat16 parameters round the result, so that a head just

@@ -1,4 +1,4 @@
-"""How many weights an update does not reach, because it is smaller than their rounding."""
+"""The share of weights that an update leaves unchanged because it is smaller than their rounding."""
 
 import jax
 import jax.numpy as jnp

@@ -14,7 +14,7 @@ from k2jax.optim.schedule import learning_rate_of_step
 
 
 def is_declaration(x) -> bool:
-    """Whether x is a weight's declaration, by what optimizers need of one."""
+    """True if x is a weight's declaration, judged by what optimizers need of one."""
     return hasattr(x, "group")
 
 
@@ -25,13 +25,13 @@ def map_weights(function, weights: optax.Params, *rest: optax.Params):
 
 @dataclass(frozen=True)
 class Setup:
-    """What a config and a model give to the function that makes the optimizer, `optim.optimizer`.
+    """The argument of the function that makes the optimizer, `optim.optimizer`.
 
     def my_adamw(setup):
         return optax.chain(optax.adamw(setup.learning_rate), qk_clip(setup.config.qk_clip_tau, setup.qk_parts))
 
-    weights: pytree like the parameters, of declarations (dims, shape, group, ...); assignments: of each one's Assignment, or
-    of None where there is no mesh. update() of what the function returns is given `max_logits` [layers, H], and the
+    weights: pytree like the parameters, of declarations (dims, shape, group, ...); assignments: of each one's
+    Assignment, or of None where there is no mesh. update() of what the function returns is given `max_logits` [layers, H], and the
     step's loss and gradients as `value` and `grad`.
     """
 

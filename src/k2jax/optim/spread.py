@@ -63,7 +63,7 @@ def _exchange(parts: jax.Array, assignment: Assignment) -> jax.Array:
 def _work(function: Callable[[jax.Array], jax.Array], x: jax.Array, has_any: bool | jax.Array) -> jax.Array:
     """`function` of [matrices, matrix dims...], one after the other where they are large; x itself if not `has_any`.
 
-    A loop of no or some turns, as it works in place: a branch would keep what it was given beside what it makes.
+    A loop of zero or more iterations, not lax.cond: a loop updates in place, a branch keeps input and output alive.
     """
     size = 1 if x[0].nbytes >= ALONE_BYTES else len(x)
 

@@ -72,7 +72,7 @@ def memory_by_kind(state: TrainState, batch: Batch, compiled: jax.stages.Compile
 
 
 def part_of(collective: Collective) -> str:
-    """Which part of the step a collective belongs to, by jax's name for it."""
+    """The part of the step that a collective belongs to, by jax's name for it."""
     if OPTIMIZER_SCOPE in collective.op_name:
         return "optimizer"
     if "transpose(jvp" in collective.op_name:
@@ -100,16 +100,16 @@ def communication(found: list[Collective]) -> list[dict]:
 def expected_exchanges(config: Config, sizes: Mapping[str, int]) -> int:
     """All-to-alls of the optimizer: one in and one out for each chunk of each leaf that is cut inside its matrices."""
     weights = declarations(config.model)
-    plans = jax.tree.leaves(make_assignments(weights, sizes), is_leaf=lambda x: isinstance(x, Assignment))
+    assignments = jax.tree.leaves(make_assignments(weights, sizes), is_leaf=lambda x: isinstance(x, Assignment))
     shapes = [w.shape[w.num_stack :] for w in weight_leaves(weights) if w.group == "muon"]
     size = {"bfloat16": 2, "float32": 4}[config.optim.ns_dtype]
     return sum(
-        2 * len(list(chunks(plan, shape, size))) for plan, shape in zip(plans, shapes, strict=True) if plan.group > 1
+        2 * len(list(chunks(plan, shape, size))) for plan, shape in zip(assignments, shapes, strict=True) if plan.group > 1
     )
 
 
 def beyond_exchanges(found: list[Collective], num_exchanges: int) -> list[str]:
-    """What the optimizer does to matrices beyond `num_exchanges` all-to-alls outside of loops; [] if nothing."""
+    """Collectives on the optimizer's matrices beyond `num_exchanges` all-to-alls outside of loops; [] if none."""
     problems = []
     for one in found:
         if one.has_matrix and one.kind != "all-to-all":
@@ -118,7 +118,7 @@ def beyond_exchanges(found: list[Collective], num_exchanges: int) -> list[str]:
             problems.append(f"{one.kind} of {one.result} in a loop or branch")
     count = sum(one.kind == "all-to-all" for one in found)
     if count != num_exchanges:
-        problems.append(f"{count} all-to-alls, where the plans need {num_exchanges}")
+        problems.append(f"{count} all-to-alls, where the assignments need {num_exchanges}")
     return problems
 
 

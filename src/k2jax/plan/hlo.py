@@ -1,4 +1,4 @@
-"""What the text of a compiled HLO module says of communication: which collectives, over which mesh axes, how often."""
+"""The communication of a compiled HLO module, read from its text: collectives, their mesh axes, how often they run."""
 
 import math
 import re
@@ -35,7 +35,7 @@ class Collective(NamedTuple):
 
     @property
     def has_matrix(self) -> bool:
-        """Whether one of its arrays has two dims or more. XLA joins what is reduced: norms, and gains' gradients."""
+        """True if one of its arrays has two dims or more. XLA joins what is reduced: norms, and gains' gradients."""
         return any(sum(dim > 1 for dim in dims) > 1 for _, dims in _arrays(self.result))
 
     @property
@@ -130,7 +130,7 @@ def _operands(lines: list[str], name: str) -> list[str]:
 
 
 def _turns(line: str, caller: list[str], condition: list[str]) -> int | None:
-    """How often the loop of a `while` line runs, if XLA says it or a constant bounds it; None: data decides."""
+    """Trip count of the loop of a `while` line, if XLA states it or a constant bounds it; None if data decides."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
     root = next((x for x in condition if "ROOT" in x and " compare(" in x and "direction=LT" in x), None)
@@ -146,7 +146,7 @@ def _turns(line: str, caller: list[str], condition: list[str]) -> int | None:
 
 
 class _Call(NamedTuple):
-    """How a computation is called, taken over all its callers."""
+    """The calls of a computation, taken over all its callers."""
 
     runs: int | None
     repeated: bool

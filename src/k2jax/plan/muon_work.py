@@ -1,4 +1,4 @@
-"""The optimizer's assignment in `k2jax inspect`: which matrices each device orthogonalises, and what that moves and costs."""
+"""The optimizer's assignment in `k2jax inspect`: matrices per device, traffic, FLOPs."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What a config means, from abstract shapes alone: counts, FLOPs, every parameter's layout, a picture of the mesh."""
+"""A config from abstract shapes alone: counts, FLOPs, the layout and optimizer state of every parameter."""
 
 import math
 

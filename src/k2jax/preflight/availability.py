@@ -1,4 +1,4 @@
-"""Whether the kernels that a config names exist on the devices of its mesh."""
+"""Refuses kernels that the devices of a mesh do not have."""
 
 import jax
 

@@ -1,4 +1,4 @@
-"""What every part of the start-up check shares: sizes, and what it gives to compare."""
+"""Shared by the checks at the start: sizes, and arrays compared with a reference."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Difference(NamedTuple):
 
 
 class CheckResult(NamedTuple):
-    """What was checked."""
+    """One check: the chosen implementation beside a reference."""
 
     chosen: str  # "exchange ring, grouped matmul ragged_dot"
     differences: list[Difference]

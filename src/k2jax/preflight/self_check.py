@@ -23,7 +23,7 @@ PARTS: list[Callable[[Config, jax.sharding.Mesh], CheckResult | None]] = [check_
 
 
 def is_on(config: Config) -> bool:
-    """Whether a run checks itself: "auto" does where there are several processes, whose network is part of it."""
+    """True if a run checks itself: "auto" does with several processes, whose network takes part."""
     return config.train.self_check == "on" or (config.train.self_check == "auto" and jax.process_count() > 1)
 
 

@@ -36,9 +36,9 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def damage(folder: Path, step: int) -> list[str]:
-    """What is wrong with the files of a committed step, compared with its record; [] for a sound one.
+    """Every file of a committed step that differs from its record; [] for a sound step.
 
-    Orbax itself restores flipped bits without a word.
+    Orbax itself restores flipped bits without an error.
     """
     try:
         expected = _record(folder, step)["files"]

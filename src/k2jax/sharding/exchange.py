@@ -25,7 +25,7 @@ RING_SHARDS = 16  # beyond, gathering all tokens moves more than an all-to-all d
 
 
 class Exchanged(NamedTuple):
-    """What came back."""
+    """Result of the exchange."""
 
     y_TD: jax.Array  # weighted sum of each token's experts, in the dtype of x
     load_E: jax.Array  # int32: rows that the tokens of all shards chose for each expert here, dropped ones too
@@ -54,7 +54,7 @@ def buffer_rows(num_tokens: int, num_choices: int, num_experts: int, num_shards:
 
 
 def kept_rows(count_SPE: jax.Array, room: int, most: int) -> jax.Array:
-    """How many of the rows of each (sender, expert) each shard takes: the most even cut that fits its room.
+    """Rows of each (sender, expert) that each shard takes: the most even cut that fits its room.
 
     min(count, level of the shard) with the highest level that fits, so that a hot expert gives way before any other,
     and alike for all senders. most: no count is larger.

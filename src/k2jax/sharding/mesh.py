@@ -25,7 +25,7 @@ def nearest_on_torus(sizes: dict[str, int], torus: tuple[int, ...]) -> dict[str,
 
 
 def _off_torus(sizes: dict[str, int], devices: list) -> UserError:
-    """What to say of a mesh whose axes would have to share a dim of the torus that TPUs stand in."""
+    """The message for a mesh whose axes would have to share a dim of the torus that TPUs stand in."""
     torus = tuple(max(at) + 1 for at in zip(*(device.coords for device in devices), strict=True))
     given = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items() if size > 1)
     near = ", ".join(f"mesh.{axis} = {size}" for axis, size in nearest_on_torus(sizes, torus).items())

@@ -31,7 +31,7 @@ replicated.defvjp(_forward, _backward)
 
 
 def on_mesh() -> bool:
-    """Whether arrays have shardings here: a mesh is set (a model may be called without), outside of `jax.shard_map`."""
+    """True if arrays have shardings here: a mesh is set (a model may be called without), outside of `jax.shard_map`."""
     return bool(jax.sharding.get_abstract_mesh().explicit_axes)
 
 
@@ -59,7 +59,7 @@ def uncut_axes(dims: str, axes: tuple[str, ...] = LAYER_AXES) -> tuple[str, ...]
 
 
 def varying(tree, dims: str, axes: tuple[str, ...] = LAYER_AXES):
-    """Inside `jax.shard_map`: local parts of arrays [dims], said to differ along the axes that do not cut them too.
+    """Mark local parts of arrays [dims] inside `jax.shard_map` as varying along the axes that do not cut them.
 
     Before use, so that autodiff sums their gradients over the devices that share them.
     """

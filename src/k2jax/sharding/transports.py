@@ -1,4 +1,4 @@
-"""How rows travel between the shards of the expert axis: three ways to the same rows in the same order.
+"""Transports of rows between the shards of the expert axis: three ways to the same rows in the same order.
 
     T tokens here, A experts per token, P shards, E experts of one shard, S shards as senders, M = T * A choices here,
     R rows that one shard has room for, W = P * cell slots of the dense transport, N = S * T tokens of all shards
@@ -20,7 +20,7 @@ Experts = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Route(NamedTuple):
-    """What goes where: alike on all shards but for this shard's own tokens."""
+    """The routing table: alike on all shards but for this shard's own tokens."""
 
     axis: str
     here: jax.Array  # this shard's index
@@ -37,7 +37,7 @@ class Route(NamedTuple):
 
     @property
     def first_row_SPE(self) -> jax.Array:
-        """Where at shard p the rows begin that shard s has for its expert e."""
+        """First row at shard p of those that shard s has for its expert e."""
         kept_PES = self.kept_SPE.transpose(1, 2, 0)
         flat = kept_PES.reshape(kept_PES.shape[0], -1)
         return (jnp.cumsum(flat, 1) - flat).reshape(kept_PES.shape).transpose(2, 0, 1)
@@ -72,7 +72,7 @@ def ragged_slices(route: Route) -> tuple[Slices, Slices]:
 
 
 def _column(table_SPE, here):
-    """What all senders have for shard `here`, sender by sender."""
+    """Counts that all senders have for shard `here`, sender by sender."""
     return table_SPE[:, here].reshape(-1)
 
 

@@ -1,4 +1,4 @@
-"""The order of a sequence on the mesh that gives every shard of `context` the same share of causal attention.
+"""Zigzag order of sequences, which gives every shard of `context` the same share of causal attention.
 
 B sequences, Z positions, D hidden
 """
@@ -15,10 +15,10 @@ def _blocks(num_shards: int) -> list[int]:
 
 
 def zigzag(x_BZ: jax.Array, back: bool = False) -> jax.Array:
-    """x [B, positions, ...] with its positions in balanced order, or back in their own; whole in positions.
+    """Reorder positions of x [B, positions, ...] zigzag over `context`; back=True undoes it.
 
-    As it was without a mesh, without `context`, and where the length is no multiple of twice `context`: the work of the
-    last shard is then up to twice the mean.
+    Unchanged without a mesh, with context 1, and for a length that is not a multiple of twice `context`: the last shard
+    then has up to twice the mean work.
     """
     num_shards = jax.sharding.get_abstract_mesh().shape["context"] if on_mesh() else 1
     if num_shards == 1 or x_BZ.shape[1] % (2 * num_shards):

@@ -39,7 +39,7 @@ def _context() -> ocp.Context:
 
 
 def model_part(params: dict, router_bias: dict) -> dict:
-    """What generation needs of a state."""
+    """The part of a state that generation needs."""
     return {"params": params, "router_bias": router_bias}
 
 

@@ -69,7 +69,7 @@ class Display:
 
     @contextlib.contextmanager
     def phase(self, name: str):
-        """A named part of the start-up, with its time and the notes appended to the list; a running clock on a terminal."""
+        """A named part of the start, with its time and the notes appended to the list; a clock on a terminal."""
         started, notes = time.monotonic(), []
         clock = Progress(SpinnerColumn(), TextColumn(name), TimeElapsedColumn(), console=self._console, transient=True)
         with clock if self._console.is_terminal else contextlib.nullcontext():

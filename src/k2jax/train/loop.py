@@ -20,7 +20,7 @@ from k2jax.train.validate import bits_per_byte, make_evaluator
 
 
 class StopRequest:
-    """Set by the first SIGINT or SIGTERM, which lets the step end; the second one acts as if we had not been here."""
+    """Set by the first SIGINT or SIGTERM, which lets the step end; a second one acts as by default."""
 
     def __init__(self):
         self.signal: int | None = None
@@ -38,7 +38,7 @@ class StopRequest:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. signal: the one that stopped it, or None where all steps are done."""
+    """The end of a run. signal: the one that stopped it, or None if all steps are done."""
 
     step: int
     signal: int | None

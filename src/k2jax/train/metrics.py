@@ -74,8 +74,8 @@ def check_health(record: dict, config: Config) -> None:
     if record["skipped_in_a_row"] >= config.guard.max_skips:
         raise RunFailed(
             f"step {record['step']}: {record['skipped_in_a_row']} steps in a row were skipped (here "
-            f"{'; '.join(record['skip_reasons'])}), and guard.max_skips = {config.guard.max_skips}; {end} to the same steps: look at the data, give "
-            "other guard.* values, or begin a new train.run_dir with another optim.learning_rate"
+            f"{'; '.join(record['skip_reasons'])}), and guard.max_skips = {config.guard.max_skips}; {end} to the "
+            "same steps: look at the data, give other guard.* values, or begin a new train.run_dir with another optim.learning_rate"
         )
 
 

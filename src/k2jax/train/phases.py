@@ -1,4 +1,4 @@
-"""Which phase of the timeline a step belongs to, and what holds there (config.PhasesConfig)."""
+"""The phase of the timeline that a step belongs to, and its values (config.PhasesConfig)."""
 
 from typing import Literal
 

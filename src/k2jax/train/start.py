@@ -1,4 +1,4 @@
-"""Where a run begins: may it, from which step, with which state. Everything is checked before anything is written."""
+"""The start of a run: from which step, with which state. Everything is checked before anything is written."""
 
 import contextlib
 import dataclasses

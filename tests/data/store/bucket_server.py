@@ -13,7 +13,7 @@ PAGE = 5  # names in an answer to a listing: a store takes several
 
 
 class Handler(loopback.Handler):
-    """What the two have in common."""
+    """Shared by the two protocols."""
 
     protocol_version, wbufsize = "HTTP/1.1", -1  # in one packet: a second would wait for the first's receipt
 

@@ -1,4 +1,4 @@
-"""Which documents were in a step, which steps saw a document, and what each source gave: arithmetic from a plan.
+"""The documents of a step, the steps of a document, the tokens of each source: arithmetic from the segments.
 
 Nothing here asks what a run has done: a timeline says it before, during and after, on any machine.
 """

@@ -21,7 +21,7 @@ _ROWS_PER_READ = 64  # most rows that one thread reads at a time: they share ari
 
 
 def too_few_validation(available: int, wanted: int, name: str) -> list[str]:
-    """What to tell where the validation split has fewer sequences than are wanted."""
+    """The message for a validation split with fewer sequences than are wanted."""
     if wanted <= available:
         return []
     rule = f"must be at most the {available} whole sequences of the validation split"
@@ -122,7 +122,7 @@ def validation_batches(corpus: Corpus, config: Config, num_sequences: int, batch
 
 
 def data_position(timeline: Timeline, config: Config, step: int) -> dict[str, object]:
-    """What a checkpoint keeps so that its run goes on with the very next row, as JSON values."""
+    """The data position that a checkpoint keeps, as JSON values: its run goes on with the very next row."""
     next_step = timeline.skips.next_data_step(step)
     return {
         "manifest": timeline.segment(max(step - 1, 0))["digest"],

@@ -71,7 +71,7 @@ def open_corpus(
 
 
 def _leaks(stores: list) -> list[str]:
-    """Whether a document may be trained on in one store and held out in another: a hash below the fraction decides."""
+    """True if a document may be trained on in one store and held out in another: a hash below the fraction decides."""
     fractions = {store.path: store.validation_fraction for store in stores if store.validation_fraction is not None}
     if len({*fractions.values()}) < 2:
         return []
@@ -112,7 +112,7 @@ def open_data(config: Config) -> Corpus:
 
 
 def make_cut(store, config: Config, source: str) -> Windows | Packing:
-    """How the training stream of a source is cut into rows."""
+    """The cut of a source's training stream into rows."""
     stream, length = store.streams["train"][source], config.data.sequence_length
     if config.data.packing == "best_fit":
         return Packing(stream, length, store.digest, config.data.index_dir)
@@ -120,7 +120,7 @@ def make_cut(store, config: Config, source: str) -> Windows | Packing:
 
 
 def writes_alike(tokenizer: Tokenizer, corpus: Corpus, num_documents: int = 32) -> bool:
-    """Whether `tokenizer` is the store's, or gives the same ids for its first held-out documents."""
+    """True if `tokenizer` is the store's, or gives the same ids for its first held-out documents."""
     own = corpus.tokenizer()
     if own is None or tokenizer.digest == own.digest:
         return True

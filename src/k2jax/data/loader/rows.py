@@ -45,7 +45,7 @@ def read_pieces(pieces: list[tuple[Stream, int, int]]) -> tuple[np.ndarray, np.n
 
 
 def make_rows(tokens: np.ndarray, starts: np.ndarray, length: int, mask_documents: bool = True) -> Row:
-    """What `read_pieces` gave for R rows of T = length as one Row of arrays [R, ...]."""
+    """The pieces that `read_pieces` gave for R rows of T = length, as one Row of arrays [R, ...]."""
     tokens = tokens.view(np.int32).reshape(-1, length + 1)  # ids are below 2^31, which `check_ids` has seen to
     shape = (len(tokens), length)
     if not mask_documents:

@@ -1,4 +1,4 @@
-"""What a run will read from its first row to its last, settled and checked before it begins."""
+"""The segments of a run, from its first row to its last, settled and checked before it begins."""
 
 import math
 import os
@@ -52,7 +52,7 @@ def _unread_problems(segment: dict, corpus: Corpus, config: Config) -> Iterator[
 
 
 def make_segment(corpus: Corpus, config: Config) -> dict:
-    """The segment of a plan (mixture.py) that begins with step 0 and follows the config to the end."""
+    """The segment of a run that begins with step 0 and follows the config to the end."""
     cuts = {name: make_cut(corpus.store_of[name], config, name) for name in sorted(corpus.streams["train"])}
     windows = {name: cut.num_windows for name, cut in cuts.items() if cut.num_windows}
     epochs = read_shares(config.mixture.epochs) if config.mixture.epochs else {}
@@ -89,9 +89,9 @@ def _differences(old: dict, new: dict) -> Iterator[str]:
 
 
 def continue_segments(past: list[dict], segment: dict, step: int, change: bool) -> tuple[list[dict], list[str]]:
-    """(the plan of a run that goes on from `step` with `segment`, what changed).
+    """(the segments of a run that goes on from `step` with `segment`, what changed).
 
-    past: the plan so far, [] for a new run. UserError with the differences unless `change` allows them. The steps
+    past: the segments so far, [] for a new run. UserError with the differences unless `change` allows them. The steps
     before `step` keep what they had.
     """
     if not past:
@@ -116,7 +116,7 @@ def _unknown_sources(segment: dict, config: Config) -> Iterator[str]:
 
 
 def _repeat_problems(used: dict[str, float], corpus: Corpus, limit: int | None) -> Iterator[str]:
-    """Whether a document and its variants are seen more often than the config allows. used: passes over each source."""
+    """Problems of documents that are seen, with their variants, more often than allowed. used: passes by source."""
     for name in used if limit is not None else ():
         derived = {n: s["variants"] for n, s in corpus.sources.items() if s["derived_from"] == name}
         seen = math.ceil(used[name]) + sum(math.ceil(used.get(n, 0)) * count for n, count in derived.items())
@@ -158,7 +158,7 @@ def mixture_problems(timeline: Timeline, corpus: Corpus, config: Config) -> Iter
 
 
 def _leak_problems(timeline: Timeline, corpus: Corpus, config: Config, step: int) -> Iterator[str]:
-    """Whether a document may be held out now that the first `step` steps trained on: see `corpus.open_data`."""
+    """Problems of documents that were trained on in the first `step` steps and would now be held out."""
     if config.data.validation_path is not None:
         return
     rows = timeline.counts(timeline.rows_before(step))
@@ -205,8 +205,8 @@ def settle_timeline(
         if "natural" in config.mixture.weights:
             problems += [*_natural_problems(segment), *_unread_problems(segment, corpus, config)]
     if not problems:
-        plan, notes = continue_segments(list(past), segment, step, change)
-        timeline = make_timeline(plan, config)
+        segments, notes = continue_segments(list(past), segment, step, change)
+        timeline = make_timeline(segments, config)
         problems += [*mixture_problems(timeline, corpus, config), *_leak_problems(timeline, corpus, config, step)]
     available = num_windows(corpus, "validation", length)
     problems += too_few_validation(available, config.train.eval_sequences, "train.eval_sequences")
@@ -223,15 +223,15 @@ def describe_mixture(timeline: Timeline, config: Config) -> str:
 
 
 def read_segments(folder: Path) -> list[dict]:
-    """The plan (data/loader/timeline.py) of the run in `folder`; [] for one that has not begun."""
+    """The segments (data/loader/timeline.py) of the run in `folder`; [] for one that has not begun."""
     path = folder / "timeline.json"
     return read_sealed(path)["segments"] if os.path.lexists(path) else []
 
 
-def write_segments(folder: Path, plan: list[dict]) -> None:
-    write_sealed(folder / "timeline.json", {"segments": plan})
+def write_segments(folder: Path, segments: list[dict]) -> None:
+    write_sealed(folder / "timeline.json", {"segments": segments})
 
 
-def segment_paths(plan: list[dict]) -> str:
+def segment_paths(segments: list[dict]) -> str:
     """All stores that any segment reads, joined by commas."""
-    return ",".join(dict.fromkeys(path for part in plan for path in part["path"].split(",")))
+    return ",".join(dict.fromkeys(path for part in segments for path in part["path"].split(",")))

@@ -50,7 +50,7 @@ def _permute_int(index: int, size: int, radix: int, keys: list[int]) -> int:
 
 
 def permute(index: np.ndarray | int, size: int, key: int) -> np.ndarray | int:
-    """Where element `index` of range(size) goes under the shuffle named by the 64-bit `key`.
+    """The place of element `index` of range(size) under the shuffle named by the 64-bit `key`.
 
     index: an int (gives an int), or integers of any shape (gives int64). ValueError outside range(size) or for
     sizes outside 1..2**62. Every size is a bijection: a Feistel network over ceil(sqrt(size))**2 and cycle walking.

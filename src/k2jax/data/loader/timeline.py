@@ -1,4 +1,4 @@
-"""Which window of which source is in which row, for a whole run, by arithmetic alone.
+"""The source and window of every row of a run, by arithmetic alone.
 
 The rows of the data, r = step * B + place in the batch, fall into blocks: a block begins with a phase of the run, or
 where its mixture was changed. In a block with integer weights w, the sources take turns in a pattern of sum(w) rows
@@ -29,7 +29,7 @@ def permutation_key(seed: int, epoch: int, stream: str = "train") -> int:
 
 
 class Skips:
-    """Which step of the data a step of the training reads: all in turn, but those in `ranges` [first, stop)."""
+    """The data step that a training step reads: all in turn, except those in `ranges` [first, stop)."""
 
     def __init__(self, texts: tuple[str, ...] | None):
         self.ranges = [read_steps(text) for text in texts or ()]
@@ -58,7 +58,7 @@ class Skips:
 
 
 class RowOrigin(NamedTuple):
-    """Where rows come from, int64 arrays of one shape. source: number in Timeline.names."""
+    """The origin of rows, int64 arrays of one shape. source: number in Timeline.names."""
 
     source: np.ndarray
     epoch: np.ndarray
@@ -143,7 +143,7 @@ class Timeline:
         return total
 
     def locate(self, rows: np.ndarray) -> RowOrigin:
-        """Where rows of the data come from. rows: int64 of any shape."""
+        """The origin of rows of the data. rows: int64 of any shape."""
         rows = np.asarray(rows, np.int64)
         which = np.searchsorted(self._starts, rows, "right") - 1
         place = RowOrigin(np.empty_like(rows), np.empty_like(rows), np.empty_like(rows))

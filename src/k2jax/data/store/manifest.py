@@ -1,4 +1,4 @@
-"""The manifest of a token store, and what it lets a reader notice: files that are missing, left over or damaged."""
+"""The manifest of a token store, by which a reader notices missing, extra and damaged files."""
 
 import io
 import itertools
@@ -56,7 +56,7 @@ def parse_manifest(place: str, content: bytes) -> dict:
 
 
 def file_problems(folder: Folder, files: dict) -> Iterator[str]:
-    """What a look at the folder shows: no file is read. Sizes are seen on local disks alone."""
+    """Problems that a listing of the folder shows; no file is read. Sizes are seen on local disks alone."""
     found = {*folder.names()}
     if not found:  # TensorStore's gcs driver takes a refusal for an empty list, but the manifest has been read
         yield f"{folder}: its files cannot be listed; give the credentials the right to do so"

@@ -59,7 +59,7 @@ class _Part:
         return array
 
     def chunk(self, token: int) -> str:
-        """Where a token lies, for people."""
+        """The position of a token, for messages."""
         shard, rest = divmod(token, self.shard_tokens)
         return f"{self.files.folder}/{self.place}/tokens/c/{shard}, tokens from {rest}"
 

@@ -75,7 +75,7 @@ def _keys(digests: np.ndarray, signatures_DH: np.ndarray | None) -> np.ndarray:
 
 
 def write_index(folder: Path, digests: np.ndarray, signatures_DH: np.ndarray | None) -> None:
-    """What the search needs of the documents of one task: digests uint8 [D, 32], signatures uint32 [D, H]."""
+    """Write what the search needs of the documents of one task: digests uint8 [D, 32], signatures uint32 [D, H]."""
     keys_CD = _keys(digests, signatures_DH)
     order_CD = np.argsort(keys_CD, axis=1, kind="stable")
     np.save(folder / "digests.npy", digests)

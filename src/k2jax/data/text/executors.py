@@ -79,7 +79,7 @@ def _allowed_options(kind: str) -> dict:
 
 
 def executor_problems(kind: str, workers: int, options: dict[str, str]):
-    """What is wrong with a choice of executor."""
+    """Problems with a choice of executor."""
     if kind not in KINDS:
         yield f"executor = {kind!r}: must be one of {', '.join(KINDS)}"
         return
@@ -147,7 +147,7 @@ def _run_on_datatrove(kind: str, workers: int, options: dict[str, str], recipe: 
 
 
 def _failure(work: Path, stage: str, ranks: list[int], cause: Exception | None):
-    """What the tasks wrote about why they failed."""
+    """The causes that failed tasks wrote down."""
     found = [work / "errors" / f"{stage}-{rank:05d}.json" for rank in ranks]
     found = [json.loads(path.read_text(encoding="utf-8")) for path in found if path.exists()]
     problems = [problem for entry in found for problem in entry["problems"] or ()]

@@ -1,4 +1,4 @@
-"""Whether a rewritten text still says what its source says: cheap counts first, then a question to the endpoint.
+"""Checks that a rewritten text still says what its source says: cheap counts first, then a question to the endpoint.
 
 The counts find what a language model does when it fails: stops early, answers instead of rewriting, copies, or makes
 up figures. They are lenient; what they let through, the endpoint is asked about, as K2's report checks "semantic
@@ -37,7 +37,7 @@ def _missing(wanted: Counter, found: Counter) -> float:
 
 
 def quick_check(source: str, rewrite: str, same_language: bool = True) -> str | None:
-    """What the counts find wrong with `rewrite`, None if nothing."""
+    """The fault that the counts find with `rewrite`, None if there is none."""
     length = len(rewrite.strip()) / len(source.strip())
     if not _SHORTEST <= length <= _LONGEST:
         return "length: too short" if length < _SHORTEST else "length: too long"

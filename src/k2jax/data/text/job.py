@@ -103,7 +103,7 @@ def load_recipe(work: Path) -> Recipe:
 
 
 class Meter:
-    """What a task has done: counts, and seconds by the name of what took them."""
+    """Counts of a task's work, and seconds by the name of what took them."""
 
     def __init__(self, path: Path):
         self.path, self.counts, self.seconds = path, {}, {}

@@ -245,7 +245,8 @@ def prepare(
     suffix says how a file is read (readers.py): .jsonl has a document in each line in the field `text_field`, .parquet
     in each row, all also compressed (.gz, .bz2, .xz, .zst); every other file in a folder is one document, unless it is
     above 1 MiB; that, and a text named by itself, is cut at line ends into documents of 16 KiB or more. skip_bad_lines:
-    lines that may be left out because they cannot be read; more are an error. `pattern` and `exclude` (`**/`, `*`, `?`) choose files in folders, by
+    lines that may be left out because they cannot be read; more are an error. `pattern` and `exclude` (`**/`, `*`, `?`)
+    choose files in folders, by
     their path in there.
     tokenizer: "byte", a .tiktoken file, a tokenizer.json, or "train:VOCAB", trained on the training split.
     filters: of filters.KINDS. near_duplicates: the Jaccard similarity of two documents' sets of 5 words from which the

@@ -1,4 +1,4 @@
-"""What a preparation has done so far, and what it cost, from the reports of its tasks, wherever they run."""
+"""Progress and costs of a preparation, from the reports of its tasks, wherever they run."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ _SECONDS = 0.5
 
 
 class Progress(NamedTuple):
-    """How far a stage is, all its tasks together."""
+    """Progress of a stage, all its tasks together."""
 
     stage: str
     tasks: tuple[int, int]  # done, of

@@ -1,4 +1,4 @@
-"""Which sources are rephrasings of which others, found from the origins that their documents carry."""
+"""Sources that rephrase others, found from the origins that their documents carry."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from k2jax.errors import UserError
 
 
 class Origins:
-    """What the documents of one task say about where they come from, by source."""
+    """The origins that the documents of one task name, by source."""
 
     def __init__(self):
         self.sources = {}

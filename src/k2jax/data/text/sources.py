@@ -133,7 +133,7 @@ def find_files(specs: list[str], pattern: str, exclude: tuple[str, ...], skipped
 
 
 def missing_for(files: list[File]) -> Iterator[str]:
-    """What is not installed and these files need."""
+    """Packages that these files need and that are not installed."""
     kinds = {"pyarrow": (".parquet",), "zstandard": (".zst", ".zstd")}
     for module, suffixes in kinds.items():
         names = [file.path for file in files if file.path.lower().endswith(suffixes)]

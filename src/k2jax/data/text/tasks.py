@@ -179,7 +179,7 @@ def _write(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) ->
 
 
 def left_out(recipe: Recipe, work: Path, *stages: str) -> Tally:
-    """What was left out before the stages, and by them."""
+    """Counts of what was left out before the stages, and by them."""
     skipped = Tally()
     skipped.merge(recipe.skipped)
     for stage in stages:
@@ -242,5 +242,5 @@ def num_tasks(recipe: Recipe, stage: str) -> int:
 
 
 def run_stage_task(work: str, stage: str, rank: int) -> None:
-    """What an executor calls, on any machine that sees the work folder."""
+    """Run one task; executors call it on any machine that sees the work folder."""
     run_task(Path(work), stage, rank, _TASKS[stage])
