@@ -20,7 +20,7 @@ import numpy as np
 
 from k2jax.launch.distributed import use_cpu_devices
 
-PROMPTS = ("import os\nimport ", "class ", "def main(")
+PROMPTS = ("import ", "class Server", "class Parser(", "def main(")
 
 
 def decoded(corpus, split: str) -> bytes:
@@ -141,7 +141,7 @@ def main() -> int:
     bigram = bigram_bits(training, decoded(corpus, "validation"))
     model = next(r["validation_bits_per_byte"] for r in reversed(records) if "validation_bits_per_byte" in r)
     intact, shuffled = last_token_bits(args.run, rows(args.windows))
-    texts = generate(load_run(args.run), list(PROMPTS), 250, temperature=0.5, seed=3)
+    texts = generate(load_run(args.run), list(PROMPTS), 200, temperature=0.5, seed=3)
     sample = "\n\n".join(prompt + text for prompt, text in zip(PROMPTS, texts, strict=True))
     Path(args.run, "sample.txt").write_text(sample, encoding="utf-8")
     copies, kinds = copied_lines(sample, training), kinds_of_statements(sample)

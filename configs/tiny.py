@@ -41,10 +41,10 @@ def config() -> Config:
         ),
         optim=OptimConfig(
             learning_rate=2e-2,
-            final_learning_rate=6e-4,
+            final_learning_rate=8e-4,
             warmup_tokens=20 * 4096,
-            constant_until_tokens=80 * 4096,
-            cosine_until_tokens=260 * 4096,
+            constant_until_tokens=60 * 4096,
+            cosine_until_tokens=200 * 4096,
             qk_clip_tau=12.0,
         ),
         guard=GuardConfig(window=32, loss_zscore=8.0, grad_norm_zscore=8.0),

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from k2jax.config import Config, differences, field_types, flatten
+from k2jax.cli.overrides import print_fields
+from k2jax.config import Config, Free, OrZero, TrainConfig, differences, field_rules, field_types, flatten
 from k2jax.errors import UserError
 
 
@@ -249,3 +250,44 @@ def test_groups_hold_the_experts_of_a_token(experts, groups, used, chosen, probl
         }
     )
     assert error_of(config.validate) == problem
+
+
+@dataclasses.dataclass(frozen=True)
+class MyTrainConfig(TrainConfig):
+    warm_restarts: Free[OrZero[int]] = 2  # times that the rate is warmed up again
+    plain: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class MyConfig(Config):
+    train: MyTrainConfig = dataclasses.field(default_factory=MyTrainConfig)
+
+
+def test_a_field_is_declared_once(capsys):
+    """A field of a derived section: its bounds, its resume rule and its help stand beside its type, and work."""
+    assert "train.warm_restarts" in field_types(MyConfig) and "train.warm_restarts" not in field_types()
+    rules = field_rules(MyConfig)
+    assert rules["train.warm_restarts"].resume and not rules["train.plain"].resume and rules["mesh.fsdp"].resume
+    changed = {"train.warm_restarts": -1, "train.plain": 0, "train.seed": 2**32}
+    assert MyConfig().replace(changed).problems() == [
+        "train.seed = 4294967296: must be below 4294967296",
+        "train.warm_restarts = -1: must be at least 0",
+        "train.plain = 0: must be greater than 0",
+    ]
+    assert MyConfig().replace({"train.warm_restarts": 0}).problems() == []
+    print_fields(MyConfig(), "k2jax train")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--train.warm-restarts INT" in text and "times that the rate is warmed up again" in text
+
+
+def test_what_a_resumed_run_may_change():
+    """The list as it was before the rules stood at the fields."""
+    free = {name for name, rule in field_rules().items() if rule.resume}
+    assert {name.split(".")[0] for name in free} == {"mesh", "kernels", "checkpoint", "mixture", "train", "data", "guard"}
+    assert {n for n in free if n.startswith(("train.", "data.", "guard."))} == {
+        "train.run_dir", "data.path", "data.validation_path", "data.read_threads", "data.prefetch_sequences",
+        "data.index_dir", "data.skip_steps", "data.max_bad_rows", "train.num_steps", "guard.loss_zscore",
+        "guard.grad_norm_zscore", "guard.max_skips", "train.log_every", "train.eval_every", "train.eval_sequences",
+        "train.remat", "train.self_check", "train.compile_cache", "train.num_microbatches",
+        "train.microbatches_together",
+    }  # fmt: skip

@@ -9,14 +9,24 @@ import dataclasses
 import difflib
 import functools
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 from k2jax import config_rules
+from k2jax.config_rules import Rule
 from k2jax.errors import UserError
 
-# What the backward pass finds of a layer: model/remat.py.
+T = TypeVar("T")
+Free = Annotated[T, Rule(resume=True)]  # may change when a run is resumed
+OrZero = Annotated[T, Rule(zero=True)]  # every other number must be greater than 0
+Share = Annotated[float, Rule(zero=True, below=1)]
+Paths = Annotated[T, Rule(path=True)]
+Folder = Annotated[T, Rule(folder=True)]
+Seed = Annotated[int, Rule(zero=True, below=2**32)]  # jax.random.key would drop the higher bits
+Window = Annotated[int, Rule(least=(2, "since one step has no deviation"))]
+# Activations that are saved for the backward pass: model/remat.py.
 Remat = Literal["none", "k2", "k2-offload", "layer", "offload"]
 
 
@@ -30,7 +40,7 @@ class RopeConfig:
     beta_fast: float = 1.0
     beta_slow: float = 1.0
     mscale: float = 1.0
-    mscale_all_dim: float = 1.0
+    mscale_all_dim: OrZero[float] = 1.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class ModelConfig:
     vocab_size: int = 163_840
     hidden_size: int = 7168
     num_hidden_layers: int = 61
-    first_k_dense_replace: int = 1  # the first layers have a dense FFN
+    first_k_dense_replace: OrZero[int] = 1  # the first layers have a dense FFN
     num_attention_heads: int = 64
     q_lora_rank: int | None = 1536  # None: queries are made from the hidden state
     kv_lora_rank: int = 512
@@ -51,7 +61,7 @@ class ModelConfig:
     moe_intermediate_size: int = 2048  # one expert
     n_routed_experts: int = 384
     num_experts_per_tok: int = 8
-    n_shared_experts: int = 1
+    n_shared_experts: OrZero[int] = 1
     n_group: int = 1  # groups of experts, of which a token uses at most topk_group
     topk_group: int = 1
     routed_scaling_factor: float = 2.827
@@ -66,20 +76,20 @@ class OptimConfig:
 
     optimizer: str = "muonclip"  # or a function that makes an optax chain: "FILE.py:function", "module:function"
     learning_rate: float = 2e-4
-    final_learning_rate: float = 2e-5
-    warmup_tokens: int = 500 * 67_108_864
+    final_learning_rate: OrZero[float] = 2e-5
+    warmup_tokens: OrZero[int] = 500 * 67_108_864
     constant_until_tokens: int = 10_000_000_000_000
     cosine_until_tokens: int = 15_500_000_000_000
-    weight_decay: float = 0.1
+    weight_decay: OrZero[float] = 0.1
     max_grad_norm: float | None = 1.0
-    momentum: float = 0.95
+    momentum: Share = 0.95
     nesterov: bool = True
     ns_steps: int = 5
     ns_coefficients: Literal["standard", "dion", "polar_express", "newton"] = "standard"
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     update_rms: float = 0.2
-    adam_b1: float = 0.9
-    adam_b2: float = 0.95
+    adam_b1: Share = 0.9
+    adam_b2: Share = 0.95
     adam_eps: float = 1e-8
     qk_clip_tau: float | None = 100.0
 
@@ -93,20 +103,20 @@ class GuardConfig:
     turns a check off.
     """
 
-    window: int = 128  # steps; before as many have been good, nothing is a spike
-    loss_zscore: float | None = None
-    grad_norm_zscore: float | None = None
-    max_skips: int = 5  # bad steps in a row that end the run
+    window: Window = 128  # steps; before as many have been good, nothing is a spike
+    loss_zscore: Free[float | None] = None
+    grad_norm_zscore: Free[float | None] = None
+    max_skips: Free[int] = 5  # bad steps in a row that end the run
 
 
 @dataclass(frozen=True)
 class PhasesConfig:
     """The phases of a run: entry i of every field holds from `start_tokens[i]` tokens on."""
 
-    start_tokens: tuple[int, ...] = (0, 15_500_000_000_000)  # pretraining, then annealing
+    start_tokens: OrZero[tuple[int, ...]] = (0, 15_500_000_000_000)  # pretraining, then annealing
     rope: tuple[Literal["plain", "yarn"], ...] = ("plain", "plain")
-    router_bias_rate: tuple[float, ...] = (1e-3, 0.0)  # Moonlight's; K2's is not published
-    balance_alpha: tuple[float, ...] = (1e-4, 1e-4)  # weight of the sequence-wise loss: DeepSeek-V3 report 4.2
+    router_bias_rate: OrZero[tuple[float, ...]] = (1e-3, 0.0)  # Moonlight's; K2's is not published
+    balance_alpha: OrZero[tuple[float, ...]] = (1e-4, 1e-4)  # weight of the sequence-wise loss: DeepSeek-V3 report 4.2
 
 
 @dataclass(frozen=True)
@@ -124,21 +134,21 @@ class KernelsConfig:
 class DataConfig:
     """The tokens, their order, and how they are cut into batches."""
 
-    path: str = "data/tokens"  # token stores, folders or URLs, or .idx files of Megatron; joined by commas
-    validation_path: str | None = None  # where the held-out text is; None: in the stores of `path`
-    tokenizer: str | None = None  # of .idx files, which do not say: as in `k2jax prepare`
+    path: Free[Paths[str]] = "data/tokens"  # token stores, folders or URLs, or .idx files of Megatron; joined by commas
+    validation_path: Free[Paths[str | None]] = None  # where the held-out text is; None: in the stores of `path`
+    tokenizer: Paths[str | None] = None  # of .idx files, which do not say: as in `k2jax prepare`
     sequence_length: int = 4096
     batch_sequences: int = 16_384
-    seed: int = 0
+    seed: OrZero[int] = 0
     mask_documents: bool = True  # a token sees its own document alone, and positions begin with each; else the sequence
     packing: Literal["windows", "best_fit"] = "windows"  # slices of the stream, or few cuts: as many whole documents
-    fim_rate: float | None = None  # share of documents shown as prefix, suffix, middle; DeepSeek-V3: 0.1
-    fim_tokens: tuple[int, ...] | None = None  # the ids that stand before prefix, suffix and middle
-    skip_steps: tuple[str, ...] | None = None  # steps of data never to be read: "1200-1219", both ends included
-    max_bad_rows: int = 0  # rows of the run that may be replaced for damage or unknown ids; each is in ledger.jsonl
-    index_dir: str = "data/indexes"  # what is computed once for a store: packings, digests of .idx files
-    read_threads: int = 4
-    prefetch_sequences: int = 256
+    fim_rate: Share | None = None  # share of documents shown as prefix, suffix, middle; DeepSeek-V3: 0.1
+    fim_tokens: OrZero[tuple[int, ...] | None] = None  # the ids that stand before prefix, suffix and middle
+    skip_steps: Free[tuple[str, ...] | None] = None  # steps of data never to be read: "1200-1219", both ends included
+    max_bad_rows: Free[OrZero[int]] = 0  # rows of the run that may be replaced for damage or unknown ids; each is in ledger.jsonl
+    index_dir: Free[Folder[str]] = "data/indexes"  # what is computed once for a store: packings, digests of .idx files
+    read_threads: Free[OrZero[int]] = 4
+    prefetch_sequences: Free[int] = 256
 
 
 @dataclass(frozen=True)
@@ -167,19 +177,19 @@ class MeshConfig:
 class TrainConfig:
     """The loop."""
 
-    run_dir: str = "runs/k2"
-    num_steps: int = 230_968
-    num_microbatches: int = 1
-    microbatches_together: int | None = None  # that pass through the pipeline's stages in one go; None: all of a step
-    init_from: str | None = None  # another run, or an imported one, whose newest model is the start
-    seed: int = 0
+    run_dir: Free[Folder[str]] = "runs/k2"
+    num_steps: Free[int] = 230_968
+    num_microbatches: Free[int] = 1
+    microbatches_together: Free[int | None] = None  # that pass through the pipeline's stages in one go; None: all of a step
+    init_from: Paths[str | None] = None  # another run, or an imported one, whose newest model is the start
+    seed: Seed = 0
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    remat: Remat = "layer"  # what the backward pass does not make again: docs/memory.md
-    compile_cache: str | None = "compiled"  # folder of compiled programs, seen from run_dir; None: none is kept
-    self_check: Literal["auto", "on", "off"] = "auto"  # kernels and exchange, at the start; auto: if many processes
-    log_every: int = 1  # steps between plain progress lines; metrics.jsonl has every step
-    eval_every: int | None = None  # steps between validations; the end is always validated
-    eval_sequences: int = 256
+    remat: Free[Remat] = "layer"  # what the backward pass does not make again: docs/memory.md
+    compile_cache: Free[Folder[str | None]] = "compiled"  # folder of compiled programs, seen from run_dir; None: none is kept
+    self_check: Free[Literal["auto", "on", "off"]] = "auto"  # kernels and exchange, at the start; auto: if many processes
+    log_every: Free[int] = 1  # steps between plain progress lines; metrics.jsonl has every step
+    eval_every: Free[int | None] = None  # steps between validations; the end is always validated
+    eval_sequences: Free[int] = 256
 
 
 @dataclass(frozen=True)
@@ -199,12 +209,12 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     phases: PhasesConfig = field(default_factory=PhasesConfig)
-    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    kernels: Free[KernelsConfig] = field(default_factory=KernelsConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    mixture: MixtureConfig = field(default_factory=MixtureConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    mixture: Free[MixtureConfig] = field(default_factory=MixtureConfig)
+    mesh: Free[MeshConfig] = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint: Free[CheckpointConfig] = field(default_factory=CheckpointConfig)
 
     @property
     def batch_tokens(self) -> int:
@@ -213,9 +223,14 @@ class Config:
 
     def validate(self) -> "Config":
         """Return self, or raise UserError with every violated rule."""
-        if problems := list(config_rules.problems(flatten(dataclasses.asdict(self)), field_types())):
+        if problems := self.problems():
             raise UserError(*problems)
         return self
+
+    def problems(self) -> list[str]:
+        """Every violated rule."""
+        values, cls = flatten(dataclasses.asdict(self)), type(self)
+        return list(config_rules.problems(values, field_types(cls), field_rules(cls)))
 
     def to_json(self) -> dict:
         """The sections as JSON values."""
@@ -260,13 +275,29 @@ def flatten(values: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
+def _fields(cls: type, prefix: str = "", rule: Rule = Rule()) -> Iterator[tuple[str, object, Rule]]:
+    """(name, type, rule) of every field of a section; a section's own rule holds for all its fields."""
+    plain = typing.get_type_hints(cls)
+    for key, hint in typing.get_type_hints(cls, include_extras=True).items():
+        parts = [hint, *typing.get_args(hint)] if typing.get_origin(hint) in config_rules.UNIONS else [hint]
+        found = [m for part in parts for m in getattr(part, "__metadata__", ()) if isinstance(m, Rule)]
+        own = functools.reduce(Rule.joined, found, rule)
+        if dataclasses.is_dataclass(plain[key]):
+            yield from _fields(plain[key], f"{prefix}{key}.", own)
+        else:
+            yield prefix + key, plain[key], own
+
+
 @functools.cache
-def field_types(cls: type = Config, prefix: str = "") -> dict[str, object]:
-    """{"section.field": type} of every field of Config."""
-    types = {}
-    for key, kind in typing.get_type_hints(cls).items():
-        types |= field_types(kind, f"{prefix}{key}.") if dataclasses.is_dataclass(kind) else {prefix + key: kind}
-    return types
+def field_types(cls: type | None = None) -> dict[str, object]:
+    """{"section.field": type} of every field of Config, or of a class derived from it."""
+    return {name: kind for name, kind, _ in _fields(cls or Config)}
+
+
+@functools.cache
+def field_rules(cls: type | None = None) -> dict[str, Rule]:
+    """{"section.field": its Rule}."""
+    return {name: rule for name, _, rule in _fields(cls or Config)}
 
 
 def unknown_field(name: str) -> str:

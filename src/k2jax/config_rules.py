@@ -5,15 +5,18 @@ import math
 import types
 import typing
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from os.path import expanduser
 from typing import Literal
 
 from k2jax.files import is_url
 
+UNIONS = types.UnionType, typing.Union  # of `X | None`; the second where X is Annotated
+
 
 def _fits(value: object, kind: object) -> bool:
     origin = typing.get_origin(kind)
-    if origin is types.UnionType:
+    if origin in UNIONS:
         return any(_fits(value, k) for k in typing.get_args(kind))
     if origin is Literal:
         return isinstance(value, str) and value in typing.get_args(kind)
@@ -27,7 +30,7 @@ def _fits(value: object, kind: object) -> bool:
 def describe_type(kind: object) -> str:
     """The words for a field's type in messages."""
     origin = typing.get_origin(kind)
-    if origin is types.UnionType:
+    if origin in UNIONS:
         return " or ".join(describe_type(k) for k in typing.get_args(kind))
     if origin is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(kind)))
@@ -60,20 +63,23 @@ def read_steps(text: str) -> tuple[int, int]:
     return int(first), int(last) + 1
 
 
-# Fields that may be zero; every other number must be positive.
-_MAY_BE_ZERO = {
-    "model.first_k_dense_replace", "model.n_shared_experts", "optim.final_learning_rate", "optim.warmup_tokens",
-    "optim.weight_decay", "optim.momentum", "optim.adam_b1", "optim.adam_b2", "model.rope.mscale_all_dim",
-    "phases.start_tokens", "phases.router_bias_rate", "phases.balance_alpha", "data.seed",
-    "data.read_threads", "data.fim_rate", "data.fim_tokens", "data.max_bad_rows", "train.seed",
-}  # fmt: skip
-# (jax.random.key would drop the higher bits of a seed)
-_AT_LEAST = {"guard.window": (2, "since one step has no deviation")}
-_BELOW = {"data.fim_rate": 1, "optim.momentum": 1, "optim.adam_b1": 1, "optim.adam_b2": 1, "train.seed": 2**32}
-_FOLDERS = {"train.run_dir", "train.compile_cache", "data.index_dir"}  # written to; a URL would become one called "gs:"
+@dataclass(frozen=True)
+class Rule:
+    """Bounds of a field, and "may change on resume", as they stand beside the field's type in config.py.
 
+    Numbers must be greater than 0 unless they may be zero.
+    """
 
-_PATHS = {"data.path", "data.validation_path", "data.tokenizer", "train.init_from"}
+    zero: bool = False
+    least: tuple[int, str] | None = None  # the bound, and its reason
+    below: float | None = None
+    path: bool = False  # one path or several joined by commas
+    folder: bool = False  # written to: a URL would become a folder called "gs:"
+    resume: bool = False  # no later state depends on it, so that a resumed run may change it
+
+    def joined(self, other: "Rule") -> "Rule":
+        """Both rules in one."""
+        return Rule(*(getattr(other, f.name) or getattr(self, f.name) for f in fields(self)))
 
 
 def home_problem(paths: str) -> str | None:
@@ -83,30 +89,34 @@ def home_problem(paths: str) -> str | None:
     return f"must not begin with ~, which is not expanded here; nearest: {','.join(map(expanduser, paths.split(',')))!r}"
 
 
-def _own_problems(values: dict, kinds: dict) -> dict[str, str]:
+def _number_problem(value: object, rule: Rule) -> str | None:
+    numbers = [v for v in (value if isinstance(value, tuple) else [value]) if type(v) in (int, float)]
+    if any(v < 0 or (v == 0 and not rule.zero) for v in numbers):
+        return f"must be {'at least 0' if rule.zero else 'greater than 0'}"
+    if rule.least is not None and any(v < rule.least[0] for v in numbers):
+        return "must be at least {}, {}".format(*rule.least)
+    if rule.below is not None and any(v >= rule.below for v in numbers):
+        return f"must be below {rule.below}"
+    return None
+
+
+def _own_problems(values: dict, kinds: dict, rules: dict[str, Rule]) -> dict[str, str]:
     """{field: problem} of the fields that are wrong whatever the others are."""
     problems = {}
     for name, kind in kinds.items():
-        value = values[name]
-        least = "at least 0" if name in _MAY_BE_ZERO else "greater than 0"
+        value, rule = values[name], rules[name]
         if not _fits(value, kind):
             problems[name] = f"must be {describe_type(kind)}"
-            continue
-        if name == "optim.optimizer" and value != "muonclip" and not all(value.rpartition(":")):
+        elif name == "optim.optimizer" and value != "muonclip" and not all(value.rpartition(":")):
             example = "such as 'docs/chains.py:adamw' (docs/own_optimizer.md)"
             problems[name] = f"must be 'muonclip', 'FILE.py:function' or 'module:function', {example}"
-        numbers = [v for v in (value if isinstance(value, tuple) else [value]) if type(v) in (int, float)]
-        if any(v < 0 or (v == 0 and name not in _MAY_BE_ZERO) for v in numbers):
-            problems[name] = f"must be {least}"
-        elif name in _AT_LEAST and value < _AT_LEAST[name][0]:
-            problems[name] = "must be at least {}, {}".format(*_AT_LEAST[name])
-        elif any(v >= _BELOW.get(name, math.inf) for v in numbers):
-            problems[name] = f"must be below {_BELOW[name]}"
-        elif name in (*_FOLDERS, *_PATHS) and value is not None and (home := home_problem(value)):
+        elif problem := _number_problem(value, rule):
+            problems[name] = problem
+        elif (rule.path or rule.folder) and value is not None and (home := home_problem(value)):
             problems[name] = home
-        elif name in _FOLDERS and value is not None and is_url(value):
+        elif rule.folder and value is not None and is_url(value):
             problems[name] = "must be a folder, no URL; copy it there when the run is done, or mount the bucket"
-    return {name: f"{name} = {values[name]!r}: {rule}" for name, rule in problems.items()}
+    return {name: f"{name} = {values[name]!r}: {problem}" for name, problem in problems.items()}
 
 
 # (a field, the fields whose product must divide it). Explicit shardings need every cut dim to divide evenly.
@@ -253,8 +263,8 @@ def _data_problems(values: dict):
             yield f"data.skip_steps: {start}-{stop - 1} must come after {first}-{last - 1}, and not meet it"
 
 
-def problems(values: dict[str, object], kinds: dict[str, object]) -> Iterator[str]:
+def problems(values: dict[str, object], kinds: dict[str, object], rules: dict[str, Rule]) -> Iterator[str]:
     """Every violated rule of the values of all fields, whose types are `kinds`."""
-    own = _own_problems(values, kinds)
+    own = _own_problems(values, kinds, rules)
     yield from own.values()
     yield from _fit_problems({name: value for name, value in values.items() if name not in own})

@@ -127,4 +127,4 @@ def print_fields(config: Config, prog: str) -> None:
     import tyro
 
     with contextlib.suppress(SystemExit), _with_lists():
-        tyro.cli(Config, default=config, args=["--help"], prog=prog, config=(tyro.conf.FlagConversionOff,))
+        tyro.cli(type(config), default=config, args=["--help"], prog=prog, config=(tyro.conf.FlagConversionOff,))

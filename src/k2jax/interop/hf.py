@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from k2jax import config_rules
-from k2jax.config import Config, MeshConfig, ModelConfig, PhasesConfig, field_types, flatten
+from k2jax.config import Config, MeshConfig, ModelConfig, PhasesConfig
 from k2jax.data.saved_tokenizer import save_tokenizer
 from k2jax.errors import UserError, first_of
 from k2jax.files import must_be_new, read_json, whole_folder
@@ -146,9 +145,7 @@ def _check_mesh(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
             "k2jax.mesh_of(expert=4, tensor=2) makes one"
         )
     config = Config(model=model, mesh=MeshConfig(**mesh.shape))
-    problems = [
-        p for p in config_rules.problems(flatten(dataclasses.asdict(config)), field_types()) if p.startswith("model.")
-    ]
+    problems = [problem for problem in config.problems() if problem.startswith("model.")]
     if problems:
         raise UserError(*problems)
 

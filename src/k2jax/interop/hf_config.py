@@ -8,8 +8,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from k2jax import config_rules
-from k2jax.config import Config, ModelConfig, RopeConfig, field_types, flatten
+from k2jax.config import Config, ModelConfig, RopeConfig
 from k2jax.errors import UserError, first_of
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
@@ -116,7 +115,7 @@ def model_config(values: dict) -> tuple[ModelConfig, Literal["plain", "yarn"]]:
         else:
             fields[name] = _OPTIONAL.get(name) if value is None else value
     model = dataclasses.replace(ModelConfig(rope=rope), **fields)
-    own = config_rules.problems(flatten(dataclasses.asdict(Config(model=model))), field_types())
+    own = Config(model=model).problems()
     problems += [f"config.json: {p.removeprefix('model.')}" for p in own if p.startswith("model.")]
     if problems:
         raise UserError(*first_of(problems))

@@ -2,7 +2,7 @@
 
 A device holds parts of many matrices; Newton-Schulz wants a few whole ones. So the devices that share a set of matrices
 exchange parts by all-to-all, work on their share of the set without another word, and exchange the results back.
-assignments.py says who works on what.
+assignment.py says who works on what.
 """
 
 import math

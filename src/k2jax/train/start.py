@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import optax
 
-from k2jax.config import Config, differences
+from k2jax.config import Config, differences, field_rules
 from k2jax.data.loader.batches import check_position, data_position
 from k2jax.data.loader.corpus import Corpus, open_data, writes_alike
 from k2jax.data.loader.segments import describe_mixture, read_segments, settle_timeline
@@ -25,18 +25,6 @@ from k2jax.train.checkpoint import Saver, parts, restore_model, restore_run, res
 from k2jax.train.optimizer import make_optimizer
 from k2jax.train.outputs import Outputs
 from k2jax.train.state import TrainState, abstract_state, init_state
-
-# Fields that a resumed run may change: no later state depends on how it is cut, shown, read and kept; and where the
-# guard has ended a run, only another rule for its steps lets it go on. timeline.json and the data position keep the
-# mixture, the stores and the skipped steps of what has been done from changing.
-FREE_ON_RESUME = (
-    "mesh.", "kernels.", "checkpoint.", "mixture.", "train.run_dir",
-    "data.path", "data.validation_path", "data.read_threads", "data.prefetch_sequences", "data.index_dir",
-    "data.skip_steps", "data.max_bad_rows",
-    "train.num_steps", "guard.loss_zscore", "guard.grad_norm_zscore", "guard.max_skips",
-    "train.log_every", "train.eval_every", "train.eval_sequences", "train.remat", "train.self_check",
-    "train.compile_cache", "train.num_microbatches", "train.microbatches_together",
-)  # fmt: skip
 
 
 def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
@@ -69,10 +57,12 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
         "this may not change within a run; restore it, or go on from the weights alone in a new run: "
         f"--train.run-dir NEW --train.init-from {folder}"
     )
+    # timeline.json and the data position keep the mixture, the stores and the skipped steps of the past from changing.
+    rules = field_rules()
     problems = [
         f"{name}: the run in {folder} has {old!r}, now given {new!r}; {rule}"
         for name, (old, new) in changes.items()
-        if not name.startswith(FREE_ON_RESUME)
+        if not rules[name].resume
     ]
     if steps and config.train.num_steps < steps[-1]:  # what was done beyond it would be in no account
         rule = f"the run in {folder} has done {steps[-1]} steps; give at least as many, or another train.run_dir"

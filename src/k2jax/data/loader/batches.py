@@ -1,6 +1,6 @@
 """Batches as a pure function of (stores, timeline, step): no iterator state, so resume and auditing are arithmetic.
 
-Dims: B sequences of a batch, T data.sequence_length. What a row holds is in rows.py, where it comes from in mixture.py.
+Dims: B sequences of a batch, T data.sequence_length. What a row holds is in rows.py, where it comes from in timeline.py.
 """
 
 from collections.abc import Iterator

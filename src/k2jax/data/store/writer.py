@@ -1,4 +1,4 @@
-"""Writing a token store (the layout is in tokens.py): parts by any number of workers, then one manifest.
+"""Writing a token store (the layout is in reader.py): parts by any number of workers, then one manifest.
 
 A part is written whole by one worker, with a folder of its own in every stream, and exists once its receipt does. What
 a part holds is for its writer to fix by its number; so the store has the same bytes however many workers there were,
