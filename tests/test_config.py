@@ -196,7 +196,7 @@ def test_mixture_and_data_rules():
 def test_a_url_where_a_folder_is_written_to():
     """It would become a folder called gs: in the current one."""
     fields = ("data.index_dir", "train.run_dir", "train.compile_cache")
-    rule = "must be a folder, no URL; copy it there when the run is done, or mount the bucket"
+    rule = "must be a folder, not a URL; copy it there when the run is done, or mount the bucket"
     assert error_of(Config().replace(dict.fromkeys(fields, "gs://bucket/x")).validate).split("\n") == [
         f"{name} = 'gs://bucket/x': {rule}" for name in fields
     ]

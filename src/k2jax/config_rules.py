@@ -115,7 +115,7 @@ def _own_problems(values: dict, kinds: dict, rules: dict[str, Rule]) -> dict[str
         elif (rule.path or rule.folder) and value is not None and (home := home_problem(value)):
             problems[name] = home
         elif rule.folder and value is not None and is_url(value):
-            problems[name] = "must be a folder, no URL; copy it there when the run is done, or mount the bucket"
+            problems[name] = "must be a folder, not a URL; copy it there when the run is done, or mount the bucket"
     return {name: f"{name} = {values[name]!r}: {problem}" for name, problem in problems.items()}
 
 

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: every problem found, one line each. The CLI prints them and exits with 2."""
+    """A mistake that the user can correct: every problem found, one line each. The CLI prints them and exits with 2."""
 
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))

@@ -145,9 +145,9 @@ def _remove_leftover(aside: Path) -> None:
 
 
 def must_be_new(target: str | Path) -> None:
-    """UserError where `target` is no place for a new folder."""
+    """UserError if `target` cannot be a new folder."""
     if is_url(target):
-        raise UserError(f"--to {str(target)!r}: must be a folder, no URL; copy it there when it is made")
+        raise UserError(f"--to {str(target)!r}: must be a folder, not a URL; copy it there when it is made")
     if str(target).startswith("~"):
         rule = f"must not begin with ~, which is not expanded here; nearest: {os.path.expanduser(target)!r}"
         raise UserError(f"--to {str(target)!r}: {rule}")

@@ -101,7 +101,7 @@ def test_refusals(run, tmp_path):
     with pytest.raises(UserError, match="taken: exists"):
         export_run(run, tmp_path / "taken")
     for url in ("gs://bucket/out", Path("gs://bucket/out")):  # the command line's, and Python's
-        with pytest.raises(UserError, match="^--to 'gs:/+bucket/out': must be a folder, no URL"):
+        with pytest.raises(UserError, match="^--to 'gs:/+bucket/out': must be a folder, not a URL"):
             export_run(run, url)
     with pytest.raises(UserError, match="--step 7: is not a committed step; there are 0"):
         export_run(run, tmp_path / "out", step=7)

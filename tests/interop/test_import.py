@@ -278,7 +278,7 @@ def test_import_refuses_to_overwrite(tmp_path, tensors):
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="run: exists"):
         import_hf(folder, tmp_path / "run", single_device_mesh())
-    with pytest.raises(UserError, match="^--to 's3://bucket/run': must be a folder, no URL"):
+    with pytest.raises(UserError, match="^--to 's3://bucket/run': must be a folder, not a URL"):
         import_hf(folder, "s3://bucket/run", single_device_mesh())
 
 

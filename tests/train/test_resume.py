@@ -125,10 +125,10 @@ def test_a_changed_config_is_refused_with_all_differences(place, reference):
     assert refused.stderr == (
         "k2jax train: 3 problems\n"
         "  optim.learning_rate: the run in run has 0.02, now given 0.01; "
-        "this may not change within a run; restore it, or go on from the weights alone in a new run: "
+        "this may not change within a run; restore it, or continue from the weights alone in a new run: "
         "--train.run-dir NEW --train.init-from run\n"
         "  data.seed: the run in run has 0, now given 3; "
-        "this may not change within a run; restore it, or go on from the weights alone in a new run: "
+        "this may not change within a run; restore it, or continue from the weights alone in a new run: "
         "--train.run-dir NEW --train.init-from run\n"
         "  train.num_steps = 3: the run in run has done 20 steps; give at least as many, or another train.run_dir\n"
     )

@@ -96,7 +96,7 @@ def prepare(args, rest: list[str]) -> int:
                 executor=args.executor, workers=args.workers, executor_options=options, progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command continues from here", file=sys.stderr)
         raise
     for reason, entry in summary["skipped"].items():
         console.print(

@@ -11,13 +11,13 @@ from k2jax.errors import RunFailed, UserError
 def _reading_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("source", nargs="+", help="PATH or NAME=PATH: folders, text, .jsonl, .parquet, .gz, .zst, URLs")
     sub.set_defaults(more="source")
-    sub.add_argument("--pattern", default="**/*", help="which files of a folder (default: %(default)s)")
-    sub.add_argument("--exclude", action="append", default=[], help="which of them not; may be repeated")
+    sub.add_argument("--pattern", default="**/*", help="files to read in a folder (default: %(default)s)")
+    sub.add_argument("--exclude", action="append", default=[], help="files to leave out; may be repeated")
     sub.add_argument("--text-field", default="text", help="field or column of the text (default: %(default)s)")
 
 
 def _preparing_commands(command) -> None:
-    sub = command("prepare", data.prepare, "Turn text into a token store; goes on where a killed one stopped.")
+    sub = command("prepare", data.prepare, "Turn text into a token store; resumes if a run of it was killed.")
     _reading_options(sub)
     sub.add_argument("--out", required=True, help="folder of the new store; must not exist")
     sub.add_argument("--tokenizer", required=True, help="byte, train:VOCAB, FILE.tiktoken or tokenizer.json")
@@ -31,39 +31,39 @@ def _preparing_commands(command) -> None:
     sub.add_argument("--max-chars", type=int, help="longest document (default: any)")
     sub.add_argument("--filter", action="append", default=[], help="repetition or quality (Gopher's); may be repeated")
     sub.add_argument(
-        "--near-duplicates", type=float, metavar="J", help="drop what is similar to J or more; 0.8 is usual"
+        "--near-duplicates", type=float, metavar="J", help="drop documents with similarity J or more; 0.8 is usual"
     )
     sub.add_argument("--executor", default="local", help="local, slurm or ray (default: %(default)s)")
-    sub.add_argument("--workers", type=int, default=1, help="tasks at once (default: %(default)s)")
+    sub.add_argument("--workers", type=int, default=1, help="parallel tasks (default: %(default)s)")
     sub.add_argument(
         "--executor-option", action="append", default=[], metavar="KEY=VALUE", help="such as partition=cpu for slurm"
     )
 
     sub = command("rephrase", data.rephrase, "Rewrite documents with a model behind an OpenAI-compatible URL.")
     _reading_options(sub)
-    sub.add_argument("--out", required=True, help="folder of the variants; the same command goes on in it")
-    sub.add_argument("--url", required=True, help="of the endpoint, such as http://localhost:8000/v1")
-    sub.add_argument("--model", required=True, help="its name there")
+    sub.add_argument("--out", required=True, help="folder of the variants; the same command resumes in it")
+    sub.add_argument("--url", required=True, help="URL of the endpoint, such as http://localhost:8000/v1")
+    sub.add_argument("--model", required=True, help="name of the model at the endpoint")
     sub.add_argument(
-        "--key-from", default="OPENAI_API_KEY", metavar="VARIABLE", help="of the environment (default: %(default)s)"
+        "--key-from", default="OPENAI_API_KEY", metavar="VARIABLE", help="environment variable with the key (default: %(default)s)"
     )
     sub.add_argument("--variants", type=int, default=2, help="at most, per document (default: %(default)s)")
     sub.add_argument("--styles", metavar="FILE", help="JSON list of names and prompts (default: five of ours)")
-    sub.add_argument("--chunk-chars", type=int, default=4000, help="of a text sent at once (default: %(default)s)")
+    sub.add_argument("--chunk-chars", type=int, default=4000, help="characters sent at once (default: %(default)s)")
     sub.add_argument("--min-chars", type=int, default=200, help="shortest document (default: %(default)s)")
-    sub.add_argument("--parallel", type=int, default=8, help="documents at once (default: %(default)s)")
-    sub.add_argument("--timeout", type=float, default=120, help="seconds for an answer (default: %(default)s)")
-    sub.add_argument("--retries", type=int, default=4, help="after failures that may pass (default: %(default)s)")
+    sub.add_argument("--parallel", type=int, default=8, help="parallel documents (default: %(default)s)")
+    sub.add_argument("--timeout", type=float, default=120, help="seconds to wait for an answer (default: %(default)s)")
+    sub.add_argument("--retries", type=int, default=4, help="retries after temporary failures (default: %(default)s)")
 
 
 def _run_commands(command) -> None:
-    sub = command("train", run.train, "Train; resumes where the run directory stands.", add_help=False)
+    sub = command("train", run.train, "Train a config, or resume the run in its directory.", add_help=False)
     sub.add_argument("config", metavar="CONFIG", nargs="?")
     sub.add_argument("--simulate", type=int, metavar="N", help="run on N CPU devices")
-    sub.add_argument("--change-mixture", action="store_true", help="go on with another mixture")
+    sub.add_argument("--change-mixture", action="store_true", help="resume with another mixture")
     sub.usage = run.TRAIN_USAGE.removeprefix("usage: ")
 
-    sub = command("inspect", plan.inspect, "Counts, layout of every parameter, and a picture of the mesh.")
+    sub = command("inspect", plan.inspect, "Show parameter counts, the layout of every parameter, and the mesh.")
     sub.add_argument("config", metavar="CONFIG", help="a config file; --section.field value overrides")
     sub.add_argument("--json", action="store_true", help="print it all as JSON")
     sub.add_argument("--png", metavar="FILE", help="draw the mesh")
@@ -73,14 +73,14 @@ def _run_commands(command) -> None:
     sub.add_argument("--topology", metavar="NAME", required=True, help="such as v5p:8x8x16, or v6e:16x16")
     sub.add_argument("--json", action="store_true", help="print it all as JSON")
 
-    sub = command("audit", audit.audit, "Which documents a step has, which steps see a document, what sources give.")
+    sub = command("audit", audit.audit, "Show the documents of a step, the steps of a document, or tokens per source.")
     sub.add_argument("run", help="run directory, begun or not, or a config file; --section.field value overrides")
     sub.add_argument("--step", type=int, help="list the documents of every row of this step")
-    sub.add_argument("--place", type=int, help="of this row of the batch alone")
+    sub.add_argument("--place", type=int, help="only of this row of the batch")
     sub.add_argument("--document", metavar="ID", help="list the steps that see it: name, or 16 digits of its sha256")
-    sub.add_argument("--tokens", action="store_true", help="the account per source against the plan")
-    sub.add_argument("--until", type=int, metavar="STEP", help="after so many steps (default: all of the run)")
-    sub.add_argument("--data", metavar="STORES", help="where the stores lie now, joined by commas (default: the run's)")
+    sub.add_argument("--tokens", action="store_true", help="tokens per source, planned and read")
+    sub.add_argument("--until", type=int, metavar="STEP", help="after this many steps (default: the whole run)")
+    sub.add_argument("--data", metavar="STORES", help="where the stores are now, joined by commas (default: the run's)")
     sub.add_argument("--json", action="store_true", help="print JSON, a line for each row, time or source")
 
     sub = command("plot", plan.plot, "Draw loss and max logit of runs into one PNG.")
@@ -92,10 +92,10 @@ def _run_commands(command) -> None:
 def _model_commands(command) -> None:
     sub = command("generate", model.generate, "Continue texts with a trained model.")
     sub.add_argument("run", help="run directory, or folder of a published checkpoint")
-    sub.add_argument("prompt", nargs="*", default=[""], help="one or more; several are continued together")
+    sub.add_argument("prompt", nargs="*", default=[""], help="one or more prompts, continued together")
     sub.set_defaults(more="prompt")
     sub.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
-    sub.add_argument("--tokens", type=int, default=400, help="at most this many (default: %(default)s)")
+    sub.add_argument("--tokens", type=int, default=400, help="maximum number of tokens (default: %(default)s)")
     sub.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
     sub.add_argument("--seed", type=int, default=0)
 
@@ -103,26 +103,26 @@ def _model_commands(command) -> None:
     sub.add_argument("run", help="run directory, or folder of a published checkpoint")
     sub.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
     sub.add_argument("--data", metavar="STORE", help="token store (default: the run's)")
-    sub.add_argument("--source", help="held-out text of this source alone (default: of all)")
+    sub.add_argument("--source", help="only held-out text of this source (default: all)")
     sub.add_argument("--sequences", type=int, help="held-out sequences (default: all)")
     sub.add_argument("--length", type=int, help="tokens of a sequence (default: what the model was trained with)")
     sub.add_argument("--tasks", metavar="A,B", help="tasks of lm-eval instead")
-    sub.add_argument("--task-folder", help="where YAML files of further tasks lie")
+    sub.add_argument("--task-folder", help="folder with YAML files of further tasks")
     sub.add_argument("--limit", type=int, help="documents per task (default: all)")
     sub.add_argument("--json", action="store_true", help="print the figures as JSON")
 
-    sub = command("import", model.import_, "Make a run directory of a published checkpoint.", allow_abbrev=False)
+    sub = command("import", model.import_, "Make a run directory from a published checkpoint.", allow_abbrev=False)
     sub.add_argument("folder", metavar="DIR", help="config.json, safetensors files and tokenizer")
     sub.add_argument("--to", metavar="RUN", help="new run directory (default: runs/NAME of DIR)")
-    sub.add_argument("--drop-mtp", action="store_true", help="leave out layers for multi-token prediction")
+    sub.add_argument("--drop-mtp", action="store_true", help="drop the layers for multi-token prediction")
     sub.add_argument("--simulate", type=int, metavar="N", help="on N CPU devices")
 
     sub = command("export", model.export, "Write a checkpoint as safetensors that other libraries read.")
     sub.add_argument("run", metavar="RUN", help="run directory")
     sub.add_argument("--to", metavar="DIR", required=True, help="new folder")
-    sub.add_argument("--dtype", choices=("bf16", "f32"), default="bf16", help="of the weights (default: %(default)s)")
+    sub.add_argument("--dtype", choices=("bf16", "f32"), default="bf16", help="dtype of the weights (default: %(default)s)")
     sub.add_argument("--step", type=int, help="checkpoint (default: the newest)")
-    sub.add_argument("--rope", choices=("plain", "yarn"), help="positions (default: as the step was trained)")
+    sub.add_argument("--rope", choices=("plain", "yarn"), help="RoPE to write (default: as the step was trained)")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 the run failed, 2 the user can mend it, 128 + n on signal n."""
+    """Run one command; returns the exit code: 0 done, 1 the run failed, 2 the user can correct it, 128 + n on signal n."""
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
     if (name := getattr(args, "more", None)) and not any(argument.startswith("-") for argument in rest):

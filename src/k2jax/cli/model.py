@@ -67,7 +67,7 @@ def evaluate(args, rest: list[str]) -> int:
 
 
 def import_(args, rest: list[str]) -> int:
-    """Make a run directory of a published checkpoint."""
+    """Make a run directory from a published checkpoint."""
     values, problems = read_overrides(rest)
     problems += [f"{name}: import takes fields of the mesh alone" for name in values if not name.startswith("mesh.")]
     if problems:

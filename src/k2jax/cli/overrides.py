@@ -21,7 +21,7 @@ def _field_hint(error: Exception) -> str:
 
 
 def load_config(path: str) -> Config:
-    """The value of config() in a Python file. Raises UserError where there is no such file, function or value."""
+    """The value of config() in a Python file. Raises UserError if there is no such file, function or value."""
     if not Path(path).is_file():
         near = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
         raise UserError(f"{path}: no such config file" + (f"; there are {near}" if near else ""))

@@ -10,10 +10,10 @@ from k2jax.launch.distributed import use_cpu_devices
 
 TRAIN_USAGE = """usage: k2jax train CONFIG [--simulate N] [--section.field value ...]
 
-Trains, or goes on with the run in train.run_dir. Ctrl-C finishes the step, saves and says how to resume.
+Trains, or resumes the run in train.run_dir. Ctrl-C finishes the step, saves and prints how to resume.
 CONFIG is a Python file with config(), such as configs/tiny.py; `k2jax train CONFIG --help` lists its fields.
 --simulate N runs on N CPU devices, even where there is an accelerator.
---change-mixture lets a run go on with other sources, weights or epochs than it had; what is done stays as it was."""
+--change-mixture lets a resumed run use other sources, weights or epochs; the steps done keep theirs."""
 
 
 def train(args, rest: list[str]) -> int:

@@ -27,7 +27,7 @@ def perplexity(
 ) -> Perplexity:
     """Over the first `num_sequences` windows of the validation split's shuffle, or of one source's; None: over all.
 
-    length: tokens of a window, by default what the model was trained to see. Raises UserError where the store has
+    length: tokens of a window, by default what the model was trained to see. Raises UserError if the store has
     fewer windows or was written by another tokenizer than the model's.
     """
     length = loaded.context_length if length is None else length

@@ -113,7 +113,7 @@ def harness_model(loaded: LoadedModel, batch: int = 16):
 def run_tasks(loaded: LoadedModel, tasks: list[str], folder: str | None, limit: int | None) -> tuple[dict, int]:
     """({task: {metric: value}}, requests shortened). folder: where the tasks' YAML files lie, beside the harness's own.
 
-    Raises UserError where lm-eval is not installed or does not know a task.
+    Raises UserError if lm-eval is not installed or does not know a task.
     """
     try:
         from lm_eval import simple_evaluate

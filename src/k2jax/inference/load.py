@@ -10,7 +10,7 @@ from k2jax.data.saved_tokenizer import open_tokenizer
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import UserError
 from k2jax.runs.commits import sound_step
-from k2jax.runs.folder import read_config
+from k2jax.runs.folder import checkpoints_of, read_config
 from k2jax.train.checkpoint import model_part, restore_model
 from k2jax.train.state import TrainState, abstract_model
 
@@ -30,7 +30,7 @@ class LoadedModel:
         return self.config.data.sequence_length
 
     def need_tokenizer(self) -> Tokenizer:
-        """The tokenizer; raises UserError where the source brought none."""
+        """The tokenizer; raises UserError if the source brought none."""
         if self.tokenizer is None:
             raise UserError(
                 f"{self.source}: brings no tokenizer (tiktoken.model, or tokenizer.json with bos and eos ids)"
@@ -41,12 +41,12 @@ class LoadedModel:
 def load_run(run_dir: str | Path, step: int | None = None) -> LoadedModel:
     """The model of a committed step, by default the newest, on the first device.
 
-    Raises UserError where `run_dir` is no run, or has no such sound step.
+    Raises UserError if `run_dir` is no run, or has no such sound step.
     """
     folder = Path(run_dir)
     config = read_config(folder)
-    step = sound_step(folder / "checkpoints", step)
-    model = restore_model(folder / "checkpoints", step, model_part(*abstract_model(config)))
+    step = sound_step(checkpoints_of(folder), step)
+    model = restore_model(checkpoints_of(folder), step, model_part(*abstract_model(config)))
     state = TrainState(jax.numpy.int32(step), model["params"], model["router_bias"], None, None)
     tokenizer = open_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
     return LoadedModel(str(run_dir), config, state, tokenizer)

@@ -45,7 +45,7 @@ def _is_foreign_link(path: Path, folder: Path) -> bool:
 
 
 def _tensors_of(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of one file. Raises UserError where it is not a whole safetensors file."""
+    """Every tensor of one file. Raises UserError if it is not a whole safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     try:

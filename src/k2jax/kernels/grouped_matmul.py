@@ -148,7 +148,7 @@ def grouped_matmul(
 
     weights: one or several arrays [G, I, any]; the rows pass through all of them at once, the results stand side by
     side. group_sizes: int [G] with sum <= M; rows past the sum give zeros and take no part in gradients.
-    Weight gradients are summed in at least float32 whatever the dtype of x. Raises UserError where tokamax is wanted
+    Weight gradients are summed in at least float32 whatever the dtype of x. Raises UserError if tokamax is wanted
     and not installed.
     """
     if implementation == "blocked":

@@ -49,7 +49,7 @@ def clip_factors(max_logits: jax.Array, tau: float) -> jax.Array:
 
 
 def _head_scales(part: QKPart, factors_LH: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Scale of each entry, to be broadcast against a parameter of `shape`. Raises ValueError where they do not fit."""
+    """Scale of each entry, to be broadcast against a parameter of `shape`. Raises ValueError if they do not fit."""
     stacked = len(shape) == (2 if part.merged else 3) + part.num_inputs
     num_layers = shape[0] if stacked else 1
     rows = factors_LH[part.first_layer : part.first_layer + num_layers]

@@ -19,7 +19,7 @@ def lost_updates(
 
     labels: pytree like the parameters. dtype: of the copy that is looked at; None: as the parameter is stored. A share
     near 1 says that training in this dtype stands still: bfloat16 has 8 bits, so an update below 2^-9 of its weight is
-    lost. A group without an update has share 0. Raises ValueError where the three are not shaped alike.
+    lost. A group without an update has share 0. Raises ValueError if the three are not shaped alike.
     """
     try:
         counts = jax.tree.map(lambda p, u, _: _counts(p, u, dtype or p.dtype), params, updates, labels)

@@ -133,7 +133,7 @@ def compile_step(lowered: jax.stages.Lowered, options: Mapping[str, str] | None 
 
 
 def describe_step(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str, str] | None = None) -> dict:
-    """JSON values: what `k2jax plan` prints. Raises RunFailed where the step does not fit a device of `mesh`."""
+    """JSON values: what `k2jax plan` prints. Raises RunFailed if the step does not fit a device of `mesh`."""
     started = time.monotonic()
     lowered, state = lower_step(config, mesh)
     lower_seconds = time.monotonic() - started

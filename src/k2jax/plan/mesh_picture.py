@@ -53,7 +53,7 @@ def draw_mesh(config: Config, width: int) -> str:
 
 
 def plot_mesh(config: Config, out: str) -> None:
-    """The mesh as a PNG: one square per device, coloured by its experts. UserError where it cannot be drawn."""
+    """The mesh as a PNG: one square per device, coloured by its experts. UserError if it cannot be drawn."""
     if not out.endswith(".png"):
         raise UserError(f"--png {out}: must end in .png")
     try:

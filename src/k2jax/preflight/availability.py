@@ -8,7 +8,7 @@ from k2jax.kernels.tokamax_attention import TILE
 
 
 def check_kernels(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Raise UserError where `kernels` names what the mesh's devices do not have."""
+    """Raise UserError if `kernels` names what the mesh's devices do not have."""
     kernels, platform = config.kernels, mesh.devices.flat[0].platform
     problems = []
     if kernels.exchange == "ragged" and platform == "cpu" and mesh.shape["expert"] > 1:

@@ -30,7 +30,7 @@ def is_on(config: Config) -> bool:
 def self_check(config: Config, mesh: jax.sharding.Mesh) -> str:
     """One line that says what was checked, how close it was and what it cost. With `mesh` set.
 
-    Raises RunFailed where an output or a gradient is further from the reference than rounding takes it.
+    Raises RunFailed if an output or a gradient is further from the reference than rounding takes it.
     """
     started, tolerance = time.monotonic(), TOLERANCE[config.train.compute_dtype]
     parts = [part for check in PARTS if (part := check(config, mesh)) is not None]

@@ -9,7 +9,7 @@ from k2jax.runs.records import read_records
 
 
 def read_run(run_dir: str) -> tuple[Config, list[dict]]:
-    """Config and records of a run; raises UserError where there are none."""
+    """Config and records of a run; raises UserError if there are none."""
     folder = Path(run_dir)
     config = read_config(folder)
     records = read_records(folder / "metrics.jsonl")

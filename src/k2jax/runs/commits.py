@@ -53,7 +53,7 @@ def damage(folder: Path, step: int) -> list[str]:
 
 
 def sound_step(folder: Path, step: int | None) -> int:
-    """`step`, or for None the newest committed one. Raises UserError where it is not there, or damaged."""
+    """`step`, or for None the newest committed one. Raises UserError if it is not there, or damaged."""
     steps = committed_steps(folder)
     if not steps:
         raise UserError(f"{folder.parent}: has no committed checkpoint yet")
@@ -66,7 +66,7 @@ def sound_step(folder: Path, step: int | None) -> int:
 
 
 def set_damaged_aside(folder: Path) -> list[str]:
-    """Move the newest steps that are damaged to ../damaged; what was wrong. Raises UserError where none is sound."""
+    """Move the newest steps that are damaged to ../damaged; what was wrong. Raises UserError if none is sound."""
     problems, bad = [], []
     for step in reversed(committed_steps(folder)):
         if not (wrong := damage(folder, step)):
@@ -97,7 +97,7 @@ def _saves(folder: Path) -> list[str]:
 def newest_step(folder: Path) -> int | None:
     """The step to resume from, or None where nothing was ever trained.
 
-    Raises UserError where steps were saved but none is committed: starting again from step 0 would throw them away.
+    Raises UserError if steps were saved but none is committed: starting again from step 0 would throw them away.
     """
     if steps := committed_steps(folder):
         return steps[-1]

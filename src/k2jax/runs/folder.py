@@ -13,6 +13,11 @@ from k2jax.files import read_json, unsealed, write_sealed
 _EDITED = "give changes as options of `k2jax train`, and restore the file from a copy"
 
 
+def checkpoints_of(run_dir: Path) -> Path:
+    """The folder of a run's committed steps."""
+    return run_dir / "checkpoints"
+
+
 def path_problem(folder: Path) -> str | None:
     """The rule that a run directory's path breaks: Orbax takes it for a glob pattern when it merges a save's files.
 

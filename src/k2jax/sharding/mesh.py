@@ -36,7 +36,7 @@ def _off_torus(sizes: dict[str, int], devices: list) -> UserError:
 def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
     """The mesh of `config` over `devices` (all there are, by default).
 
-    Raises UserError where the axis sizes are below 1, do not multiply to the number of devices, or do not fit the torus
+    Raises UserError if the axis sizes are below 1, do not multiply to the number of devices, or do not fit the torus
     that TPUs stand in.
     """
     devices = jax.devices() if devices is None else devices
@@ -62,7 +62,7 @@ def mesh_of(**sizes: int) -> jax.sharding.Mesh:
     Raises UserError for an unknown axis, or for more devices than there are.
     """
     if unknown := [axis for axis in sizes if axis not in AXES]:
-        raise UserError(*(f"{axis}: is no mesh axis; there are {', '.join(AXES)}" for axis in unknown))
+        raise UserError(*(f"{axis}: is not a mesh axis; there are {', '.join(AXES)}" for axis in unknown))
     return make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])
 
 

@@ -19,7 +19,7 @@ from k2jax.errors import UserError
 def compile_cache(config: TrainConfig) -> Iterator[None]:
     """Programs compiled inside come from, and go to, `config.compile_cache`, seen from the run directory.
 
-    A folder that JAX was given itself (JAX_COMPILATION_CACHE_DIR) comes first. Raises UserError where the folder
+    A folder that JAX was given itself (JAX_COMPILATION_CACHE_DIR) comes first. Raises UserError if the folder
     cannot be made.
     """
     if config.compile_cache is None or jax.config.jax_compilation_cache_dir is not None:

@@ -23,7 +23,7 @@ class Ledger:
             write_atomic(path, "".join(map(to_line, kept)))
 
     def enter(self, step: int, replaced: np.ndarray) -> None:
-        """Note the rows of a step that were replaced. RunFailed where they are more than data.max_bad_rows."""
+        """Note the rows of a step that were replaced. RunFailed if they are more than data.max_bad_rows."""
         timeline = self.reader.timeline
         for place in np.flatnonzero(replaced >= 0).tolist():
             row = timeline.step_rows(step)[place]
@@ -39,6 +39,6 @@ class Ledger:
                 file.write(to_line(entry))
             self.count += 1
             if self.count > self.limit:
-                rule = f"data.max_bad_rows = {self.limit} were allowed; mend the store or allow more"
+                rule = f"data.max_bad_rows = {self.limit} were allowed; repair the store or allow more"
                 rule += f"; all are in {self.path}"
                 raise RunFailed(f"{self.count} bad rows by step {step}, the last: {why}; {rule}")

@@ -64,8 +64,8 @@ def make_record(step: int, metrics: Metrics, config: Config, seconds: float) -> 
 
 
 def check_health(record: dict, config: Config) -> None:
-    """Raise RunFailed where new parameters are not numbers, or too many steps in a row were skipped."""
-    end = f"the newest good state is in {config.train.run_dir}/checkpoints, and the same command goes on from there"
+    """Raise RunFailed if new parameters are not numbers, or too many steps in a row were skipped."""
+    end = f"the newest good state is in {config.train.run_dir}/checkpoints, and the same command continues from there"
     if record["param_norm"] is None:
         raise RunFailed(
             f"step {record['step']}: its gradient is finite, but the parameters after it are not; they are not saved, "

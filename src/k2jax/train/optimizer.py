@@ -24,7 +24,7 @@ from k2jax.user_code import run_file
 
 
 def find_function(name: str) -> Callable[[Setup], optax.GradientTransformation]:
-    """The function that `optim.optimizer` names. Raises UserError where there is none."""
+    """The function that `optim.optimizer` names. Raises UserError if there is none."""
     if name == "muonclip":
         return muonclip_of
     place, _, function = name.rpartition(":")
@@ -43,7 +43,7 @@ def find_function(name: str) -> Callable[[Setup], optax.GradientTransformation]:
 
 
 def call_update(tx: optax.GradientTransformation, grads, state, params, **extra):
-    """tx.update with those of the extra arguments that it takes: not every transform passes over the others."""
+    """tx.update with those of the extra arguments that it takes: not every transform ignores the others."""
     takes = inspect.signature(tx.update).parameters
     if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in takes.values()):
         extra = {name: value for name, value in extra.items() if name in takes}
@@ -98,7 +98,7 @@ def _wrapper_problems(field: str, state) -> Iterator[str]:
 
 
 def _check(config: Config, tx: optax.GradientTransformation, weights) -> None:
-    """Trace one update without a mesh. Raises UserError where it fails, or leaves parameters without an update."""
+    """Trace one update without a mesh. Raises UserError if it fails, or leaves parameters without an update."""
     field, params = f"optim.optimizer = {config.optim.optimizer!r}", _shapes(weights)
     shape = config.model.num_hidden_layers, config.model.num_attention_heads
     loss, max_logits = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -18,7 +18,7 @@ from k2jax.data.saved_tokenizer import open_tokenizer
 from k2jax.errors import UserError
 from k2jax.preflight.availability import check_kernels
 from k2jax.runs.commits import committed_steps, damage, held_parts, newest_step, remove_leftovers, set_damaged_aside
-from k2jax.runs.folder import lock_run, path_problem, read_config
+from k2jax.runs.folder import checkpoints_of, lock_run, path_problem, read_config
 from k2jax.sharding.mesh import make_mesh
 from k2jax.train.banner import banner
 from k2jax.train.checkpoint import Saver, parts, restore_model, restore_run, restore_state
@@ -30,7 +30,7 @@ from k2jax.train.state import TrainState, abstract_state, init_state
 def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
     """The differences to the config that the run directory was made with; {} for a new one.
 
-    Raises UserError where the directory is not ours, or where a field that shapes the future differs.
+    Raises UserError if the directory is not ours, or where a field that shapes the future differs.
     """
     folder = Path(config.train.run_dir)
     if rule := path_problem(folder):
@@ -43,18 +43,18 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
         )
         if strangers:
             raise UserError(
-                f"{folder}: is no run (it has no config.json) and not empty: {', '.join(sorted(strangers)[:5])}"
+                f"{folder}: is not a run directory (no config.json) and is not empty: {', '.join(sorted(strangers)[:5])}"
             )
         return {}
-    steps = committed_steps(folder / "checkpoints")
-    if steps and "optimizer" not in held_parts(folder / "checkpoints", steps[-1]):
+    steps = committed_steps(checkpoints_of(folder))
+    if steps and "optimizer" not in held_parts(checkpoints_of(folder), steps[-1]):
         raise UserError(
             f"{folder}: holds an imported model without an optimizer's state; begin a training with it by "
             f"--train.init-from {folder} and another train.run_dir"
         )
     changes = differences(read_config(folder), config)
     rule = (
-        "this may not change within a run; restore it, or go on from the weights alone in a new run: "
+        "this may not change within a run; restore it, or continue from the weights alone in a new run: "
         f"--train.run-dir NEW --train.init-from {folder}"
     )
     # timeline.json and the data position keep the mixture, the stores and the skipped steps of the past from changing.
@@ -73,12 +73,12 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
 
 
 def check_source(config: Config, corpus: Corpus) -> None:
-    """Raise UserError where train.init_from is no run with a sound model of the same shape and tokenizer."""
+    """Raise UserError if train.init_from is no run with a sound model of the same shape and tokenizer."""
     source = config.train.init_from
-    if source is None or newest_step(Path(config.train.run_dir) / "checkpoints") is not None:  # needed no more
+    if source is None or newest_step(checkpoints_of(Path(config.train.run_dir))) is not None:  # needed no more
         return
     folder = Path(source)
-    other, step = read_config(folder), newest_step(folder / "checkpoints")
+    other, step = read_config(folder), newest_step(checkpoints_of(folder))
     if step is None:
         raise UserError(f"train.init_from = {source!r}: has no committed checkpoint")
     free = ("model.initializer_range", *(f"model.rope.{f.name}" for f in dataclasses.fields(config.model.rope)))
@@ -89,7 +89,7 @@ def check_source(config: Config, corpus: Corpus) -> None:
     ]
     if (folder / "tokenizer").is_dir() and not writes_alike(open_tokenizer(folder / "tokenizer"), corpus):
         problems.append(f"data.path = {corpus.path!r}: was written by another tokenizer than that of {source!r}")
-    if problems := problems + damage(folder / "checkpoints", step):
+    if problems := problems + damage(checkpoints_of(folder), step):
         raise UserError(*problems)
 
 
@@ -103,24 +103,24 @@ def make_run_dir(folder: Path) -> None:
 def check_resume(config: Config, corpus: Corpus, change_mixture: bool) -> tuple[int | None, Timeline, list[str]]:
     """The step that the run goes on from (None: a new run), its timeline, and what to tell its user.
 
-    Raises UserError where it may not go on.
+    Raises UserError if it may not go on.
     """
     folder = Path(config.train.run_dir)
     notes = [
         f"changed since the run began: {name} {old!r} -> {new!r}" for name, (old, new) in check_run_dir(config).items()
     ]
-    if damaged := set_damaged_aside(folder / "checkpoints"):
+    if damaged := set_damaged_aside(checkpoints_of(folder)):
         notes += [*damaged, f"moved to {folder / 'damaged'}"]
-    step = newest_step(folder / "checkpoints")
+    step = newest_step(checkpoints_of(folder))
     timeline, changed = settle_timeline(corpus, config, read_segments(folder), step or 0, change_mixture)
     if step is not None:
-        check_position(restore_run(folder / "checkpoints", step)["data_position"], timeline, config, step)
+        check_position(restore_run(checkpoints_of(folder), step)["data_position"], timeline, config, step)
     return step, timeline, notes + changed
 
 
 def with_model_of(source: str, state: TrainState) -> TrainState:
     """`state` with the newest model of another run, on whatever mesh that was."""
-    folder = Path(source) / "checkpoints"
+    folder = checkpoints_of(Path(source))
     layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts(state)["model"])
     return dataclasses.replace(state, **restore_model(folder, newest_step(folder), layout))
 
@@ -154,7 +154,7 @@ def open_run(config: Config, change_mixture: bool) -> Iterator[Run]:
     check_kernels(config, mesh)
     check_run_dir(config)  # before anything is written, and again below under the lock
     corpus, folder = open_data(config), Path(config.train.run_dir)
-    settle_timeline(corpus, config, read_segments(folder), newest_step(folder / "checkpoints") or 0, change_mixture)
+    settle_timeline(corpus, config, read_segments(folder), newest_step(checkpoints_of(folder)) or 0, change_mixture)
     check_source(config, corpus)
     tx = make_optimizer(config, mesh)
     make_run_dir(folder)
@@ -162,7 +162,7 @@ def open_run(config: Config, change_mixture: bool) -> Iterator[Run]:
         step, timeline, notes = check_resume(config, corpus, change_mixture)
         outputs = Outputs(folder, config, step or 0)
         outputs.describe(config, timeline.segments, corpus.tokenizer())
-        saver = Saver(folder / "checkpoints", config.checkpoint)
+        saver = Saver(checkpoints_of(folder), config.checkpoint)
         run = Run(config, folder, mesh, tx, corpus, timeline, step, saver, outputs)
         outputs.say("\n".join([banner(config, abstract_state(config, tx, mesh), mesh),
                                describe_mixture(timeline, config), *notes]))  # fmt: skip
@@ -175,7 +175,7 @@ def open_run(config: Config, change_mixture: bool) -> Iterator[Run]:
 
 def start_state(run: Run) -> TrainState:
     """The state committed at `run.resumed_step`, or for a new run the initial one, committed as step 0."""
-    folder = run.folder / "checkpoints"
+    folder = checkpoints_of(run.folder)
     if removed := remove_leftovers(folder):
         run.outputs.say(f"removed unfinished saves: {', '.join(removed)}")
     if run.resumed_step is not None:

@@ -104,10 +104,10 @@ def test_damage_is_named(store, url):
     [
         ("s3://nothing/store", "s3://nothing/store/: NOT_FOUND: NoSuchBucket"),
         ("s3://private/store", "s3://private/store/manifest.json: PERMISSION_DENIED: AccessDenied"),
-        ("s3://bucket/store", "s3://bucket/store: is no token store, it has no manifest.json"),
-        ("gs://nothing/store", "gs://nothing/store: is no token store, it has no manifest.json"),
+        ("s3://bucket/store", "s3://bucket/store: is not a token store (no manifest.json)"),
+        ("gs://nothing/store", "gs://nothing/store: is not a token store (no manifest.json)"),
         ("gs://private/store", "gs://private/store/manifest.json: PERMISSION_DENIED: .*AccessDenied"),
-        ("s3:///store", "s3:///store: is no folder that can be opened: .* bucket name"),
+        ("s3:///store", "s3:///store: is not a folder that can be opened: .* bucket name"),
     ],
 )
 def test_what_cannot_be_opened_is_the_users_to_mend(store, s3, gcs, place, message, capfd):
@@ -142,7 +142,7 @@ def test_variables_of_s3(store, s3, monkeypatch):
     TokenStore(URL)
     assert {region for *_, region in s3} == {"auto"}
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "minio:9000")
-    with pytest.raises(UserError, match=f"^{URL}: is no folder that can be opened: .*minio:9000 has invalid scheme"):
+    with pytest.raises(UserError, match=f"^{URL}: is not a folder that can be opened: .*minio:9000 has invalid scheme"):
         TokenStore(URL)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", ""), monkeypatch.setenv("AWS_ENDPOINT_URL", "")
     assert Folder(URL).spec("x") == {"driver": "s3", "bucket": "bucket", "path": "a store/x/"}  # Amazon's own

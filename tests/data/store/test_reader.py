@@ -203,7 +203,7 @@ def test_not_a_store(tmp_path, folder):
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError) as error:
         TokenStore(folder)
-    assert str(error.value) == f"{folder}: is no token store, it has no manifest.json; make one with `k2jax prepare`"
+    assert str(error.value) == f"{folder}: is not a token store (no manifest.json); make one with `k2jax prepare`"
 
 
 def test_damaged_manifests(folder):

@@ -152,7 +152,7 @@ def test_a_store_at_a_url_is_read_and_checked(tmp_path):
         folder.write(name, content)
     with pytest.raises(UserError, match="has no manifest.json"):
         TokenStore("memory://store_writer/nothing")
-    with pytest.raises(UserError, match="is no folder that can be opened"):
+    with pytest.raises(UserError, match="is not a folder that can be opened"):
         TokenStore("nowhere://store/")
 
 

@@ -146,7 +146,7 @@ def test_bad_jsonl_lines_are_all_counted(tmp_path):
 def test_a_url_to_write_to_is_refused(tree, tmp_path, monkeypatch):
     """It would become a folder called s3: in the current one."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="must be a folder, no URL"):
+    with pytest.raises(UserError, match="must be a folder, not a URL"):
         prepare(str(tree), "s3://bucket/store", "byte")
     assert not [*tmp_path.glob("s3*")]
 
@@ -277,7 +277,7 @@ def test_an_interrupted_one_goes_on_and_only_as_it_began(lines, tmp_path, monkey
     assert problems == (
         "validation_fraction = 0.2: was 0.3 when it began",
         f"source: 1 of its files are not as they were, such as {lines}/03.jsonl",
-        f"an unfinished preparation is in {work}; repeat it as it was, or remove the folder to begin anew",
+        f"an unfinished preparation is in {work}; repeat it as it was, or remove the folder to start again",
     )
     assert {path: path.stat().st_mtime_ns for path in (work / "write").glob("*")} == before
 
@@ -311,7 +311,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(tree, tmp_path, monkeypatch)
 
     monkeypatch.setitem(tasks._TASKS, "resolve", change)
     problems = refused(str(tree), str(tmp_path / "out"), "byte", validation_fraction=0.3)
-    assert problems == (f"{tree}/sub/01.txt: has changed while it was being prepared; begin anew",)
+    assert problems == (f"{tree}/sub/01.txt: has changed while it was being prepared; start again",)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

@@ -46,7 +46,7 @@ def test_json_lines_by_any_name(tmp_path, name):
     [("a.json", b'[{"text": "x"}]', "its first line is not a whole JSON object; write one object per line"),
      ("a.json", b'{\n "text": "x"\n}', "its first line is not a whole JSON object; write one object per line"),
      ("a.csv", b"text\nx\n", ".csv tables are not read; write .jsonl or .parquet"),
-     ("a.tsv.gz", gzip.compress(b"text\nx\n"), ".tsv tables are not read; write .jsonl or .parquet"),
+     ("a.tsv.gz", gzip.compress(b"text\nx\n", mtime=0), ".tsv tables are not read; write .jsonl or .parquet"),
      ("a.jsonl.lz4", b"x", ".lz4 files are not read; unpack it"), ("a.zip", b"PK", ".zip files are not read"),
      ("notes.txt", LINES, "looks like JSON lines with a field 'text', which are read from .jsonl files alone"),
      ("shard", LINES, "looks like JSON lines with a field 'text'"),

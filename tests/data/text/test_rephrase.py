@@ -243,7 +243,7 @@ def test_wrong_arguments_are_all_named(tmp_path, capsys):
     assert capsys.readouterr().err == (
         "k2jax rephrase: 8 problems\n"
         f"  source = '{tmp_path}/none': no such file or folder\n"
-        f"  --out '{tmp_path}/file': exists and is no folder of an earlier rephrase; name a new one\n"
+        f"  --out '{tmp_path}/file': exists and is not a folder of an earlier rephrase; name a new one\n"
         "  --url 'ftp://x': must be like http://localhost:8000/v1\n"
         "  --variants 6: must be at least 1 and at most the 5 styles\n"
         "  --chunk-chars 9: must be at least 200\n"
@@ -256,7 +256,7 @@ def test_wrong_arguments_are_all_named(tmp_path, capsys):
 def test_a_url_to_write_to_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["rephrase", str(tmp_path), "--out", "s3://bucket/x", "--model", "m", "--url", "http://localhost:1"]) == 2
-    assert "must be a folder, no URL" in capsys.readouterr().err and not [*tmp_path.glob("s3*")]
+    assert "must be a folder, not a URL" in capsys.readouterr().err and not [*tmp_path.glob("s3*")]
 
 
 def test_styles_of_a_file(tmp_path):

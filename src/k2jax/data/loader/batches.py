@@ -29,7 +29,7 @@ def too_few_validation(available: int, wanted: int, name: str) -> list[str]:
 
 
 def num_windows(corpus: Corpus, split: str, sequence_length: int, source: str | None = None) -> int:
-    """Whole windows in a split, or in one source of it. The fewer than T tokens after each source's last are no row."""
+    """Whole windows in a split, or in one source of it. A source's trailing partial window is dropped."""
     names = corpus.streams[split] if source is None else [source]
     return sum(Windows(corpus.streams[split][name], sequence_length).num_windows for name in names)
 

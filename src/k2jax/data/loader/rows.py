@@ -93,7 +93,7 @@ class RowReader:
             self.edges = tokenizer.bos, tokenizer.eos
 
     def stream(self, source: int) -> Stream:
-        """The tokens of a source of the timeline. UserError where its store is not open."""
+        """The tokens of a source of the timeline. UserError if its store is not open."""
         if source not in self.streams:
             name, store = self.timeline.keys[source]
             raise UserError(f"source {name!r} of the store with digest {store} is not in {self.corpus.path}; give its path")
@@ -148,7 +148,7 @@ class RowReader:
                 return self.read_window(source, other), other
             except BadRow:
                 bad.add(other)
-        rule = "a source whose one shard is damaged cannot be replaced within itself; mend the store"
+        rule = "a source whose one shard is damaged cannot be replaced within itself; repair the store"
         raise BadRow(f"{why}; all {len(bad)} windows that were looked at, of {size}, are bad: {rule}")
 
     def read_rows(self, rows: np.ndarray) -> tuple[Row, np.ndarray]:
@@ -175,7 +175,7 @@ class RowReader:
             return self.read_window(source, window), -1
         except BadRow as error:
             if not self.data.max_bad_rows:
-                rule = "mend the store, or let data.max_bad_rows rows be replaced"
+                rule = "repair the store, or let data.max_bad_rows rows be replaced"
                 raise BadRow(f"row {row}: {error}; {rule}") from None
             return self._replace(source, window, str(error))
 

@@ -42,7 +42,7 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     if content[:8] == b"TNTIDX\x00\x00":
         raise UserError(f"{path}: is of the older format TNTIDX; convert it to MMIDIDX with Megatron's tools")
     if len(content) < _HEADER.size or content[:9] != _MAGIC:
-        raise UserError(f"{path}: is no index of Megatron, it does not begin with MMIDIDX")
+        raise UserError(f"{path}: is not a Megatron index (it does not begin with MMIDIDX)")
     _, version, code, num_sequences, num_borders = _HEADER.unpack_from(content)
     if version != 1 or code not in _TYPES:
         raise UserError(f"{path}: has version {version} and type code {code}; must be version 1 and one of {[*_TYPES]}")

@@ -245,7 +245,7 @@ class TokenStore:
             content = folder.read("manifest.json")
         except FileNotFoundError:
             folder.names()  # where there is no bucket either, s3 says so here alone
-            rule = "is no token store, it has no manifest.json; make one with `k2jax prepare`"
+            rule = "is not a token store (no manifest.json); make one with `k2jax prepare`"
             raise UserError(f"{self.path}: {rule}") from None
         self.digest = hashlib.sha256(content).hexdigest()
         self.manifest = parse_manifest(f"{self.path}/manifest.json", content)

@@ -56,7 +56,7 @@ def _remote_spec(url: str) -> dict:
 
 
 class Folder:
-    """Files by their names inside the folder. UserError where the URL is none or the place does not answer."""
+    """Files by their names inside the folder. UserError if the URL is none or the place does not answer."""
 
     def __init__(self, url, context: tensorstore.Context | None = None):
         self.url = str(url).rstrip("/")
@@ -65,7 +65,7 @@ class Folder:
         try:
             self._files = tensorstore.KvStore.open(self.spec(), context=context or shared_context()).result()
         except ValueError as error:
-            raise UserError(f"{self.url}: is no folder that can be opened: {error}") from None
+            raise UserError(f"{self.url}: is not a folder that can be opened: {error}") from None
 
     def __str__(self) -> str:
         return self.url

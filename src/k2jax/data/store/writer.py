@@ -201,7 +201,7 @@ def merge_parts(folder, num_parts: int, tokenizer: Tokenizer, sources: dict[str,
     sources: {name: {"derived_from": name of the source whose documents were rephrased, "variants": at most how many of
     each}} of the sources that were rephrased. created: JSON values for the manifest that say where the documents came
     from; nothing in them may hang on time, place or number of workers. Where the hash of the text divided them,
-    validation_fraction is to be among them: stores that a run joins are compared by it. UserError where a part is missing
+    validation_fraction is to be among them: stores that a run joins are compared by it. UserError if a part is missing
     or unfit.
     """
     folder, sources = Folder(folder), sources or {}

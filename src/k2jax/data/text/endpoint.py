@@ -102,7 +102,7 @@ class Endpoint:
     def ask(self, messages: list[dict], temperature: float, attempt: int = 0) -> Answer:
         """The answer to `messages`, from the cache if it was asked before; `attempt` counts re-asked ones.
 
-        Raises UserError where the endpoint refuses for good (no such model, wrong key), else NoAnswer.
+        Raises UserError if the endpoint refuses for good (no such model, wrong key), else NoAnswer.
         """
         asked = {"model": self.model, "messages": messages, "temperature": temperature, "seed": attempt}
         key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
@@ -129,7 +129,7 @@ class Endpoint:
                 if error.code in _OF_THIS_TEXT:
                     raise NoAnswer(f"{self.url}: answers {found}") from None
                 if error.code not in _TRY_AGAIN:
-                    raise UserError(f"--url {self.url}: answers {found}; mend --url, --model or the key") from None
+                    raise UserError(f"--url {self.url}: answers {found}; correct --url, --model or the key") from None
                 pause = min(float(wanted), _LONGEST_PAUSE) if wanted.isdigit() else pause
             except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
                 found = f"{type(error).__name__}: {error}"

@@ -85,12 +85,12 @@ def _differences(old: dict, new: dict) -> Iterator[str]:
 
 
 def save_recipe(work: Path, recipe: Recipe) -> None:
-    """Write the recipe, or find the same one. UserError where another one was begun."""
+    """Write the recipe, or find the same one. UserError if another one was begun."""
     path, new = work / "recipe.json", json.loads(json.dumps(asdict(recipe)))
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
         if old != new:
-            hint = f"an unfinished preparation is in {work}; repeat it as it was, or remove the folder to begin anew"
+            hint = f"an unfinished preparation is in {work}; repeat it as it was, or remove the folder to start again"
             raise UserError(*_differences(old, new), hint)
         return
     for name in ("progress", "errors"):

@@ -51,7 +51,7 @@ def _source_problems(specs: list[str], out: Path):
 
 def _argument_problems(out: Path, recipe: dict):
     if is_url(out):
-        yield f"out = {str(out)!r}: must be a folder, no URL; copy the store there when it is made"
+        yield f"out = {str(out)!r}: must be a folder, not a URL; copy the store there when it is made"
     elif "," in str(out) or str(out).startswith("~"):
         rule = "must not have a comma, which joins stores in data.path" if "," in str(out) else "~ is not expanded here"
         nearest = str(Path(str(out).replace(",", "-")).expanduser())
@@ -88,7 +88,7 @@ def _tokenizer_or_problems(spec: str) -> tuple[Tokenizer | None, tuple[str, ...]
 
 
 def _find(specs: list[str], recipe: dict, skipped: Tally) -> list[File]:
-    """The files of all sources; UserError where a URL cannot be listed or a kind of file not be read here."""
+    """The files of all sources; UserError if a URL cannot be listed or a kind of file not be read here."""
     try:
         files = find_files(specs, recipe["pattern"], tuple(recipe["exclude"]), skipped)
     except (OSError, ImportError, ValueError) as error:  # a URL's: what fsspec raises for a bucket, or says to install

@@ -32,7 +32,7 @@ class Origins:
 def rephrased_sources(folders: list[Path]) -> dict[str, dict]:
     """{source: {"derived_from", "variants"}} of the sources that are rephrasings, for the manifest.
 
-    UserError where a source mixes them with other documents, or is made from several.
+    UserError if a source mixes them with other documents, or is made from several.
     """
     totals = {}
     for folder in folders:

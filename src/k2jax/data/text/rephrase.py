@@ -173,9 +173,9 @@ def _problems(specs: list[str], out: Path, url: str, options: Options, parallel:
         if not is_url(path) and not os.path.exists(path):
             yield f"source = {path!r}: no such file or folder"
     if is_url(out):
-        yield f"--out {str(out)!r}: must be a folder, no URL"
+        yield f"--out {str(out)!r}: must be a folder, not a URL"
     elif out.exists() and not (out.is_dir() and ((out / "answers.sqlite").exists() or not any(out.iterdir()))):
-        yield f"--out {str(out)!r}: exists and is no folder of an earlier rephrase; name a new one"
+        yield f"--out {str(out)!r}: exists and is not a folder of an earlier rephrase; name a new one"
     if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
         yield f"--url {url!r}: must be like http://localhost:8000/v1"
     if not 1 <= options.variants <= len(options.styles):
@@ -219,7 +219,7 @@ def _line(source: str, record: Record, style: Style, model: str, text: str) -> s
 
 
 def _write_variants(file, endpoint, options: Options, documents, parallel: int, rejected: Tally, progress) -> dict:
-    """Write what passes, count the rest; RunFailed where nothing is answered any more."""
+    """Write what passes, count the rest; RunFailed if nothing is answered any more."""
     counts, failed = {"documents": 0, "variants": 0}, 0
 
     def work(document: tuple[str, Record]) -> list:
@@ -236,7 +236,7 @@ def _write_variants(file, endpoint, options: Options, documents, parallel: int, 
         no_answer = [p for _, _, p in found if p and p.startswith("no answer")]
         failed = failed + 1 if len(no_answer) == len(found) else 0
         if failed == _MOST_FAILED:
-            raise RunFailed(f"{failed} documents in a row: {no_answer[-1]}; the same command goes on from here")
+            raise RunFailed(f"{failed} documents in a row: {no_answer[-1]}; the same command continues from here")
         if progress:
             progress(counts["documents"], counts["variants"], endpoint.num_requests)
     return counts
@@ -264,7 +264,7 @@ def rephrase(
     """Write `out`/variants.jsonl, at most `variants` per document, and `out`/report.json; returns the report.
 
     progress: called with documents, variants and requests so far. Raises UserError for arguments, bad lines and an
-    endpoint that refuses, RunFailed where it stops answering; what was answered is kept, and the same call goes on.
+    endpoint that refuses, RunFailed if it stops answering; what was answered is kept, and the same call goes on.
     """
     folder, options = Path(out), Options(variants, styles, chunk_chars, text_field, min_chars)
     problems = [*_problems(specs, folder, url, options, parallel, timeout, retries)]

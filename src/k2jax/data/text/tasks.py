@@ -120,7 +120,7 @@ def fates(work: Path, rank: int) -> np.ndarray:
 
 
 def _kept(recipe: Recipe, work: Path, rank: int, skipped: Tally, meter: Meter) -> Iterator[tuple[File, Record, float]]:
-    """(file, record, place) of the documents that stay; UserError where the files have changed since they were read."""
+    """(file, record, place) of the documents that stay; UserError if the files have changed since they were read."""
     folder = result(work, "read", rank)
     ordinals, places, digests = (np.load(folder / f"{name}.npy") for name in ("ordinals", "places", "digests"))
     fate, row = fates(work, rank), 0
@@ -128,14 +128,14 @@ def _kept(recipe: Recipe, work: Path, rank: int, skipped: Tally, meter: Meter) -
         if row == len(ordinals) or ordinal != ordinals[row]:
             continue
         if hashlib.sha256(record.text.encode("utf-8", "replace")).digest() != digests[row].tobytes():
-            raise UserError(f"{file.path}: has changed while it was being prepared; begin anew")
+            raise UserError(f"{file.path}: has changed while it was being prepared; start again")
         if (reason := _FATES[fate[row]]) is None:
             yield file, record, places[row]
         else:
             skipped.add(reason, record.name)
         row += 1
     if row < len(ordinals):
-        raise UserError(f"{recipe.files_of(rank)[-1].path}: has changed while it was being prepared; begin anew")
+        raise UserError(f"{recipe.files_of(rank)[-1].path}: has changed while it was being prepared; start again")
 
 
 def save_tokenizer_copy(folder: Path, tokenizer: Tokenizer) -> None:
@@ -157,7 +157,7 @@ def _tokenizer(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter
     if vocab is None:
         chosen = load_tokenizer(recipe.tokenizer)
         if chosen.digest != recipe.tokenizer_digest:
-            raise UserError(f"tokenizer = {recipe.tokenizer!r}: has changed since the preparation began; begin anew")
+            raise UserError(f"tokenizer = {recipe.tokenizer!r}: has changed since the preparation began; start again")
     else:
         documents = (kept for r in range(len(recipe.tasks)) for kept in _kept(recipe, work, r, Tally(), meter))
         chosen = train_bpe((d.text for _, d, place in documents if place >= recipe.validation_fraction), vocab)
