@@ -7,14 +7,14 @@ from k2jax.cli.overrides import read_overrides
 from k2jax.config import Config
 from k2jax.errors import UserError
 from k2jax.launch.distributed import use_cpu_devices
+from k2jax.runs.folder import is_published
 
 
 def _load(source: str, step: int | None):
-    """A run, or the folder of a published checkpoint: the one has checkpoints, the other a model_type."""
+    """The model of a run, or of a published checkpoint's folder."""
     from k2jax.inference.load import load_run
 
-    config = Path(source) / "config.json"
-    if config.is_file() and '"model_type"' in config.read_text(encoding="utf-8"):
+    if is_published(Path(source)):
         if step is not None:
             raise UserError(f"--step {step}: {source} is a published checkpoint, which has no steps")
         from k2jax.interop.hf import load_published

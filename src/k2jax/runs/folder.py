@@ -32,16 +32,24 @@ def write_config(folder: Path, config: Config) -> None:
     write_sealed(folder / "config.json", config.to_json())
 
 
+def is_published(folder: Path) -> bool:
+    """True if `folder` is a published checkpoint: its config.json has a model_type, which a run's never has."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return False
+    value = read_json(path, follow_links=True)  # a hub's cache is made of links
+    return isinstance(value, dict) and "model_type" in value
+
+
 def read_config(folder: Path) -> Config:
     """The config that a run was made with. UserError if `folder` is not a run directory, or the file was changed."""
     path = folder / "config.json"
     if not os.path.lexists(path):
         what = "is not a run directory (no config.json)" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: {what}")
-    value = read_json(path)
-    if isinstance(value, dict) and "model_type" in value:
+    if is_published(folder):
         raise UserError(f"{folder}: is a published checkpoint, not a run; `k2jax import {folder}` makes a run of it")
-    return Config.from_json(path, unsealed(path, value, _EDITED))
+    return Config.from_json(path, unsealed(path, read_json(path), _EDITED))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from k2jax.config import Config
 from k2jax.data.loader.packing import Packing, Windows
 from k2jax.data.store.manifest import SPLITS
 from k2jax.data.store.megatron import MegatronStore, is_megatron
+from k2jax.data.store.protocol import Store
 from k2jax.data.store.reader import TokenStore
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import UserError
@@ -15,7 +16,7 @@ from k2jax.errors import UserError
 class Corpus:
     """Stores opened together. streams: {split: {source: Stream}}. Every source has one name, in one store."""
 
-    def __init__(self, stores: list):
+    def __init__(self, stores: list[Store]):
         self.stores, self.path = stores, ",".join(store.path for store in stores)
         self.digest = stores[0].digest
         if len(stores) > 1:
@@ -29,7 +30,7 @@ class Corpus:
                 self.streams[split] |= {name: s for name, s in store.streams[split].items() if s.num_tokens}
 
     def tokenizer(self):
-        """The tokenizer that wrote the stores; None where .idx files do not say."""
+        """The tokenizer that wrote the stores; None if .idx files do not say."""
         return self.stores[0].tokenizer()
 
     def num_tokens(self, split: str, source: str | None = None) -> int:
@@ -40,7 +41,7 @@ class Corpus:
         return sum(stream.text_bytes for name, stream in self.streams[split].items() if source in (None, name))
 
 
-def _open(path: str, tokenizer: str | None, index_dir: str):
+def _open(path: str, tokenizer: str | None, index_dir: str) -> Store:
     return MegatronStore(path, tokenizer, index_dir) if is_megatron(path) else TokenStore(path)
 
 
@@ -70,7 +71,7 @@ def open_corpus(
     return Corpus(stores)
 
 
-def _leaks(stores: list) -> list[str]:
+def _leaks(stores: list[Store]) -> list[str]:
     """True if a document may be trained on in one store and held out in another: a hash below the fraction decides."""
     fractions = {store.path: store.validation_fraction for store in stores if store.validation_fraction is not None}
     if len({*fractions.values()}) < 2:
