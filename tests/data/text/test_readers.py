@@ -48,20 +48,26 @@ def test_json_lines_by_any_name(tmp_path, name):
      ("a.csv", b"text\nx\n", ".csv tables are not read; write .jsonl or .parquet"),
      ("a.tsv.gz", gzip.compress(b"text\nx\n", mtime=0), ".tsv tables are not read; write .jsonl or .parquet"),
      ("a.jsonl.lz4", b"x", ".lz4 files are not read; unpack it"), ("a.zip", b"PK", ".zip files are not read"),
-     ("notes.txt", LINES, "looks like JSON lines with a field 'text', which are read from .jsonl files alone"),
-     ("shard", LINES, "looks like JSON lines with a field 'text'"),
+     ("notes.txt", LINES, "looks like JSON lines, which are read from .jsonl files alone; its fields are 'text', 'url'"),
+     ("shard", b'{"text": "x"}', "looks like JSON lines"),
+     ("part-0000", b'\xef\xbb\xbf{"body": "x"}\n\n{"body": "y"}', "looks like JSON lines, which are read from .jsonl files "
+      "alone; its fields are 'body'; rename or exclude it"),
+     ("shard.log.gz", gzip.compress(b'{"n": %s}\n{}\n' % (b"9" * 9000), mtime=0), "its fields are 'n'"),
+     ("a.jsonl", b'oops\n[1]\n' + b'{"body": "x"}\n' * 9, "a.jsonl:3: has no field 'text'; its fields are 'body'"),
+     ("a.jsonl", b"{%s}" % b", ".join(b'"f%d": 1' % i for i in range(40)), "'f11' and 28 more; name the text's"),
      ("a.jsonl", b'{"body": "x", "title": "y"}\n' * 9,
       "a.jsonl:1: has no field 'text'; its fields are 'body', 'title'; name the text's by --text-field")],
 )  # fmt: skip
 def test_what_is_refused_in_one_line(tmp_path, name, content, rule):
     (tmp_path / name).write_bytes(content)
     texts, skipped, messages = read(tmp_path / name)
-    assert texts == [] and skipped == {} and len(messages) == 1 and rule in messages[0]
-    assert messages[0].startswith(str(tmp_path / name))
+    assert texts == [] and skipped == {} and rule in messages[-1] and messages[-1].startswith(str(tmp_path / name))
+    assert len(messages) == (3 if b"oops" in content else 1)  # its bad lines are named, too
 
 
 def test_code_that_begins_with_a_brace_is_text(tmp_path):
-    contents = {"a.js": '{"use": 1}\nx', "b.txt": "{ text }", "c.py": '{"text"}'}
+    contents = {"a.js": '{"use": 1}\nx', "b.txt": "{ text }", "c.py": '{"text"}', "d.ipynb": '{"cells": []}',
+                "e.txt": '{"a": 1}\n{"b": '}  # fmt: skip
     for name, content in contents.items():
         (tmp_path / name).write_text(content)
     assert read(tmp_path) == ([*contents.values()], {}, [])

@@ -4,12 +4,14 @@
     .json                        the same if its first line is a whole JSON object; anything else is refused
     .parquet                     a document in each row, in the column `text_field` ("doc.text" for a nested one)
     .csv .tsv, archives          refused
-    all others                   text: one document, or parts of it if it is large or named by itself
+    all others                   text: one document, or parts of it if it is large or named by itself; refused if it
+                                 begins with two JSON objects, a line each, or with one that has `text_field`
 
 What is left out is counted by reason in the Tally `skipped`. What cannot be read is collected in the Tally `bad`, for
 one error that names it all: lines under "line", of which a user may allow some, whole files under "file".
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ WHOLE_BYTES = 2**20  # a larger text in a folder is cut into parts as well, or n
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines", ".json")
 TABLES = (".csv", ".tsv")
 _BOM = b"\xef\xbb\xbf"
+_MAX_FIELDS_SHOWN = 12
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -46,6 +49,12 @@ def parse_json(text: str | bytes) -> object:
         return json.loads(text, parse_int=float)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _fields_of(value: dict) -> str:
+    """The first few names of an object's fields, for a message."""
+    rest = f" and {len(value) - _MAX_FIELDS_SHOWN} more" if len(value) > _MAX_FIELDS_SHOWN else ""
+    return ", ".join(map(repr, [*value][:_MAX_FIELDS_SHOWN])) + rest if value else "none"
 
 
 def _is_origin(value: object) -> bool:
@@ -87,10 +96,10 @@ def _lines(file: File, text_field: str, skipped: Tally, bad: Tally) -> Iterator[
                 bad.add("file", f"{file.path}: {rule}; write one object per line, or exclude it")
                 return
             if is_first and isinstance(value, dict) and text_field not in value:
-                fields = f"its fields are {', '.join(map(repr, value)) or 'none'}"
-                bad.add("file", f"{path}: has no field {text_field!r}; {fields}; name the text's by --text-field")
+                rule = f"has no field {text_field!r}; its fields are {_fields_of(value)}"
+                bad.add("file", f"{path}: {rule}; name the text's by --text-field")
                 return
-            is_first = False
+            is_first = is_first and not isinstance(value, dict)  # the first object, after bad lines as well
             if problem is None and not isinstance(value, dict):
                 problem = "is not a JSON object"
             elif problem is None and text_field not in value:
@@ -192,16 +201,26 @@ def _whole(file: File, skipped: Tally) -> Iterator[Record]:
             skipped.add("not UTF-8", file.name)
 
 
-def _looks_like_json_lines(file: File, text_field: str) -> bool:
-    """True if the first line of a text is a JSON object that has the text's field."""
+def _fields_as_json_lines(file: File, text_field: str) -> str | None:
+    """The fields of a text's first line, if it and the next are JSON objects, or if it has the text's field.
+
+    One object without that field may be a text: a notebook, a map. Two lines of them are records of some kind.
+    """
+    first = None
     with open_unpacked(file.path) as stream:
-        line = stream.readline(2**24).removeprefix(_BOM)
-    if not line.lstrip().startswith(b"{"):
-        return False
-    try:
-        return text_field in parse_json(line)
-    except ValueError:
-        return False
+        lines = (line for line in iter(lambda: stream.readline(2**24), b"") if line.strip())
+        for line in itertools.islice(lines, 2):
+            line = line.removeprefix(_BOM).strip()
+            if not line.startswith(b"{") or not line.endswith(b"}"):
+                return None
+            try:
+                value = parse_json(line)
+            except ValueError:
+                return None
+            if first is not None or text_field in value:
+                return _fields_of(first or value)
+            first = value
+    return None
 
 
 def records(file: File, text_field: str, skipped: Tally, bad: Tally) -> Iterator[Record]:
@@ -216,8 +235,8 @@ def records(file: File, text_field: str, skipped: Tally, bad: Tally) -> Iterator
             yield from _lines(file, text_field, skipped, bad)
         elif kind == ".parquet":
             yield from _rows(file, text_field, skipped, bad)
-        elif _looks_like_json_lines(file, text_field):
-            rule = f"looks like JSON lines with a field {text_field!r}, which are read from .jsonl files alone"
+        elif fields := _fields_as_json_lines(file, text_field):
+            rule = f"looks like JSON lines, which are read from .jsonl files alone; its fields are {fields}"
             bad.add("file", f"{file.path}: {rule}; rename or exclude it")
         elif file.alone or file.size > WHOLE_BYTES:
             yield from _parts(file, skipped)
