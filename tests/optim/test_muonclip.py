@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from test_newton_schulz import reference as orthogonalise
 
 from k2jax.config import ModelConfig, OptimConfig
@@ -129,6 +130,16 @@ def test_values_by_path():
     with pytest.raises(ValueError) as error:
         by_path([("kernel", "muon"), ("kernal", "muon"), ("bias", "adamw")])(ATTENTION)
     assert str(error.value) == "by_path: norm/scale: no rule matches; 'kernal': decides for no parameter"
+
+
+def test_paths_of_nnx_are_those_of_its_pure_form():
+    """nnx.Optimizer calls init() with Variables and update() with arrays: a rule must decide alike for both."""
+    state = nnx.state(nnx.MultiHeadAttention(2, 8, 8, decode=False, rngs=nnx.Rngs(0)), nnx.Param)
+    labels = by_path([("query/kernel$", "muon"), ("", "adamw")])
+    assert nnx.as_pure(labels(state)) == labels(nnx.as_pure(state))
+    for params in (state, nnx.as_pure(state)):
+        with pytest.raises(ValueError, match=r"query/bias \(2, 4\); query/kernel \(8, 2, 4\)"):
+            matrix_labels(params)
 
 
 @pytest.mark.parametrize("by_function", [False, True])

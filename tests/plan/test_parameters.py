@@ -1,5 +1,6 @@
 """`k2jax inspect` against the published counts and against the state that a run really holds."""
 
+import collections
 import json
 import re
 import time
@@ -12,11 +13,13 @@ import pytest
 from k2jax.cli.main import main
 from k2jax.cli.overrides import load_config
 from k2jax.config import Config, MeshConfig
+from k2jax.plan.aot import expected_exchanges
 from k2jax.plan.mesh_picture import draw_mesh
-from k2jax.plan.parameters import describe
+from k2jax.plan.parameters import describe, tables
 from k2jax.sharding.mesh import make_mesh
+from k2jax.sharding.names import AXES
 from k2jax.train.optimizer import make_optimizer
-from k2jax.train.state import abstract_state
+from k2jax.train.state import init_state
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -53,29 +56,45 @@ def test_one_trillion_in_seconds(capsys):
     assert "1,026,408,232,448" in text and "params.moe.ffn.gate" in text
 
 
+SIZES = dict.fromkeys(AXES, 1) | {"fsdp": 2, "expert": 2, "tensor": 2}
 CHAINS = """
-import optax
+import jax, optax
+from k2jax.optim import scale_by_muon
 def adafactor(setup): return optax.adafactor(setup.learning_rate, min_dim_size_to_factor=8)
 def lion(setup): return optax.lion(setup.learning_rate)
 def sgd(setup): return optax.sgd(setup.learning_rate)
+def half_muon(setup):
+    labels = jax.tree.map_with_path(lambda p, x: "muon" if "'moe'" in str(p) and x == "muon" else "rest", setup.labels)
+    return optax.partition({"muon": scale_by_muon(dimension_numbers=setup.matrices), "rest": optax.sgd(0.1)}, labels)
+def broken_init(setup):
+    def init(params): raise KeyError("no such state")
+    return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
 """
 
 
+def config_of(model, tmp_path, chain):
+    """A config on eight devices with one of CHAINS, or muonclip."""
+    config = Config(model=model, mesh=MeshConfig(fsdp=2, expert=2, tensor=2)).validate()
+    if chain == "muonclip":
+        return config
+    (tmp_path / "chains.py").write_text(CHAINS)
+    return config.replace({"optim.optimizer": f"{tmp_path}/chains.py:{chain}", "optim.qk_clip_tau": None})
+
+
 @pytest.mark.parametrize("chain", ["muonclip", "adafactor", "lion", "sgd"])
-def test_bytes_are_those_of_the_state(tiny, mesh_of, tmp_path, chain):
-    """Summed over an abstract TrainState on eight devices, whose optimizer state optax itself made."""
-    axes = {"fsdp": 2, "expert": 2, "tensor": 2}
-    config = Config(model=tiny, mesh=MeshConfig(**axes)).validate()
-    if chain != "muonclip":
-        (tmp_path / "chains.py").write_text(CHAINS)
-        config = config.replace({"optim.optimizer": f"{tmp_path}/chains.py:{chain}", "optim.qk_clip_tau": None})
+def test_bytes_are_those_of_the_state(tiny, tmp_path, chain):
+    """Of the shards that each of eight devices really holds, in a state that optax itself made."""
+    config = config_of(tiny, tmp_path, chain)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        state = abstract_state(config, make_optimizer(config, mesh), mesh)
+        state = init_state(config, make_optimizer(config, mesh))
 
     def held(tree):
-        leaves = jax.tree.leaves(tree)
-        return sum(x.dtype.itemsize * int(np.prod(x.sharding.shard_shape(x.shape))) for x in leaves)
+        by_device = collections.Counter()
+        for shard in (shard for x in jax.tree.leaves(tree) for shard in x.addressable_shards):
+            by_device[shard.device] += shard.data.nbytes
+        assert len(by_device) == 8 and len(set(by_device.values())) == 1  # the mesh cuts evenly
+        return by_device[jax.devices()[0]]
 
     found = describe(config)
     assert found["bytes_per_device"]["parameters"] == held((state.params, state.router_bias))
@@ -84,6 +103,27 @@ def test_bytes_are_those_of_the_state(tiny, mesh_of, tmp_path, chain):
     up = by_name["params.moe.ffn.up"]
     assert (up["dims"], up["spec"], up["optimizer"]) == ("LEDF", [None, ["expert"], ["fsdp", "tensor"], None], "muon")
     assert up["bytes_per_device"] * 8 == 4 * int(np.prod(up["shape"]))
+
+
+def test_work_of_muon_is_that_of_the_chain(tiny, tmp_path):
+    """A chain without Muon has none, and one with Muon for some parameters has theirs alone."""
+    config = config_of(tiny, tmp_path, "adafactor")
+    none = describe(config)
+    assert none["optimizer_assignment"]["leaves"] == [] and none["optimizer_assignment"]["temp_bytes"] == 0
+    assert "Newton-Schulz" not in tables(none) and expected_exchanges(config, SIZES) == 0
+    half, whole = (
+        describe(config_of(tiny, tmp_path, chain))["optimizer_assignment"]["leaves"] for chain in ("half_muon", "muonclip")
+    )
+    assert half == [leaf for leaf in whole if leaf["name"].startswith("params.moe.")] and len(half) < len(whole)
+
+
+def test_a_chain_that_fails_is_named(tmp_path, capsys):
+    (tmp_path / "chains.py").write_text(CHAINS)
+    name = f"{tmp_path}/chains.py:broken_init"
+    options = ["--optim.optimizer", name, "--optim.qk-clip-tau", "none"]
+    assert main(["inspect", str(CONFIGS / "tiny.py"), *options]) != 0
+    error = capsys.readouterr().err
+    assert f"optim.optimizer = '{name}': KeyError: 'no such state'" in error and "Traceback" not in error
 
 
 def test_plan_of_the_optimizer(tiny):

@@ -21,6 +21,11 @@ CONFIG = GuardConfig(window=4, loss_zscore=3.0, grad_norm_zscore=2.0)
 CALM = np.float32([1.0, 1.2, 0.8, 1.0])  # mean 1, standard deviation 0.1414
 
 
+def good_by(config, guard, loss, grad_norm, max_logits):
+    """`is_good` by the scores of the guard."""
+    return is_good(config, zscores(guard, loss, grad_norm), loss, grad_norm, max_logits)
+
+
 def guard(losses=CALM, log_norms=CALM):
     return Guard(jnp.int32(0), jnp.int32(0), jnp.asarray(losses), jnp.asarray(log_norms))
 
@@ -46,7 +51,7 @@ def guard(losses=CALM, log_norms=CALM):
 def test_what_is_bad(values, good):
     values = {"loss": 1.0, "grad_norm": np.e, "max_logit": 5.0} | values
     logits = jnp.array([[1.0, values["max_logit"]]])
-    assert bool(is_good(CONFIG, guard(), jnp.float32(values["loss"]), jnp.float32(values["grad_norm"]), logits)) == good
+    assert bool(good_by(CONFIG, guard(), jnp.float32(values["loss"]), jnp.float32(values["grad_norm"]), logits)) == good
 
 
 def test_a_skipped_step_gives_its_reasons():
@@ -60,12 +65,31 @@ def test_a_skipped_step_gives_its_reasons():
     assert np.isnan(zscores(guard(np.r_[np.nan, CALM[1:]]), jnp.float32(9.0), jnp.float32(1.0))[0])
 
 
+@pytest.mark.parametrize("bound", [0.7, 2.9, 8.1])
+def test_a_spike_always_has_its_reason(bound):
+    """Losses within three roundings of the bound: what decides is what is reported, to the last bit."""
+    config = dataclasses.replace(CONFIG, loss_zscore=bound)
+    past = np.random.default_rng(0).normal(3, 0.3, (4000, 4)).astype(np.float32)
+    losses = (past.mean(1) + np.float32(bound) * past.std(1)).astype(np.float32)
+    losses = np.concatenate([losses + k * np.spacing(losses) for k in range(-3, 4)])
+    past, calm = np.tile(past, (7, 1)), jnp.float32(1)
+
+    def look(past, loss):
+        scores = zscores(guard(past), loss, calm)
+        return is_good(config, scores, loss, calm, jnp.ones((1, 1))), scores
+
+    good, scores = map(np.asarray, jax.jit(jax.vmap(look))(past, losses))
+    assert 0.2 < good.mean() < 0.8
+    skipped = zip(losses[~good], scores[~good].tolist(), strict=True)
+    assert all(len(skip_reasons(config, loss, 1.0, 1.0, score)) == 1 for loss, score in skipped)
+
+
 def test_no_spike_is_seen_without_a_score_or_a_full_window():
     calm, logits = (jnp.float32(50.0), jnp.float32(1e9)), jnp.ones((1, 1))
     off = dataclasses.replace(CONFIG, loss_zscore=None, grad_norm_zscore=None)
-    assert is_good(off, guard(), *calm, logits) and not is_good(CONFIG, guard(), *calm, logits)
+    assert good_by(off, guard(), *calm, logits) and not good_by(CONFIG, guard(), *calm, logits)
     young = guard(np.r_[np.nan, CALM[1:]], np.r_[np.nan, CALM[1:]])
-    assert is_good(CONFIG, young, *calm, logits)
+    assert good_by(CONFIG, young, *calm, logits)
 
 
 def test_what_is_remembered():

@@ -22,7 +22,8 @@ from k2jax.train.optimizer import make_optimizer, state_specs
 
 CHAINS = """
 import jax, optax
-from k2jax.optim import qk_clip
+import jax.numpy as jnp
+from k2jax.optim import QKPart, muonclip_of, qk_clip
 
 def adamw(setup):
     return optax.chain(optax.adamw(setup.learning_rate), qk_clip(setup.config.qk_clip_tau, setup.qk_parts))
@@ -60,6 +61,37 @@ def on_even_steps(setup):
 def if_finite_before(setup):
     clip = qk_clip(setup.config.qk_clip_tau, setup.qk_parts)
     return optax.chain(optax.apply_if_finite(optax.adamw(setup.learning_rate), 3), clip)
+
+def if_positive(setup):
+    inner = adamw(setup)
+    def update(grads, state, params, **extra):
+        new, state = inner.update(grads, state, params, **extra)
+        return jax.tree.map(lambda u: jnp.where(extra["value"] > 0, u, 0), new), state
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+def not_last(setup):
+    return optax.chain(qk_clip(setup.config.qk_clip_tau, setup.qk_parts), optax.adam(setup.learning_rate))
+
+def no_parts(setup):
+    parts = jax.tree.map(lambda part: None, setup.qk_parts, is_leaf=lambda x: isinstance(x, QKPart))
+    return optax.chain(optax.adam(setup.learning_rate), qk_clip(setup.config.qk_clip_tau, parts))
+
+def inject(setup):
+    clip = optax.inject_hyperparams(qk_clip, static_args="parts")(setup.config.qk_clip_tau, setup.qk_parts)
+    return optax.chain(optax.inject_hyperparams(optax.adamw)(1e-3), clip)
+
+def jitted(setup):
+    tx = muonclip_of(setup)
+    return optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update))
+
+def frozen_router(setup):
+    labels = jax.tree.map_with_path(lambda path, x: "frozen" if "router" in str(path) else "train", setup.labels)
+    return optax.partition({"train": muonclip_of(setup), "frozen": optax.set_to_zero()}, labels)
+
+def broken_init(setup):
+    def init(params):
+        raise KeyError("no such state")
+    return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
 
 def broken(setup):
     return setup.no_such_thing
@@ -126,17 +158,23 @@ def test_a_clip_that_the_config_does_not_know_of(tiny, tmp_path):
     ("function", "rule"),
     [("every_two", "use train.num_microbatches, or a larger data.batch_sequences"),
      ("every_two_bare", "use train.num_microbatches, or a larger data.batch_sequences"),
-     ("if_finite", "ApplyIfFinite leaves out some calls of the qk_clip inside"),
-     ("on_even_steps", "ConditionallyTransform leaves out some calls of the qk_clip inside")],
+     ("if_finite", "attention.q_b is clipped in some steps only (cond chooses)"),
+     ("on_even_steps", "attention.kv_b is clipped in some steps only (cond chooses)"),
+     ("if_positive", "attention.q_b is clipped in some steps only (select_n chooses)"),
+     ("not_last", "attention.q_b is changed after its clip (by "),
+     ("no_parts", "attention.q_b is not reached by qk_clip")],
 )  # fmt: skip
-def test_wrappers_that_do_not_pass_on_every_call_are_refused(tiny, chains, function, rule):
+def test_chains_that_do_not_clip_in_every_step_are_refused(tiny, chains, function, rule):
+    """optax's wrappers and one's own, and a qk_clip that is not the last, or not of every head."""
     with pytest.raises(UserError) as error:
         build(tiny, f"{chains}:{function}", 50.0)
     assert rule in str(error.value) and f"{chains}:{function}" in str(error.value)
 
 
-def test_a_wrapper_before_the_clip_is_fine(tiny, chains):
-    build(tiny, f"{chains}:if_finite_before", 50.0)
+@pytest.mark.parametrize("function", ["if_finite_before", "inject", "jitted", "frozen_router"])
+def test_a_clip_at_the_end_is_fine(tiny, chains, function):
+    """After a wrapper, with traced values, under the user's own jit, and in a partition that freezes another part."""
+    build(tiny, f"{chains}:{function}", 50.0)
 
 
 def test_groups_from_masks():

@@ -7,6 +7,14 @@ import jax
 import optax
 
 
+def path_name(path: tuple) -> str:
+    """A parameter's key path as "encoder/attention/query/kernel", the same for a Flax NNX state and its pure form."""
+    # nnx.Optimizer calls init() with Variables, whose arrays lie at ".value", and update() with the bare arrays.
+    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def by_path(rules: Sequence[tuple[str, object]]) -> Callable[[optax.Params], optax.Params]:
     """A function from a pytree of parameters to one of values: labels, MatrixViews, QKParts or None.
 
@@ -20,7 +28,7 @@ def by_path(rules: Sequence[tuple[str, object]]) -> Callable[[optax.Params], opt
         used, unmatched = set(), []
 
         def value_of(path, param):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = path_name(path)
             for number, (pattern, value) in enumerate(patterns):
                 if pattern.search(name):
                     used.add(number)

@@ -1,4 +1,4 @@
-"""MuonClip: K2's optimizer as a chain of optax transforms, for any model; and the chain that a config describes."""
+"""MuonClip: K2's optimizer as a chain of optax transforms, for any model."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from k2jax.optim.by_path import path_name
 from k2jax.optim.muon import scale_by_muon
 from k2jax.optim.qk_clip import qk_clip
 
@@ -87,7 +88,7 @@ def matrix_labels(params: optax.Params) -> optax.Params:
     unclear = []
 
     def label(path, param):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = path_name(path)
         if param.ndim > 2 or (param.ndim == 2 and "bias" in name.rsplit("/", 1)[-1]):
             unclear.append(f"{name} {param.shape}")
         return "muon" if param.ndim == 2 else "adamw"

@@ -73,6 +73,8 @@ def _gram(y: jax.Array, quintics: list[Quintic], multiply) -> jax.Array:
 
     R holds squares of singular values, so small ones would drown in its rounding; a restart from Y brings them back.
     """
+    # Two steps by hand: Y2 = P2 P1 Y0, and with P1 a polynomial in R0 = Y0 Y0^T, R1 = Y1 Y1^T = P1 R0 P1. So only the
+    # first and the last product of a part have the long side m; all others are n x n.
     sizes, rest = list(GRAM_PARTS), list(quintics)
     while rest:
         size = sizes.pop(0) if len(sizes) > 1 else sizes[0]

@@ -35,6 +35,9 @@ class QKPart(NamedTuple):
     num_inputs: int = 1  # dims between the layers' and the heads'
 
 
+SCOPE = "qk_clip"  # names every operation of the clip, so that a trace of an update tells if it is the last
+
+
 class QKClipState(NamedTuple):
     """Nothing; that it stands in an optimizer's state tells that the chain has a qk_clip."""
 
@@ -94,11 +97,10 @@ def qk_clip(
     """Scale the *new* weights, params + update, of each head with max_logits > tau.
 
     parts: pytree like the parameters, of QKPart or None, or a function of them that gives one (`by_path`).
-    update() needs params and `max_logits` [layers, H], the
-    largest of this step's scaled logits over the whole batch: with accumulation, as in optax.MultiSteps, which passes
-    on what its last call is given, the caller's maximum over all calls since the last step. Unclipped heads come out as
-    they went in, bit for bit. Scales in float32 at least; bfloat16 parameters round the result, so that a head just
-    over tau may not move.
+    update() needs params and `max_logits` [layers, H], the largest of this step's scaled logits over the whole batch:
+    with accumulation, as in optax.MultiSteps, which passes on the arguments of its last call, the caller's maximum over
+    all calls since the last step. Unclipped heads come out as they went in, bit for bit. Scales in float32 at least;
+    bfloat16 parameters round the result, so that a head just over tau may not move.
     Raises ValueError for tau <= 0, for parts that are no QKPart or do not fit, and for missing params or max_logits.
     """
     _check(tau, None if callable(parts) else parts)
@@ -117,6 +119,7 @@ def qk_clip(
             raise ValueError(f"qk_clip: parts are not shaped like the parameters: {error}") from None
         return QKClipState()
 
+    @jax.named_scope(SCOPE)
     def update(updates, state, params=None, *, max_logits=None, **extra):
         del extra
         if params is None:

@@ -31,8 +31,8 @@ class Setup:
         return optax.chain(optax.adamw(setup.learning_rate), qk_clip(setup.config.qk_clip_tau, setup.qk_parts))
 
     weights: pytree like the parameters, of declarations (dims, shape, group, ...); assignments: of each one's
-    Assignment, or of None where there is no mesh. update() of what the function returns is given `max_logits` [layers, H], and the
-    step's loss and gradients as `value` and `grad`.
+    Assignment, or of None without a mesh. update() of what the function returns is given `max_logits` [layers, H], and
+    the step's loss and gradients as `value` and `grad`.
     """
 
     config: OptimConfig

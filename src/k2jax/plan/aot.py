@@ -10,11 +10,9 @@ import jax
 
 from k2jax.config import Config
 from k2jax.errors import RunFailed
-from k2jax.model.transformer import declarations
-from k2jax.model.weights import weight_leaves
-from k2jax.optim.assignment import Assignment, make_assignments
 from k2jax.optim.spread import chunks
 from k2jax.plan.hlo import Collective, collectives
+from k2jax.plan.muon_work import muon_assignments
 from k2jax.plan.topology import MEMORY_GIB
 from k2jax.sharding.rules import spec
 from k2jax.tables import aligned
@@ -99,12 +97,11 @@ def communication(found: list[Collective]) -> list[dict]:
 
 def expected_exchanges(config: Config, sizes: Mapping[str, int]) -> int:
     """All-to-alls of the optimizer: one in and one out for each chunk of each leaf that is cut inside its matrices."""
-    weights = declarations(config.model)
-    assignments = jax.tree.leaves(make_assignments(weights, sizes), is_leaf=lambda x: isinstance(x, Assignment))
-    shapes = [w.shape[w.num_stack :] for w in weight_leaves(weights) if w.group == "muon"]
     size = {"bfloat16": 2, "float32": 4}[config.optim.ns_dtype]
     return sum(
-        2 * len(list(chunks(plan, shape, size))) for plan, shape in zip(assignments, shapes, strict=True) if plan.group > 1
+        2 * len(list(chunks(assignment, weight.shape[weight.num_stack :], size)))
+        for _, weight, assignment in muon_assignments(config, sizes)
+        if assignment.group > 1
     )
 
 

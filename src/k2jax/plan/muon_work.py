@@ -1,19 +1,21 @@
 """The optimizer's assignment in `k2jax inspect`: matrices per device, traffic, FLOPs."""
 
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
 from k2jax.config import Config
 from k2jax.model.transformer import declarations
-from k2jax.model.weights import weight_leaves
+from k2jax.model.weights import Weight
 from k2jax.optim.assignment import Assignment, load_per_device, make_assignments, matrix_flops
 from k2jax.optim.muon import MatrixView, matrix_shape
 from k2jax.optim.setup import map_weights
 from k2jax.optim.spread import CHUNK_BYTES
 from k2jax.sharding.names import AXES
 from k2jax.tables import aligned
+from k2jax.train.optimizer import muon_parameters
 
 # Whole matrices that a device holds at a time for each one of a chunk: what it received or makes of it, two in
 # Newton-Schulz, and one in another layout.
@@ -51,31 +53,43 @@ def _balance(load: np.ndarray) -> dict:
     return {"max": load.max().item(), "mean": load.mean().item()}
 
 
+def muon_assignments(config: Config, sizes: Mapping[str, int]) -> list[tuple[str, Weight, Assignment]]:
+    """(name, declaration, assignment) of each leaf that the config's chain gives to Muon on a mesh of these sizes.
+
+    Raises UserError for a chain that is not there or fails.
+    """
+    weights = declarations(config.model)
+    assignments = make_assignments(weights, sizes)
+    pairs = jax.tree.leaves_with_path(map_weights(lambda w, own: (w, own), weights, assignments),
+                                      is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[0], Weight))  # fmt: skip
+    named = [(jax.tree_util.keystr(path, simple=True, separator="."), *pair) for path, pair in pairs]
+    muon = muon_parameters(config)
+    return [(name, weight, own) for name, weight, own in named if name in muon and own is not None]
+
+
 def describe_assignments(config: Config) -> dict:
     """JSON values: each Muon leaf's assignment, then all together. Of one device, the busiest where they differ.
 
-    FLOPs are Newton-Schulz's in its plain form; bytes are moved by all-to-all, once in and once out.
+    FLOPs are Newton-Schulz's in its plain form; bytes are moved by all-to-all, once in and once out. Without leaves,
+    and all zero, for a chain without Muon.
     """
     sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
-    weights = declarations(config.model)
-    assignments = jax.tree.leaves(
-        make_assignments(weights, sizes, config.optim.ns_steps), is_leaf=lambda x: isinstance(x, Assignment)
-    )
-    paths = jax.tree_util.tree_leaves_with_path(map_weights(lambda w: w.group, weights))
-    names = [".".join(["params", *(entry.key for entry in path)]) for path, group in paths if group == "muon"]
-    muon = [weight for weight in weight_leaves(weights) if weight.group == "muon"]
-    entries = [_entry(*leaf, config) for leaf in zip(names, muon, assignments, strict=True)]
+    leaves = muon_assignments(config, sizes)
+    assignments = [assignment for _, _, assignment in leaves]
+    entries = [_entry(f"params.{name}", weight, assignment, config) for name, weight, assignment in leaves]
     return {
         "leaves": entries,
         "matrices_per_device": _balance(load_per_device(assignments, [1] * len(assignments), sizes)),
         "flops_per_device": _balance(load_per_device(assignments, [e["flops_per_matrix"] for e in entries], sizes)),
         "bytes_moved_each_way": sum(e["bytes_moved_each_way"] for e in entries),
-        "temp_bytes": max(e["temp_bytes"] for e in entries),  # one leaf is worked on after the other
+        "temp_bytes": max((e["temp_bytes"] for e in entries), default=0),  # one leaf is worked on after the other
     }
 
 
 def assignment_lines(found: dict) -> list[str]:
-    """`describe_assignments` as text: a line per leaf, then the sums."""
+    """`describe_assignments` as text: a line per leaf, then the sums; nothing for a chain without Muon."""
+    if not found["leaves"]:
+        return []
     table = [
         ("Newton-Schulz of", "matrix", "matrices", "slots", "padding", "copies", "bytes each way", "FLOP", "temp bytes")
     ]

@@ -28,26 +28,22 @@ def _log(norm: jax.Array) -> jax.Array:
     return jnp.log(jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))  # a norm of 0 may not spoil the mean
 
 
-def _is_spike(past: jax.Array, value: jax.Array, zscore: float | None) -> jax.Array:
-    """True if `value` is more than `zscore` standard deviations over the mean of `past`; never if that has a NaN."""
-    if zscore is None:
-        return jnp.zeros((), bool)
-    return value > past.mean() + zscore * past.std()
-
-
-def is_good(
-    config: GuardConfig, guard: Guard, loss: jax.Array, grad_norm: jax.Array, max_logits: jax.Array
-) -> jax.Array:
-    """True if the step may be applied. max_logits: [layers, H]."""
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(max_logits).all()
-    spike = _is_spike(guard.losses, loss, config.loss_zscore)
-    return finite & ~spike & ~_is_spike(guard.log_norms, _log(grad_norm), config.grad_norm_zscore)
-
-
 def zscores(guard: Guard, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
     """float32 [2]: loss and logarithm of the gradient norm in standard deviations over the mean; NaN if unknown yet."""
     pairs = (guard.losses, loss), (guard.log_norms, _log(grad_norm))
-    return jnp.stack([((value - past.mean()) / past.std()).astype(jnp.float32) for past, value in pairs])
+    scores = jnp.stack([((value - past.mean()) / past.std()).astype(jnp.float32) for past, value in pairs])
+    # Computed once: what is_good decides by and what the log shows may not differ in a last bit.
+    return jax.lax.optimization_barrier(scores)
+
+
+def is_good(
+    config: GuardConfig, scores: jax.Array, loss: jax.Array, grad_norm: jax.Array, max_logits: jax.Array
+) -> jax.Array:
+    """True if the step may be applied. scores: `zscores` of loss and grad_norm; max_logits: [layers, H]."""
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(max_logits).all()
+    bounds = (config.loss_zscore, config.grad_norm_zscore)
+    spikes = [score > bound for score, bound in zip(scores, bounds, strict=True) if bound is not None]  # NaN: no spike
+    return finite & ~jnp.any(jnp.stack([jnp.zeros((), bool), *spikes]))
 
 
 def skip_reasons(

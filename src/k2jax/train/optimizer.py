@@ -4,12 +4,13 @@ import importlib
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import Jaxpr
 from jax.sharding import PartitionSpec as P
 
 from k2jax.config import Config
@@ -17,9 +18,11 @@ from k2jax.errors import UserError
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import Weight
 from k2jax.optim.assignment import make_assignments
+from k2jax.optim.muon import MuonState
 from k2jax.optim.qk_clip import QKClipState
 from k2jax.optim.setup import Setup, map_weights, muonclip_of
 from k2jax.sharding.place import on_mesh
+from k2jax.train.update_trace import not_clipped
 from k2jax.user_code import run_file
 
 
@@ -69,8 +72,6 @@ def _build(config: Config, weights, assignments) -> optax.GradientTransformation
     return tx
 
 
-# What optax's wrappers that do not pass on every call keep as their state.
-_CONDITIONAL = optax.ApplyIfFiniteState, optax.ConditionallyTransformState, optax.ConditionallyMaskState
 _MULTI_STEPS = (
     "optax.MultiSteps hides all but its last call's max_logits from QK-Clip, and its updates are fewer than the steps "
     "that the schedule counts; use train.num_microbatches, or a larger data.batch_sequences"
@@ -83,22 +84,16 @@ def _nodes(state, kinds) -> list:
     return [leaf for leaf in leaves if isinstance(leaf, kinds)]
 
 
-def _wrapper_problems(field: str, state) -> Iterator[str]:
-    """Wrappers under which the chain would do something else than what is logged of it."""
-    if _nodes(state, optax.MultiStepsState):
-        yield f"{field}: {_MULTI_STEPS}"
-    for node in _nodes(state, _CONDITIONAL):
-        inner = [getattr(node, name) for name in node._fields if name.startswith("inner")]
-        if _nodes(inner, QKClipState):
-            name = type(node).__name__.removesuffix("State")
-            yield (
-                f"{field}: {name} leaves out some calls of the qk_clip inside, while every step's clips are logged; put "
-                "the qk_clip after it in the chain (bad steps are skipped by guard.* anyway)"
-            )
+def _abstract_state(config: Config, tx: optax.GradientTransformation, weights) -> optax.OptState:
+    """ShapeDtypeStructs of the state. Raises UserError if init() fails."""
+    try:
+        return jax.eval_shape(tx.init, _shapes(weights))
+    except Exception as error:  # the code is the user's
+        raise UserError(f"optim.optimizer = {config.optim.optimizer!r}: {type(error).__name__}: {error}") from None
 
 
-def _check(config: Config, tx: optax.GradientTransformation, weights) -> None:
-    """Trace one update without a mesh. Raises UserError if it fails, or leaves parameters without an update."""
+def _traced(config: Config, tx: optax.GradientTransformation, weights, state: optax.OptState) -> Jaxpr:
+    """One update of abstract parameters without a mesh. Raises UserError if it fails, or has other shapes."""
     field, params = f"optim.optimizer = {config.optim.optimizer!r}", _shapes(weights)
     shape = config.model.num_hidden_layers, config.model.num_attention_heads
     loss, max_logits = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -107,24 +102,38 @@ def _check(config: Config, tx: optax.GradientTransformation, weights) -> None:
         return call_update(tx, grads, state, params, value=loss, grad=grads, max_logits=max_logits)[0]
 
     try:
-        state = jax.eval_shape(tx.init, params)
         jaxpr, updates = jax.make_jaxpr(update, return_shape=True)(params, state, params, loss, max_logits)
     except Exception as error:
         raise UserError(f"{field}: {type(error).__name__}: {error}") from None
     if jax.tree.map(lambda x: x.shape, updates) != jax.tree.map(lambda x: x.shape, params):
         raise UserError(f"{field}: its updates are not shaped like the parameters")
-    paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(params)]
-    bare = [
-        path for path, out, own in zip(paths, jaxpr.jaxpr.outvars, jaxpr.jaxpr.invars, strict=False) if out is own
-    ]  # fmt: skip
+    return jaxpr.jaxpr
+
+
+def _check(config: Config, tx: optax.GradientTransformation, weights) -> None:
+    """Raise UserError if one traced update fails, leaves a parameter without an update, or clips in some steps only."""
+    field, tau = f"optim.optimizer = {config.optim.optimizer!r}", config.optim.qk_clip_tau
+    state = _abstract_state(config, tx, weights)
+    jaxpr = _traced(config, tx, weights, state)
+    leaves = jax.tree.leaves_with_path(weights, is_leaf=lambda x: isinstance(x, Weight))
+    paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    bare = [path for path, out, own in zip(paths, jaxpr.outvars, jaxpr.invars, strict=False) if out is own]
     problems = [f"{field}: {path} is given its bare gradient: no transform of the chain has this parameter" for path
                 in bare]  # fmt: skip
-    problems += _wrapper_problems(field, state)
     clips = bool(_nodes(state, QKClipState))
-    tau = config.optim.qk_clip_tau
     if clips != (tau is not None):
         has, rule = ("has a qk_clip", "give its tau") if clips else ("has no qk_clip", "add one, or set None")
         problems.append(f"optim.qk_clip_tau = {tau}: the chain of {field} {has}; {rule}, or what is logged is wrong")
+    if _nodes(state, optax.MultiStepsState):
+        problems.append(f"{field}: {_MULTI_STEPS}")
+    elif clips:
+        outs = {path: out for path, (_, w), out in zip(paths, leaves, jaxpr.outvars, strict=True) if w.qk}
+        if unclipped := list(not_clipped(jaxpr, outs)):
+            problems.append(
+                f"{field}: {'; '.join(unclipped)}; but every step's clips are logged: qk_clip must be the last of the "
+                "chain, with setup.qk_parts, and outside of wrappers that leave out steps, such as "
+                "optax.apply_if_finite (bad steps are skipped by guard.* anyway) and optax.conditionally_transform"
+            )
     if problems:
         raise UserError(*problems)
 
@@ -132,13 +141,13 @@ def _check(config: Config, tx: optax.GradientTransformation, weights) -> None:
 def make_optimizer(config: Config, mesh: jax.sharding.Mesh) -> optax.GradientTransformation:
     """The optimizer of a config, with Newton-Schulz on whole matrices spread over `mesh`.
 
-    Raises UserError for a function that is not there or fails, for parameters that it leaves without an update, and
-    where qk_clip_tau does not say what the chain does.
+    Raises UserError for a function that is not there or fails, for parameters that it leaves without an update, if
+    qk_clip_tau does not say what the chain does, if a qk_clip is not the last or not of every step, and for MultiSteps.
     """
     weights = declarations(config.model)
     if config.optim.optimizer != "muonclip":  # ours is checked by its tests
         _check(config, _build(config, weights, map_weights(lambda w: None, weights)), weights)
-    return _build(config, weights, make_assignments(weights, mesh.shape, config.optim.ns_steps))
+    return _build(config, weights, make_assignments(weights, mesh.shape))
 
 
 def _owners(weights) -> Callable:
@@ -167,15 +176,27 @@ def state_specs(tx: optax.GradientTransformation, weights, sizes: Mapping[str, i
     return jax.tree_util.tree_map_with_path(spec, jax.eval_shape(tx.init, _shapes(weights)))
 
 
+def muon_parameters(config: Config) -> set[str]:
+    """Names of the parameters that the config's chain gives to scale_by_muon. Raises UserError if it fails."""
+    weights = declarations(config.model)
+    state = _abstract_state(config, _build(config, weights, map_weights(lambda w: None, weights)), weights)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for node in _nodes(state, MuonState)
+        for path, _ in jax.tree.leaves_with_path(node.momentum)
+    }
+
+
 def optimizer_bytes(config: Config, sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
     """({parameter: bytes of its optimizer state}, bytes of all else) on one device of a mesh with axes of these sizes.
 
     From the abstract state of whatever chain the config names. All else is on every device: counters, factored moments.
+    Raises UserError for a function that is not there or fails.
     """
     weights = declarations(config.model)
     tx = _build(config, weights, map_weights(lambda w: None, weights))
     owner, by_parameter, rest = _owners(weights), Counter(), 0
-    for path, leaf in jax.tree.leaves_with_path(jax.eval_shape(tx.init, _shapes(weights))):
+    for path, leaf in jax.tree.leaves_with_path(_abstract_state(config, tx, weights)):
         size = leaf.size * leaf.dtype.itemsize
         if (found := owner(path, leaf)) is None:
             rest += size

@@ -134,7 +134,8 @@ def make_train_step(config: Config, tx: optax.GradientTransformation) -> Callabl
         together = config.train.microbatches_together
         losses, grads = accumulate(in_phase, alpha, state.params, state.router_bias, batch, together)
         grad_norm = optax.tree.norm(grads)
-        good = is_good(config.guard, state.guard, losses.loss, grad_norm, losses.report.max_logits)
+        scores = zscores(state.guard, losses.loss, grad_norm)
+        good = is_good(config.guard, scores, losses.loss, grad_norm, losses.report.max_logits)
         (params, opt_state), lost = update(good, losses, grads, state.opt_state, state.params)
         router_bias = jax.tree.map(
             lambda b: jnp.where(good, update_router_bias(b, losses.report.expert_load, bias_rate), b), state.router_bias
@@ -150,7 +151,7 @@ def make_train_step(config: Config, tx: optax.GradientTransformation) -> Callabl
             lost_updates=lost,
             skipped=guard.skipped,
             skipped_in_a_row=guard.in_a_row,
-            zscores=zscores(state.guard, losses.loss, grad_norm),
+            zscores=scores,
         )
         return TrainState(state.step + 1, params, router_bias, opt_state, guard), metrics
 
