@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -12,6 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from k2jax.errors import UserError
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError inside name `path` if it names no file, as that of a write to a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -31,12 +43,31 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)  # of an earlier, killed process
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-    with open(descriptor, "wb") as file:
+    with naming(path), open(descriptor, "wb") as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def locked(path: Path, flags: int) -> Iterator[int | None]:
+    """Hold a file or folder for this process inside; the OS releases the lock when the process exits.
+
+    Gives the descriptor of `path`, opened with `flags` and O_NOFOLLOW; None if another process holds it. OSError if it
+    cannot be opened.
+    """
+    descriptor = os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = True
+        except BlockingIOError:
+            mine = False
+        yield descriptor if mine else None
+    finally:
+        os.close(descriptor)
 
 
 SMALL_BYTES = 2**26  # no small file of ours is larger; one that is was not written by us

@@ -1,5 +1,6 @@
 """Every small file of a run: whatever becomes of its content, it is refused by name, or its values are as written."""
 
+import errno
 import json
 import os
 import random
@@ -9,10 +10,11 @@ import pytest
 from k2jax.config import Config
 from k2jax.data.loader.segments import read_segments, write_segments
 from k2jax.data.saved_tokenizer import open_tokenizer, save_tokenizer
+from k2jax.data.store.writer import PartWriter, finished_part
 from k2jax.data.tokenizer import load_tokenizer, train_bpe
 from k2jax.errors import UserError
-from k2jax.files import read_json, write_atomic, write_sealed
-from k2jax.runs.commits import committed_steps, damage, held_parts, newest_step, remove_leftovers
+from k2jax.files import locked, naming, read_json, write_atomic, write_sealed
+from k2jax.runs.commits import committed_steps, damage, held_parts, newest_step, not_ours, remove_leftovers
 from k2jax.runs.folder import lock_run, path_problem, read_config, write_config
 from k2jax.runs.records import RecordFile, read_records
 
@@ -38,12 +40,19 @@ def write_metrics(folder):
     file.close()
 
 
+def write_receipt(folder):
+    writer = PartWriter(str(folder / "store"), 0, load_tokenizer("byte"), shard_tokens=64, chunk_tokens=16)
+    writer.append("train", "web", "a.txt", "the ferry left the pier")
+    writer.finish()
+
+
 FILES = {
     "config.json": (lambda folder: write_config(folder, Config()), read_config),
     "timeline.json": (lambda folder: write_segments(folder, [{"from_step": 0, "path": "a"}]), read_segments),
     "tokenizer_info.json": (write_tokenizer, lambda folder: open_tokenizer(folder).digest),
     "tokenizer.json": (write_tokenizer, lambda folder: open_tokenizer(folder).digest),
     "4.json": (write_commit, lambda folder: (held_parts(folder, 4), refuse(damage(folder, 4)))),
+    "store/parts/00000.json": (write_receipt, lambda folder: finished_part(str(folder / "store"), 0)),
     "metrics.jsonl": (write_metrics, lambda folder: read_records(folder / "metrics.jsonl")),
 }
 
@@ -84,7 +93,7 @@ def test_no_change_is_believed(tmp_path, name):
     assert refused > 0.8 * len(changed)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [name for name in FILES if "store/" not in name])  # a store may be a bucket's
 def test_what_is_not_a_file_of_ours(tmp_path, name):
     write, read = FILES[name]
     write(tmp_path)
@@ -95,10 +104,10 @@ def test_what_is_not_a_file_of_ours(tmp_path, name):
         with pytest.raises(UserError, match=f"{name}: is a symbolic link"):
             read(tmp_path)
         path.unlink()
-        os.mkfifo(path)
-        with pytest.raises(UserError, match=f"{name}: is not a regular file"):
-            read(tmp_path)
-        path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=f"{name}: is not a regular file"):
+        read(tmp_path)
+    path.unlink()
     path.mkdir()
     with pytest.raises(UserError, match=name):
         read(tmp_path)
@@ -127,16 +136,16 @@ def test_a_record_of_another_step_is_refused(tmp_path):
 def test_what_a_save_did_not_make_stays(tmp_path):
     """Copies, notes and links beside the checkpoints; unfinished saves go."""
     write_commit(tmp_path)
-    for name in ("4.good", "best", "lost+found", "8", "8.orbax-checkpoint-tmp", "0009"):
+    for name in ("4.good", "best", "lost+found", "8", "8.orbax-checkpoint-tmp", "0009", "٣"):
         (tmp_path / name).mkdir()
     for name in ("4.good.json", "NOTES.txt", "12.json.tmp", "best.json"):
         (tmp_path / name).write_text("{}")
     (tmp_path / "latest").symlink_to("4")
     (tmp_path / "16").symlink_to("4")
     assert committed_steps(tmp_path) == [4] == [newest_step(tmp_path)]
-    assert remove_leftovers(tmp_path) == ["0009", "12.json.tmp", "8", "8.orbax-checkpoint-tmp"]
-    kept = {"4", "4.json", "4.good", "4.good.json", "best", "best.json", "lost+found", "NOTES.txt", "latest", "16"}
-    assert {entry.name for entry in tmp_path.iterdir()} == kept
+    assert remove_leftovers(tmp_path) == ["12.json.tmp", "8", "8.orbax-checkpoint-tmp"]
+    kept = {"4.good", "4.good.json", "best", "best.json", "lost+found", "NOTES.txt", "latest", "16", "0009", "٣"}
+    assert {entry.name for entry in tmp_path.iterdir()} == kept | {"4", "4.json"} and {*not_ours(tmp_path)} == kept
     (tmp_path / "4.json").unlink()
     with pytest.raises(UserError, match="holds 4 but no commit record"):
         newest_step(tmp_path)
@@ -145,9 +154,42 @@ def test_what_a_save_did_not_make_stays(tmp_path):
 
 
 def test_paths_that_checkpoints_cannot_be_read_below(tmp_path):
-    assert path_problem(tmp_path / "lr=1e-2 {a} ä % # ? & *]") is None
-    for name in ("lr[1e-2]", "a\\b"):
-        assert path_problem(tmp_path / name / "run") is not None
+    assert path_problem(tmp_path / "lr=1e-2 {a} ä % # & ]") is None
+    for mark in "[\\*?":
+        assert f"must not have {mark}, " in path_problem(tmp_path / f"a{mark}b" / "run")
+
+
+def test_lines_in_another_order(tmp_path):
+    write_metrics(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    a, b, c = path.read_text().splitlines(keepends=True)
+    for lines in ([b, a, c], [a, a, b, c], [a, c, b]):
+        path.write_text("".join(lines))
+        with pytest.raises(UserError, match=r"metrics.jsonl:[23]: repeats or precedes the line before"):
+            read_records(path)
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """The error of a write itself names no file."""
+    file = RecordFile(tmp_path / "metrics.jsonl", 0)
+    file._file.close()
+    file._file = open("/dev/full", "a")
+    for write in (lambda: file.write({"step": 0}), file.close):
+        with pytest.raises(OSError, match="No space left on device: '.*metrics.jsonl'"):
+            write()
+    with pytest.raises(OSError, match="No space left on device: '.*config.json'"), naming(tmp_path / "config.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_lock_has_one_owner(tmp_path):
+    with lock_run(tmp_path):
+        assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()}; wait for it"), lock_run(tmp_path):
+            pass
+    with locked(tmp_path, os.O_RDONLY) as first, locked(tmp_path, os.O_RDONLY) as second:
+        assert first is not None and second is None
+    with lock_run(tmp_path):
+        pass
 
 
 def test_a_run_directory_that_cannot_be_written(tmp_path):

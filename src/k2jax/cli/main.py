@@ -1,11 +1,14 @@
 """The `k2jax` command. jax and all that needs it is imported by the command that runs, so that --help is quick."""
 
 import argparse
+import errno
 import os
 import sys
 
 from k2jax.cli import audit, data, model, plan, run
 from k2jax.errors import RunFailed, UserError
+
+_DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
 
 
 def _reading_options(sub: argparse.ArgumentParser) -> None:
@@ -167,9 +170,10 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a full or read-only disk, a file without permission: nothing of ours is wrong
-        if error.filename is None:
+        if error.filename is None and error.errno not in _DISK_ERRORS:
             raise
-        print(f"k2jax {args.command}: {error.filename}: {error.strerror}", file=sys.stderr)
+        name = "" if error.filename is None else f"{error.filename}: "
+        print(f"k2jax {args.command}: {name}{error.strerror}", file=sys.stderr)
         return 1
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from k2jax.cli.overrides import load_config, override, print_fields
 from k2jax.errors import UserError
+from k2jax.files import write_atomic
 from k2jax.launch.distributed import use_cpu_devices
 
 TRAIN_USAGE = """usage: k2jax train CONFIG [--simulate N] [--section.field value ...]
@@ -43,6 +44,7 @@ def _show_result(folder: Path, result) -> None:
     from k2jax.inference.generate import generate
     from k2jax.inference.load import load_run
     from k2jax.report.curves import plot_runs
+    from k2jax.runs.folder import checkpoints_of
 
     print(f"done: step {result.step}")
     if result.validation_bits_per_byte is not None:
@@ -53,6 +55,6 @@ def _show_result(folder: Path, result) -> None:
     except UserError as missing:  # the picture is an extra, the run is not
         print(f"no picture: {missing}")
     text = generate(load_run(folder), [""], num_tokens=400, temperature=0.7, seed=0)[0]
-    (folder / "sample.txt").write_text(text, encoding="utf-8")
-    print(f"metrics: {folder / 'metrics.jsonl'}\ncheckpoints: {folder / 'checkpoints'}\nTensorBoard: {folder / 'tb'}")
+    write_atomic(folder / "sample.txt", text)
+    print(f"metrics: {folder / 'metrics.jsonl'}\ncheckpoints: {checkpoints_of(folder)}\nTensorBoard: {folder / 'tb'}")
     print(f"sample ({folder / 'sample.txt'}; more with: k2jax generate {folder} PROMPT):\n{text}")

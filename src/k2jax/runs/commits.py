@@ -3,12 +3,34 @@
 Steps are found by their records alone, never by Orbax's listing: it shows steps whose save has not ended yet.
 """
 
+import contextlib
+import os
 import re
 import shutil
 from pathlib import Path
 
 from k2jax.errors import UserError
 from k2jax.files import read_sealed, sha256_of, sync_folder, write_sealed
+
+
+def damaged_of(folder: Path) -> Path:
+    """The folder, beside the one of the committed steps, to which damaged ones are moved."""
+    return folder.parent / "damaged"
+
+
+def _remove(entry: Path) -> None:
+    """Remove a folder, a file or a link, not what it leads to. What is not there is left so."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink(missing_ok=True)
+
+
+def remove_step(folder: Path, step: int) -> None:
+    """Remove a committed step. The record goes first, so that no half step is ever listed."""
+    _remove(folder / f"{step}.json")
+    sync_folder(folder)
+    _remove(folder / str(step))
 
 
 def committed_steps(folder: Path) -> list[int]:
@@ -44,12 +66,17 @@ def damage(folder: Path, step: int) -> list[str]:
         expected = _record(folder, step)["files"]
     except UserError as error:
         return [*error.problems]
-    found = _digests(folder / str(step))
-    return [
-        f"{folder / str(step) / name}: {'is missing' if name not in found else 'is not what was written (sha256)'}"
-        for name in expected
-        if found.get(name) != expected[name]
-    ]
+    problems = []
+    for name in expected:
+        path = folder / str(step) / name
+        try:
+            if sha256_of(path) != expected[name]:
+                problems.append(f"{path}: is not what was written (sha256)")
+        except (FileNotFoundError, NotADirectoryError):
+            problems.append(f"{path}: is missing")
+        except OSError as error:  # of a failing disk, say
+            problems.append(f"{path}: cannot be read: {error.strerror}")
+    return problems
 
 
 def sound_step(folder: Path, step: int | None) -> int:
@@ -78,20 +105,29 @@ def set_damaged_aside(folder: Path) -> list[str]:
             raise UserError(
                 *problems, f"{folder}: no sound checkpoint is left; restore one, or begin a new train.run_dir"
             )
+    aside = damaged_of(folder)
     for step in bad:
-        aside = folder.parent / "damaged"
-        aside.mkdir(exist_ok=True)
-        for name in (f"{step}.json", str(step)):
-            shutil.rmtree(aside / name, ignore_errors=True)
-            (folder / name).rename(aside / name)
+        try:
+            aside.mkdir(exist_ok=True)
+            for name in (f"{step}.json", str(step)):
+                if os.path.lexists(folder / name):  # the files of a step may be gone altogether
+                    _remove(aside / name)
+                    (folder / name).rename(aside / name)
+        except OSError as error:
+            raise UserError(*problems, f"{aside}: cannot take them: {error.strerror}; move it away") from None
     return problems
 
 
 def _saves(folder: Path) -> list[str]:
     """Names of what saves make, finished or not: STEP, STEP.json and Orbax's temporary folders of it; never a link."""
-    made = re.compile(r"\d+(\.json(\.tmp)?|\.orbax-checkpoint-tmp.*)?")
+    made = re.compile(r"(0|[1-9][0-9]*)(\.json(\.tmp)?|\.orbax-checkpoint-tmp.*)?")
     entries = folder.glob("*")
     return sorted(entry.name for entry in entries if made.fullmatch(entry.name) and not entry.is_symlink())
+
+
+def not_ours(folder: Path) -> list[str]:
+    """Names in the folder that no save makes: copies, notes, links, lost+found. They are never removed."""
+    return sorted({entry.name for entry in folder.glob("*")} - {*_saves(folder)})
 
 
 def newest_step(folder: Path) -> int | None:
@@ -101,7 +137,7 @@ def newest_step(folder: Path) -> int | None:
     """
     if steps := committed_steps(folder):
         return steps[-1]
-    lost = [name for name in _saves(folder) if not name.startswith("0")]
+    lost = [name for name in _saves(folder) if name.split(".")[0] != "0"]
     if lost:
         raise UserError(
             f"{folder}: holds {', '.join(sorted(lost))} but no commit record (STEP.json), so no step can be trusted; "
@@ -115,7 +151,7 @@ def remove_leftovers(folder: Path) -> list[str]:
     committed = {str(step) for step in committed_steps(folder)}
     left = [folder / name for name in _saves(folder) if name.removesuffix(".json") not in committed]
     for entry in left:
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        _remove(entry)
     return sorted(entry.name for entry in left)
 
 
@@ -127,5 +163,16 @@ def commit(folder: Path, record: dict) -> None:
 
 
 def held_parts(folder: Path, step: int) -> list[str]:
-    """Names of what a committed step holds: ["model", "optimizer"], or ["model"] for an imported model."""
+    """Names of what a committed step holds: ["model", "optimizer"], or ["model"] for an imported model.
+
+    Raises UserError if its record was changed.
+    """
     return _record(folder, step)["holds"]
+
+
+def is_model_alone(folder: Path) -> bool:
+    """True for an imported model: the newest step whose record can be read holds no optimizer's state."""
+    for step in reversed(committed_steps(folder)):
+        with contextlib.suppress(UserError):  # a damaged step is set aside when the run resumes
+            return "optimizer" not in held_parts(folder, step)
+    return False

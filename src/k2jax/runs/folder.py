@@ -1,14 +1,13 @@
 """The run directory: its config, and the lock that keeps other processes out."""
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from k2jax.config import Config
 from k2jax.errors import UserError
-from k2jax.files import read_json, unsealed, write_sealed
+from k2jax.files import locked, read_json, read_small, unsealed, write_sealed
 
 _EDITED = "give changes as options of `k2jax train`, and restore the file from a copy"
 
@@ -21,10 +20,13 @@ def checkpoints_of(run_dir: Path) -> Path:
 def path_problem(folder: Path) -> str | None:
     """The rule that a run directory's path breaks: Orbax takes it for a glob pattern when it merges a save's files.
 
-    A path with one of these characters does not match itself, and the save, which seems to succeed, is unreadable.
+    With [ or \\ the path does not match itself, and the save, which seems to succeed, is unreadable. With * or ? it
+    matches the folders of other runs too, whose unfinished saves would be merged into this one.
     """
-    bad = [mark for mark in "[\\" if mark in str(folder.resolve())]
-    return f"{folder.resolve()} must not have {' or '.join(bad)}, which checkpoints cannot be read below" if bad else None
+    bad = [mark for mark in "[\\*?" if mark in str(folder.resolve())]
+    if not bad:
+        return None
+    return f"{folder.resolve()} must not have {' or '.join(bad)}, below which checkpoints cannot be saved"
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -59,18 +61,16 @@ def lock_run(run_dir: Path) -> Iterator[None]:
     Raises UserError if another process holds it, or if the directory cannot be written.
     """
     path = run_dir / "lock"
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        rule = f"cannot be written: {error.strerror}"
-        raise UserError(f"train.run_dir = {str(run_dir)!r}: {rule}; make it writable, or give another") from None
-    with open(descriptor, "r+b", buffering=0) as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = file.read(20).decode("ascii", "replace").strip() or "unknown"
-            rule = f"in use by process {owner}; wait for it or give another train.run_dir"
-            raise UserError(f"{run_dir}: {rule}") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n".encode())
+            descriptor = stack.enter_context(locked(path, os.O_RDWR | os.O_CREAT))
+            if descriptor is not None:
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"{os.getpid()}\n".encode())
+        except OSError as error:
+            rule = f"cannot be written: {error.strerror}"
+            raise UserError(f"train.run_dir = {str(run_dir)!r}: {rule}; make it writable, or give another") from None
+        if descriptor is None:
+            owner = read_small(path)[:20].decode("ascii", "replace").strip() or "unknown"
+            raise UserError(f"{run_dir}: in use by process {owner}; wait for it or give another train.run_dir")
         yield

@@ -2,11 +2,12 @@
 
 import json
 import os
+import stat
 import zlib
 from pathlib import Path
 
 from k2jax.errors import UserError
-from k2jax.files import parse_json, write_atomic
+from k2jax.files import naming, parse_json, write_atomic
 
 
 def _crc32(record: dict) -> str:
@@ -28,21 +29,32 @@ def _from_line(where: str, line: bytes) -> dict:
     return record
 
 
+def _lines(path: Path) -> list[bytes]:
+    """The complete lines of a file of any size; [] if there is none. A pipe or device might never end."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"{path}: is not a regular file; put the file itself there")
+            return file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def read_records(path: Path) -> list[dict]:
     """The records of all complete lines, without their checks; a last line cut short by a crash is ignored.
 
     [] if there is no such file. Raises UserError with every line that is not as it was written.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    records, problems = [], []
-    for number, line in enumerate(lines, 1):
+    records, problems, before = [], [], None
+    for number, line in enumerate(_lines(path), 1):
         try:
-            records.append(_from_line(f"{path}:{number}", line))
+            record = _from_line(f"{path}:{number}", line)
+            if before is not None and (record == before or record["step"] < before["step"]):
+                raise UserError(f"{path}:{number}: repeats or precedes the line before; restore the file from a copy")
+            records.append(record)
+            before = record
         except UserError as error:
             problems += error.problems
     if problems:
@@ -58,15 +70,20 @@ class RecordFile:
         """Keep the records of steps before `first_step`, which a resumed run does not repeat; drop the others."""
         self.kept = [record for record in read_records(path) if record["step"] < first_step]
         write_atomic(path, "".join(map(to_line, self.kept)))
-        self._file = open(path, "a", encoding="utf-8")
+        self._path, self._file = path, open(path, "a", encoding="utf-8")
 
     def write(self, record: dict) -> None:
-        self._file.write(to_line(record))
-        self._file.flush()
+        """Append one record. OSError, with the file's name, if the disk does not take it."""
+        with naming(self._path):
+            self._file.write(to_line(record))
+            self._file.flush()
 
     def sync(self) -> None:
         """Return when all records are on the disk: before a checkpoint that counts their steps as past."""
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        """Close the file. OSError as `write` raises it: a record that failed is tried again."""
+        with naming(self._path):
+            self._file.close()

@@ -6,7 +6,6 @@
 Steps are found by their records alone, never by Orbax's listing: it shows steps whose save has not ended yet.
 """
 
-import shutil
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -17,8 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from k2jax.config import CheckpointConfig, Config
 from k2jax.errors import RunFailed
-from k2jax.files import sync_folder
-from k2jax.runs.commits import commit, committed_steps
+from k2jax.runs.commits import commit, committed_steps, remove_step
 from k2jax.train.state import TrainState
 
 CHUNK_BYTES = 2**26  # an export reads parameters matrix by matrix, and a chunk is the least that can be read
@@ -117,11 +115,9 @@ class Saver:
             self._error = error
 
     def _prune(self) -> None:
-        """Remove all but the newest `keep_last`; the record goes first, so that no half step is ever listed."""
+        """Remove all but the newest `keep_last` committed steps."""
         for step in committed_steps(self._folder)[: -self._config.keep_last]:
-            (self._folder / f"{step}.json").unlink()
-            sync_folder(self._folder)
-            shutil.rmtree(self._folder / str(step))
+            remove_step(self._folder, step)
 
     def poll(self) -> None:
         """Raise what a background save failed with."""

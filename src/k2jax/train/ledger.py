@@ -7,7 +7,7 @@ import numpy as np
 from k2jax.config import Config
 from k2jax.data.loader.rows import BadRow, RowReader
 from k2jax.errors import RunFailed
-from k2jax.files import write_atomic
+from k2jax.files import naming, write_atomic
 from k2jax.runs.records import read_records, to_line
 
 
@@ -35,7 +35,7 @@ class Ledger:
                 why = str(error)
             entry = {"step": step, "row": int(row), "source": timeline.names[source], "window": window}
             entry |= {"replaced_by": int(replaced[place]), "why": why}
-            with open(self.path, "a", encoding="utf-8") as file:
+            with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(to_line(entry))
             self.count += 1
             if self.count > self.limit:

@@ -17,7 +17,16 @@ from k2jax.data.loader.timeline import Timeline
 from k2jax.data.saved_tokenizer import open_tokenizer
 from k2jax.errors import UserError
 from k2jax.preflight.availability import check_kernels
-from k2jax.runs.commits import committed_steps, damage, held_parts, newest_step, remove_leftovers, set_damaged_aside
+from k2jax.runs.commits import (
+    committed_steps,
+    damage,
+    damaged_of,
+    is_model_alone,
+    newest_step,
+    not_ours,
+    remove_leftovers,
+    set_damaged_aside,
+)
 from k2jax.runs.folder import checkpoints_of, lock_run, path_problem, read_config
 from k2jax.sharding.mesh import make_mesh
 from k2jax.train.banner import banner
@@ -47,7 +56,7 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
             )
         return {}
     steps = committed_steps(checkpoints_of(folder))
-    if steps and "optimizer" not in held_parts(checkpoints_of(folder), steps[-1]):
+    if is_model_alone(checkpoints_of(folder)):
         raise UserError(
             f"{folder}: holds an imported model without an optimizer's state; begin a training with it by "
             f"--train.init-from {folder} and another train.run_dir"
@@ -110,7 +119,7 @@ def check_resume(config: Config, corpus: Corpus, change_mixture: bool) -> tuple[
         f"changed since the run began: {name} {old!r} -> {new!r}" for name, (old, new) in check_run_dir(config).items()
     ]
     if damaged := set_damaged_aside(checkpoints_of(folder)):
-        notes += [*damaged, f"moved to {folder / 'damaged'}"]
+        notes += [*damaged, f"moved to {damaged_of(checkpoints_of(folder))}"]
     step = newest_step(checkpoints_of(folder))
     timeline, changed = settle_timeline(corpus, config, read_segments(folder), step or 0, change_mixture)
     if step is not None:
@@ -178,6 +187,8 @@ def start_state(run: Run) -> TrainState:
     folder = checkpoints_of(run.folder)
     if removed := remove_leftovers(folder):
         run.outputs.say(f"removed unfinished saves: {', '.join(removed)}")
+    if strangers := not_ours(folder):
+        run.outputs.say(f"left alone, not made by k2jax: {', '.join(strangers)} in {folder}")
     if run.resumed_step is not None:
         with run.outputs.phase(f"restore step {run.resumed_step}"):
             return restore_state(folder, run.resumed_step, abstract_state(run.config, run.tx, run.mesh))

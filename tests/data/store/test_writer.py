@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import os
 import random
 import subprocess
@@ -21,6 +20,7 @@ from k2jax.data.store.storage import Folder
 from k2jax.data.store.writer import PartWriter, finished_part, merge_parts
 from k2jax.data.tokenizer import load_tokenizer, train_bpe
 from k2jax.errors import UserError
+from k2jax.files import read_sealed, write_sealed
 
 SIZES = {"shard_tokens": 64, "chunk_tokens": 16}
 DERIVED = {"web-rephrased": {"derived_from": "web", "variants": 2}}
@@ -165,8 +165,8 @@ def test_merge_names_what_is_wrong(tmp_path):
         merge_parts(str(tmp_path), 1, load_tokenizer("byte"))
     with pytest.raises(UserError, match="part 0: was written with another tokenizer"):
         merge_parts(str(tmp_path), 1, train_bpe(iter(["abab ab"] * 9), 270), DERIVED)
-    receipt = json.loads((tmp_path / "parts/00003.json").read_text())
-    (tmp_path / "parts/00001.json").write_text(json.dumps(receipt | {"part": 1, "chunk_tokens": 8}))
+    receipt = read_sealed(tmp_path / "parts/00003.json")
+    write_sealed(tmp_path / "parts/00001.json", receipt | {"part": 1, "chunk_tokens": 8})
     with pytest.raises(UserError, match=r"parts: were written with several \(shard_tokens, chunk_tokens\)"):
         merge_parts(str(tmp_path), 2, load_tokenizer("byte"), DERIVED)
     with pytest.raises(ValueError, match="must be one of"):

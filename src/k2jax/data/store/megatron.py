@@ -23,7 +23,7 @@ from k2jax.data.store.manifest import SPLITS, CorruptStore
 from k2jax.data.store.reader import Recent, Stream
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer
 from k2jax.errors import UserError
-from k2jax.files import write_atomic
+from k2jax.files import read_sealed, write_sealed
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -69,7 +69,7 @@ def _digests(index: Path, tokens: Path, index_dir: str) -> dict:
     """{"idx": sha256, "bin": sha256 of each block, "bytes": of the .bin}, as they were at first use."""
     kept = Path(index_dir) / f"{hashlib.sha256(str(tokens.absolute()).encode()).hexdigest()[:32]}.megatron"
     if kept.exists():
-        digests = json.loads(kept.read_text())
+        digests = read_sealed(kept, "remove it, and begin new runs with these files")
         rule = f"if it was meant to change, remove {kept} and begin new runs with it"
         if (size := tokens.stat().st_size) != digests["bytes"]:
             raise CorruptStore(f"{tokens}: has {size} bytes, and had {digests['bytes']} at first use; {rule}")
@@ -80,7 +80,7 @@ def _digests(index: Path, tokens: Path, index_dir: str) -> dict:
     digests["bytes"] = tokens.stat().st_size
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(kept, json.dumps(digests))
+        write_sealed(kept, digests)
     except OSError as error:
         raise UserError(f"data.index_dir: {kept} cannot be written: {error.strerror}; name another") from None
     return digests

@@ -13,11 +13,11 @@ import json
 import numpy as np
 import tensorstore
 
-from k2jax.data.store.manifest import CHUNK_TOKENS, FORMAT, SHARD_TOKENS, SPLITS
+from k2jax.data.store.manifest import CHUNK_TOKENS, FORMAT, MEND, SHARD_TOKENS, SPLITS
 from k2jax.data.store.storage import Folder, shared_context
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import UserError
-from k2jax.files import sealed, sync_folder
+from k2jax.files import parse_json, sealed, sync_folder, unsealed
 
 PART_TOKENS = 2**30
 DEFAULT_SOURCE = "text"
@@ -149,16 +149,18 @@ class PartWriter:
             "streams": counts,
             "files": {name: self.folder.describe(name) for name in names},
         }
-        self.folder.write(_receipt_name(self.part), json.dumps(receipt, indent=1) + "\n")
+        self.folder.write(_receipt_name(self.part), json.dumps(sealed(receipt), indent=1) + "\n")
         return receipt
 
 
 def finished_part(folder, part: int) -> dict | None:
-    """The receipt of a part that has been written whole, or None."""
+    """The receipt of a part that has been written whole, or None. UserError if it was changed since."""
+    folder, name = Folder(folder), _receipt_name(part)
     try:
-        return json.loads(Folder(folder).read(_receipt_name(part)))
+        content = folder.read(name)
     except FileNotFoundError:
         return None
+    return unsealed(f"{folder}/{name}", parse_json(f"{folder}/{name}", content, MEND), MEND)
 
 
 def _merge_problems(receipts: list[dict], tokenizer: Tokenizer, sources: dict[str, dict]):

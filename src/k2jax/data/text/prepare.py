@@ -6,7 +6,6 @@ summary and in the manifest.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -28,7 +27,7 @@ from k2jax.data.text.sources import EXTRA, File, Tally, bad_lines, find_files, m
 from k2jax.data.text.tasks import STAGES, fates, left_out
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_vocab
 from k2jax.errors import UserError
-from k2jax.files import is_url, sync_folder
+from k2jax.files import is_url, locked, sync_folder
 
 TASK_BYTES = 2**26
 
@@ -111,22 +110,19 @@ def _versions(recipe: dict) -> dict[str, str]:
 def _work_folder(out: Path) -> Iterator[Path]:
     """The folder beside `out` in which it is prepared; a lock keeps others away, and dies with this process."""
     work = out.with_name(f".{out.name}.k2jax-partial")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(work, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"out = {str(out)!r}: cannot be made: {error.strerror}; name another folder") from None
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = os.path.samestat(os.fstat(descriptor), os.stat(work))
+            work.mkdir(parents=True, exist_ok=True)
+            descriptor = stack.enter_context(locked(work, os.O_RDONLY))
+        except OSError as error:
+            raise UserError(f"out = {str(out)!r}: cannot be made: {error.strerror}; name another folder") from None
+        try:  # another one may have finished, and removed the folder, between our opening and locking it
+            mine = descriptor is not None and os.path.samestat(os.fstat(descriptor), os.stat(work))
         except OSError:
             mine = False
         if not mine or out.exists():
             raise UserError(f"out = {str(out)!r}: another prepare is writing it; wait for it, or name another folder")
         yield work
-    finally:
-        os.close(descriptor)
 
 
 def _refuse_bad(work: Path, recipe: Recipe) -> None:

@@ -12,7 +12,6 @@ command again asks only what is not there, and ends in the same files as one tha
 import collections
 import concurrent.futures
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ from k2jax.data.text.faithfulness import question, quick_check, verdict
 from k2jax.data.text.readers import Record, records
 from k2jax.data.text.sources import Tally, bad_lines, find_files, missing_for, source_and_path
 from k2jax.errors import RunFailed, UserError
-from k2jax.files import is_url, write_atomic
+from k2jax.files import is_url, locked, write_atomic
 
 _TEMPERATURE = 0.7
 _ATTEMPTS = 2  # of one chunk, before its variant is given up
@@ -157,14 +156,10 @@ def _in_order(function: Callable, items: Iterator, num_threads: int) -> Iterator
 @contextlib.contextmanager
 def _only_writer(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with locked(out.resolve(), os.O_RDONLY) as descriptor:
+        if descriptor is None:
+            raise UserError(f"--out {str(out)!r}: another rephrase is writing it; wait for it, or name another")
         yield
-    except BlockingIOError:
-        raise UserError(f"--out {str(out)!r}: another rephrase is writing it; wait for it, or name another") from None
-    finally:
-        os.close(descriptor)
 
 
 def _problems(specs: list[str], out: Path, url: str, options: Options, parallel: int, timeout: float, retries: int):
