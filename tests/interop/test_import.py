@@ -269,7 +269,7 @@ def test_mesh_of_other_axes(tmp_path, tensors):
     mesh = jax.make_mesh((8,), ("expert",), axis_types=(jax.sharding.AxisType.Explicit,))
     with pytest.raises(UserError, match="must have replica, stage, fsdp, expert, tensor, context"):
         load_hf(write(tmp_path, tensors), mesh=mesh)
-    with pytest.raises(UserError, match="experts: is no mesh axis"):
+    with pytest.raises(UserError, match="experts: is not a mesh axis"):
         k2jax.mesh_of(experts=8)
 
 

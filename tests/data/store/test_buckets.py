@@ -104,8 +104,8 @@ def test_damage_is_named(store, url):
     [
         ("s3://nothing/store", "s3://nothing/store/: NOT_FOUND: NoSuchBucket"),
         ("s3://private/store", "s3://private/store/manifest.json: PERMISSION_DENIED: AccessDenied"),
-        ("s3://bucket/store", "s3://bucket/store: is not a token store (no manifest.json)"),
-        ("gs://nothing/store", "gs://nothing/store: is not a token store (no manifest.json)"),
+        ("s3://bucket/store", "s3://bucket/store: is not a token store .no manifest.json."),
+        ("gs://nothing/store", "gs://nothing/store: is not a token store .no manifest.json."),
         ("gs://private/store", "gs://private/store/manifest.json: PERMISSION_DENIED: .*AccessDenied"),
         ("s3:///store", "s3:///store: is not a folder that can be opened: .* bucket name"),
     ],

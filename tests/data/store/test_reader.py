@@ -266,7 +266,7 @@ def test_writer_without_finish_is_no_store(tmp_path):
     (tmp_path / "store").mkdir()
     writer = TokenWriter(tmp_path / "store", load_tokenizer("byte"), shard_tokens=SHARD, chunk_tokens=CHUNK)
     writer.append("train", "a", "a" * 500)
-    with pytest.raises(UserError, match="is no token store"):
+    with pytest.raises(UserError, match="is not a token store"):
         TokenStore(tmp_path / "store")
     with pytest.raises(ValueError, match="shard_tokens = 60: must be a positive multiple of chunk_tokens = 16"):
         TokenWriter(tmp_path / "other", load_tokenizer("byte"), shard_tokens=60, chunk_tokens=16)
