@@ -150,7 +150,7 @@ def test_a_store_at_a_url_is_read_and_checked(tmp_path):
         with pytest.raises(CorruptStore, match=f"{name}: is missing"):
             TokenStore("memory://store_writer/url")
         folder.write(name, content)
-    with pytest.raises(UserError, match="has no manifest.json"):
+    with pytest.raises(UserError, match="no manifest.json"):
         TokenStore("memory://store_writer/nothing")
     with pytest.raises(UserError, match="is not a folder that can be opened"):
         TokenStore("nowhere://store/")
