@@ -67,6 +67,8 @@ def _stage_table(stages: dict):
         size, seconds = cost["text_bytes"] / 1e6, cost["cpu_seconds"]
         rate = f"{size / seconds:,.1f}" if size and seconds else ""
         parts = ", ".join(f"{part} {taken:,.1f} s" for part, taken in cost["parts"].items() if taken >= 0.05)
+        if "unreadable" in cost:
+            parts += f"{', ' if parts else ''}without {cost['unreadable']} tasks, whose reports are damaged"
         table.add_row(name, f"{cost['documents'] or '':,}" if cost["documents"] else "", f"{size:,.1f}" if size else "",
                       f"{seconds:,.1f}", rate, parts)  # fmt: skip
     return table

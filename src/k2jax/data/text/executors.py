@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from k2jax.data.text.job import Recipe, unfinished
+from k2jax.data.text.job import Recipe, read_report, unfinished
 from k2jax.data.text.sources import EXTRA
 from k2jax.data.text.tasks import num_tasks, run_stage_task
 from k2jax.errors import RunFailed, UserError
@@ -106,7 +106,7 @@ def _value(text: str):
     """8, 2.5, true and null as JSON has them, else the text itself."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -148,8 +148,8 @@ def _run_on_datatrove(kind: str, workers: int, options: dict[str, str], recipe: 
 
 def _failure(work: Path, stage: str, ranks: list[int], cause: Exception | None):
     """The causes that failed tasks wrote down."""
-    found = [work / "errors" / f"{stage}-{rank:05d}.json" for rank in ranks]
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in found if path.exists()]
+    reports = (read_report(work / "errors" / f"{stage}-{rank:05d}.json") for rank in ranks)
+    found = [report for report in reports if report is not None]
     problems = [problem for entry in found for problem in entry["problems"] or ()]
     if problems:
         return UserError(*problems)

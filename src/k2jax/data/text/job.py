@@ -4,10 +4,12 @@ A task is a pure function of the recipe and of earlier stages' results. It write
 to STAGE/RANK when it is done, so that a result is there whole or not at all: after a kill the tasks without one run
 again, wherever, even twice at once, and give the same bytes.
 
-recipe.json     what is prepared and how, the files and their cut into tasks
+recipe.json   what is prepared and how, the files and their cut into tasks
 STAGE/RANK/   results, one folder per task
 progress/     what each task has done so far, and at last its cost
 errors/       why a task failed
+
+All of these carry their own sha256. A result that has changed is an error that names it: it would change the store.
 """
 
 import contextlib
@@ -22,8 +24,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from k2jax.data.text.sources import File
-from k2jax.errors import UserError
-from k2jax.files import sync_folder, write_atomic
+from k2jax.errors import RunFailed, UserError
+from k2jax.files import parse_json, read_sealed, sealed, sync_folder, unsealed, write_atomic, write_sealed
 
 FORMAT = 1
 _MAX_TASKS, _MAX_FILES = 10_000, 4096
@@ -84,22 +86,54 @@ def _differences(old: dict, new: dict) -> Iterator[str]:
             yield f"{name} = {new[name]!r}: was {old.get(name)!r} when it began"
 
 
+def _read_recipe(work: Path) -> dict:
+    """The values of recipe.json, of any size: it names every file. UserError if it is not what was written."""
+    path, hint = work / "recipe.json", f"remove {work} to start again"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; {hint}") from None
+    return unsealed(path, parse_json(path, content, hint), hint)
+
+
 def save_recipe(work: Path, recipe: Recipe) -> None:
-    """Write the recipe, or find the same one. UserError if another one was begun."""
+    """Write the recipe, or find the same one. UserError if another one was begun, or it cannot be read."""
     path, new = work / "recipe.json", json.loads(json.dumps(asdict(recipe)))
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
+    if os.path.lexists(path):
+        old = _read_recipe(work)
         if old != new:
             hint = f"an unfinished preparation is in {work}; repeat it as it was, or remove the folder to start again"
             raise UserError(*_differences(old, new), hint)
         return
     for name in ("progress", "errors"):
         (work / name).mkdir(exist_ok=True)
-    write_atomic(path, json.dumps(new))
+    write_atomic(path, json.dumps(sealed(new)))
 
 
 def load_recipe(work: Path) -> Recipe:
-    return Recipe(**json.loads((work / "recipe.json").read_text(encoding="utf-8")))
+    """The recipe that `save_recipe` wrote. UserError if it cannot be read."""
+    return Recipe(**_read_recipe(work))
+
+
+def read_result(path: Path) -> dict:
+    """The values of a task's result file, written by `write_sealed`.
+
+    RunFailed if they are not what was written: not a UserError, after which the other results would be removed.
+    """
+    hint = f"remove {path.parent} and repeat the same command"
+    try:
+        return read_sealed(path, hint)
+    except UserError as error:
+        message = str(error)
+        raise RunFailed(message if message.endswith(hint) else f"{message}; {hint}") from None
+
+
+def read_report(path: Path) -> dict | None:
+    """A file of progress/ or errors/; None if it is missing or damaged: a store does not depend on it."""
+    try:
+        return read_sealed(path)
+    except UserError:
+        return None
 
 
 class Meter:
@@ -126,7 +160,8 @@ class Meter:
         self.reported = time.monotonic()
         total = time.process_time() - self.started
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({**self.counts, "seconds": self.seconds, "total": total, "done": done}))
+        values = {**self.counts, "seconds": self.seconds, "total": total, "done": done}
+        temporary.write_text(json.dumps(sealed(values)))
         os.replace(temporary, self.path)
 
 
@@ -175,7 +210,7 @@ def run_task(work: Path, stage: str, rank: int, task: Callable[[Recipe, Path, in
     except Exception as error:
         problems = [*error.problems] if isinstance(error, UserError) else None
         content = {"problems": problems, "error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-        write_atomic(work / "errors" / f"{stage}-{rank:05d}.json", json.dumps(content, indent=1))
+        write_sealed(work / "errors" / f"{stage}-{rank:05d}.json", content)
         raise
     meter.report(True)
     _publish(temporary, final)

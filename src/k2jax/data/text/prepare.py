@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from k2jax.data.store.manifest import CHUNK_TOKENS, SHARD_TOKENS, SPLITS
+from k2jax.data.store.manifest import CHUNK_TOKENS, SHARD_TOKENS, SPLITS, parse_manifest
 from k2jax.data.text import dedup, filters
 from k2jax.data.text.executors import executor_problems, run_stage
-from k2jax.data.text.job import FORMAT, Recipe, cut_into_tasks, result, save_recipe
+from k2jax.data.text.job import FORMAT, Recipe, cut_into_tasks, read_result, result, save_recipe
 from k2jax.data.text.progress import Progress, costs_of, watched
 from k2jax.data.text.readers import has_fields
 from k2jax.data.text.sources import EXTRA, File, Tally, bad_lines, find_files, missing_for, source_and_path
@@ -129,7 +128,7 @@ def _refuse_bad(work: Path, recipe: Recipe) -> None:
     """UserError for all lines and files that could not be read; recipe.skip_bad_lines lines are left out instead."""
     bad = Tally(num_examples=10)
     for rank in range(len(recipe.tasks)):
-        bad.merge(json.loads((result(work, "read", rank) / "tally.json").read_text())["bad"])
+        bad.merge(read_result(result(work, "read", rank) / "tally.json")["bad"])
     lines = bad.reasons.get("line", {"count": 0})["count"]
     if bad.reasons.keys() <= {"line"} and lines <= recipe.skip_bad_lines:
         return
@@ -205,10 +204,10 @@ def _recipe(specs: list[str], out: Path, values: dict, task_bytes: int, executor
 def _finish(work: Path, out: Path) -> dict:
     """Move the finished store to `out`, remove the rest, and say what was made."""
     costs, content = costs_of(work), (work / "store/manifest.json").read_bytes()
+    manifest = parse_manifest(str(work / "store/manifest.json"), content)
     os.rename(work / "store", out)
     sync_folder(out.parent)
     shutil.rmtree(work, ignore_errors=True)
-    manifest = json.loads(content)
     summary = {key: manifest[key] for key in manifest if key != "files"}
     return {"path": str(out), "digest": hashlib.sha256(content).hexdigest(), **summary, "stages": costs}
 
@@ -242,8 +241,7 @@ def prepare(
     in each row, all also compressed (.gz, .bz2, .xz, .zst); every other file in a folder is one document, unless it is
     above 1 MiB; that, and a text named by itself, is cut at line ends into documents of 16 KiB or more. skip_bad_lines:
     lines that may be left out because they cannot be read; more are an error. `pattern` and `exclude` (`**/`, `*`, `?`)
-    choose files in folders, by
-    their path in there.
+    choose files in folders, by their path in there; hidden ones only if the pattern names them.
     tokenizer: "byte", a .tiktoken file, a tokenizer.json, or "train:VOCAB", trained on the training split.
     filters: of filters.KINDS. near_duplicates: the Jaccard similarity of two documents' sets of 5 words from which the
     later one is left out. executor: see executors.py; the result does not depend on it, nor on `workers`.

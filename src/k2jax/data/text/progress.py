@@ -1,14 +1,13 @@
 """Progress and costs of a preparation, from the reports of its tasks, wherever they run."""
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from k2jax.data.text.job import Recipe
+from k2jax.data.text.job import Recipe, read_report
 from k2jax.data.text.tasks import STAGES, num_tasks
 
 _SECONDS = 0.5
@@ -42,8 +41,7 @@ class _Watch(threading.Thread):
         running = {}
         for path in (self.work / "progress").glob(f"{self.stage}-*.json"):
             if path.name not in self.done:
-                with contextlib.suppress(OSError, ValueError):  # replaced this moment
-                    found = json.loads(path.read_text())
+                if (found := read_report(path)) is not None:
                     (self.done if found["done"] else running)[path.name] = found
         entries = [*self.done.values(), *running.values()]
         names = ("documents", "text_bytes", "tokens", "file_bytes")
@@ -80,12 +78,17 @@ def watched(work: Path, recipe: Recipe, stage: str, progress: Callable[[Progress
 
 
 def costs_of(work: Path) -> dict[str, dict]:
-    """By stage: counts, CPU seconds of all tasks, and of them by the name of what took them."""
+    """By stage: counts, CPU seconds of all tasks, and of them by the name of what took them.
+
+    "unreadable" counts reports that are damaged, as after a power cut, so that the figures lack their tasks.
+    """
     stages = {}
     for stage in STAGES:
         entry = stages.setdefault(stage, {"cpu_seconds": 0.0, "parts": {}})
         for path in sorted((work / "progress").glob(f"{stage}-*.json")):
-            found = json.loads(path.read_text())
+            if (found := read_report(path)) is None:
+                entry["unreadable"] = entry.get("unreadable", 0) + 1
+                continue
             entry["cpu_seconds"] += found["total"]
             for name, seconds in found["seconds"].items():
                 entry["parts"][name] = entry["parts"].get(name, 0.0) + seconds

@@ -1,12 +1,13 @@
 """Sources that rephrase others, found from the origins that their documents carry."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
+from k2jax.data.text.job import read_result
 from k2jax.data.text.readers import Record
 from k2jax.errors import UserError
+from k2jax.files import write_sealed
 
 
 class Origins:
@@ -26,7 +27,7 @@ class Origins:
     def save(self, folder: Path) -> None:
         for number, entry in enumerate(self.sources.values()):
             np.save(folder / f"origins-{number}.npy", np.array(entry.pop("ids"), np.uint64))
-        (folder / "origins.json").write_text(json.dumps(self.sources))
+        write_sealed(folder / "origins.json", {"sources": self.sources})
 
 
 def rephrased_sources(folders: list[Path]) -> dict[str, dict]:
@@ -36,7 +37,7 @@ def rephrased_sources(folders: list[Path]) -> dict[str, dict]:
     """
     totals = {}
     for folder in folders:
-        for number, (source, entry) in enumerate(json.loads((folder / "origins.json").read_text()).items()):
+        for number, (source, entry) in enumerate(read_result(folder / "origins.json")["sources"].items()):
             total = totals.setdefault(source, {"documents": 0, "from": {}, "ids": []})
             total["documents"] += entry["documents"]
             for origin, count in entry["from"].items():

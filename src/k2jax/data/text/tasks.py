@@ -9,7 +9,6 @@ merge      one task: the parts become the store
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,12 +20,13 @@ from k2jax.data.store.manifest import SPLITS
 from k2jax.data.store.writer import PartWriter, merge_parts
 from k2jax.data.text import dedup
 from k2jax.data.text.filters import make_filters
-from k2jax.data.text.job import Meter, Recipe, result, results, run_task
+from k2jax.data.text.job import Meter, Recipe, read_result, result, results, run_task
 from k2jax.data.text.provenance import Origins, rephrased_sources
 from k2jax.data.text.readers import Record, records
 from k2jax.data.text.sources import File, Tally
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_vocab
 from k2jax.errors import UserError
+from k2jax.files import write_sealed
 
 _MAX_MATCH_TASKS = 1000
 
@@ -89,7 +89,7 @@ def _read(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) -> 
     np.save(folder / "ordinals.npy", np.array(ordinals, np.uint32))
     np.save(folder / "places.npy", np.array(places, np.float64))
     origins.save(folder)
-    (folder / "tally.json").write_text(json.dumps({"skipped": skipped.reasons, "bad": bad.reasons}))
+    write_sealed(folder / "tally.json", {"skipped": skipped.reasons, "bad": bad.reasons})
 
 
 def _match(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) -> None:
@@ -108,7 +108,7 @@ def _resolve(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) 
     for number, part in enumerate(np.split(fates, np.cumsum(counts)[:-1])):
         np.save(folder / f"{number:05d}.npy", part)
     rephrased = rephrased_sources(results(work, "read", len(recipe.tasks)))
-    (folder / "rephrased.json").write_text(json.dumps(rephrased))
+    write_sealed(folder / "rephrased.json", {"sources": rephrased})
 
 
 _FATES = (None, "duplicate", "near-duplicate")
@@ -142,14 +142,15 @@ def save_tokenizer_copy(folder: Path, tokenizer: Tokenizer) -> None:
     """Write what `tokenizer_copy` reads; the folder must exist."""
     if tokenizer.definition is not None:
         (folder / tokenizer.file_name).write_bytes(tokenizer.definition)
-    (folder / "spec.json").write_text(json.dumps([tokenizer.spec, tokenizer.file_name]))
+    write_sealed(folder / "spec.json", {"spec": tokenizer.spec, "file_name": tokenizer.file_name})
 
 
 def tokenizer_copy(work: Path) -> Tokenizer:
     """The tokenizer of the preparation, which needs no other file than the work folder's."""
     folder = result(work, "tokenizer", 0)
-    spec, name = json.loads((folder / "spec.json").read_text())
-    return replace(load_tokenizer("byte" if name is None else str(folder / name)), spec=spec)
+    kept = read_result(folder / "spec.json")
+    name = kept["file_name"]
+    return replace(load_tokenizer("byte" if name is None else str(folder / name)), spec=kept["spec"])
 
 
 def _tokenizer(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) -> None:
@@ -175,7 +176,7 @@ def _write(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) ->
             size = writer.append(split, file.source, record.name, record.text, origin)
         meter.add(documents=1, text_bytes=size, tokens=writer.num_tokens - before)
     writer.finish()
-    (folder / "tally.json").write_text(json.dumps({"skipped": skipped.reasons}))
+    write_sealed(folder / "tally.json", {"skipped": skipped.reasons})
 
 
 def left_out(recipe: Recipe, work: Path, *stages: str) -> Tally:
@@ -184,7 +185,7 @@ def left_out(recipe: Recipe, work: Path, *stages: str) -> Tally:
     skipped.merge(recipe.skipped)
     for stage in stages:
         for folder in results(work, stage, len(recipe.tasks)):
-            tally = json.loads((folder / "tally.json").read_text())
+            tally = read_result(folder / "tally.json")
             skipped.merge(tally["skipped"])
             skipped.merge({f"bad {reason}": entry for reason, entry in tally.get("bad", {}).items()})
     return skipped
@@ -212,6 +213,7 @@ def _merge(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) ->
         "exclude": recipe.exclude,
         "validation_fraction": recipe.validation_fraction,
         "text_field": recipe.text_field,
+        "skip_bad_lines": recipe.skip_bad_lines,
         "min_chars": recipe.min_chars,
         "max_chars": recipe.max_chars,
         "filters": recipe.filters,
@@ -219,7 +221,7 @@ def _merge(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) ->
         "versions": recipe.versions,
         "skipped": left_out(recipe, work, "read", "write").reasons,
     }
-    rephrased = json.loads((result(work, "resolve", 0) / "rephrased.json").read_text())
+    rephrased = read_result(result(work, "resolve", 0) / "rephrased.json")["sources"]
     merge_parts(store, len(recipe.tasks), tokenizer_copy(work), rephrased, **created)
 
 
