@@ -125,7 +125,7 @@ def rephrase(args, rest: list[str]) -> int:
             args.source, args.out, args.url, args.model, key=os.environ.get(args.key_from), variants=args.variants,
             styles=styles, chunk_chars=args.chunk_chars, min_chars=args.min_chars, parallel=args.parallel,
             timeout=args.timeout, retries=args.retries, pattern=args.pattern, exclude=tuple(args.exclude),
-            text_field=args.text_field,
+            text_field=args.text_field, skip_bad_lines=args.skip_bad_lines,
             progress=lambda d, v, n: status.update(f"{d:,} documents, {v:,} variants, {n:,} requests"),
         )  # fmt: skip
     for what in ("left_out", "rejected"):

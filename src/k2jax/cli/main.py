@@ -17,6 +17,9 @@ def _reading_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--pattern", default="**/*", help="files to read in a folder (default: %(default)s)")
     sub.add_argument("--exclude", action="append", default=[], help="files to leave out; may be repeated")
     sub.add_argument("--text-field", default="text", help="field or column of the text (default: %(default)s)")
+    sub.add_argument(
+        "--skip-bad-lines", type=int, default=0, metavar="N", help="leave out up to N unreadable lines (default: none)"
+    )
 
 
 def _preparing_commands(command) -> None:
@@ -26,9 +29,6 @@ def _preparing_commands(command) -> None:
     sub.add_argument("--tokenizer", required=True, help="byte, train:VOCAB, FILE.tiktoken or tokenizer.json")
     sub.add_argument(
         "--validation-fraction", type=float, default=0.02, help="share of held-out documents (default: %(default)s)"
-    )
-    sub.add_argument(
-        "--skip-bad-lines", type=int, default=0, metavar="N", help="leave out up to N unreadable lines (default: none)"
     )
     sub.add_argument("--min-chars", type=int, default=1, help="shortest document (default: %(default)s)")
     sub.add_argument("--max-chars", type=int, help="longest document (default: any)")

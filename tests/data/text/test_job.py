@@ -15,8 +15,8 @@ from k2jax.files import write_sealed
 OPTIONS = {"tokenizer": "byte", "validation_fraction": 0.3, "task_bytes": 300}
 GARBAGE = {
     "empty": b"", "null": b"null", "list": b"[]", "number": b"5", "cut": b'{"skipped": {', "deep": b"[" * 100_000,
-    "huge": b'{"n": %s}' % (b"9" * 9000), "utf-16": "{}".encode("utf-16"), "object": b"{}", "infinite": b'{"n": Infinity}',
-    "seal": b'{"sha256": 5}', "other": b'{"skipped": {}, "bad": {}, "sha256": "%s"}' % (b"0" * 64),
+    "huge": b'{"n": %s}' % (b"9" * 9000), "utf-16": "{}".encode("utf-16"), "object": b"{}",
+    "infinite": b'{"n": Infinity}', "seal": b'{"sha256": 5}', "other": b'{"skipped": {}, "bad": {}, "sha256": "%s"}' % (b"0" * 64),
 }  # fmt: skip
 
 

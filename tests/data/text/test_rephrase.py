@@ -1,9 +1,11 @@
 """Rephrasing against a server on loopback: what it is asked, what passes, what is kept, and what stops it."""
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -141,8 +143,10 @@ def test_words_must_be_the_sources_unless_it_is_a_translation():
 
 @pytest.mark.parametrize("answer", ["yes", '{"faithful": "no"}', "{", "[]", ""])
 def test_no_verdict_is_not_faithful(answer):
-    assert faithfulness.verdict(answer) == "meaning: the endpoint gave no verdict"
+    deep = '{"a":' * 100_000 + "}"
+    assert faithfulness.verdict(answer) == faithfulness.verdict(deep) == "meaning: the endpoint gave no verdict"
     assert faithfulness.verdict('```json\n{"faithful": true}\n```') is None
+    assert faithfulness.verdict('{"faithful": true, "tokens": %s}' % ("9" * 9000)) is None
 
 
 def test_failures_that_may_pass_are_tried_again(source, tmp_path, no_pauses):
@@ -223,11 +227,28 @@ def test_what_is_left_out_and_what_is_bad(source, tmp_path):
         (tmp_path / "wiki.jsonl").write_text("{\n[]\n")
         with pytest.raises(UserError) as error:
             run(tmp_path, url, variants=1)
-    assert len(error.value.problems) == 2
+        assert error.value.problems == (
+            f"{tmp_path}/wiki.jsonl:1: is not JSON (Expecting property name enclosed in double quotes: "
+            "line 2 column 1 (char 2)); fix or remove the line",
+            f"{tmp_path}/wiki.jsonl:2: is not a JSON object; fix or remove the line",
+            "2 bad lines; or leave them out by --skip-bad-lines N",
+        )
+        (tmp_path / "wiki.jsonl").write_text("{\n[]\n" + json.dumps({"text": source[0]}))
+        report = run(tmp_path, url, variants=1, skip_bad_lines=2)
+    assert report["variants"] == 1 and report["left_out"]["bad line"]["count"] == 2
 
 
 def test_wrong_arguments_are_all_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as error:
+        rephrase(["wiki=~/dump"], "~/out", "http://localhost:1", "m", skip_bad_lines=-1)
+    assert error.value.problems == (
+        f"source = '~/dump': no such file or folder; ~ is not expanded here, give '{Path.home()}/dump'",
+        f"--out '~/out': ~ is not expanded here; nearest: '{Path.home()}/out'",
+        "--skip-bad-lines -1: must be at least 0",
+    )
+    with pytest.raises(UserError, match="text_field = 'note': none of the 1 files is JSON lines or Parquet"):
+        rephrase([str(tmp_path / "file")], str(tmp_path / "out"), "http://localhost:1", "m", text_field="note")
     arguments = [
         "rephrase",
         str(tmp_path / "none"),
@@ -263,11 +284,57 @@ def test_styles_of_a_file(tmp_path):
     path = tmp_path / "styles.json"
     path.write_text('[{"name": "a", "prompt": "b"}, {"name": "en", "prompt": "Translate.", "same_language": false}]')
     assert read_styles(str(path)) == (Style("a", "b"), Style("en", "Translate.", False))
-    for text in ("[]", "{", "[1]", '[{"name": "a"}]', '[{"name": "a", "prompt": 1}]',
-                 '[{"name": "a", "prompt": "b"}, {"name": "a", "prompt": "c"}]'):  # fmt: skip
-        path.write_text(text)
-        with pytest.raises(UserError, match="must be .*each name once"):
+    linked = tmp_path / "linked.json"
+    linked.symlink_to(path)
+    assert len(read_styles(str(linked))) == 2
+    for text in (b"[]", b"{", b"[1]", b'[{"name": "a"}]', b'[{"name": "a", "prompt": 1}]', b"", b"null", b"5", b"{}",
+                 b'{"name": "a", "prompt": "b"}', b"\xff", b"[" * 100_000,
+                 b'[{"name": "a", "prompt": %s}]' % (b"9" * 9000),
+                 b'[{"name": "a", "prompt": "b"}, {"name": "a", "prompt": "c"}]'):  # fmt: skip
+        path.write_bytes(text)
+        with pytest.raises(UserError, match=f"--styles {path}: .*must be .*each name once"):
             read_styles(str(path))
+    path.unlink()
+    with pytest.raises(UserError, match=f"--styles {path}: is missing"):
+        read_styles(str(path))
+    with pytest.raises(UserError, match=f"--styles {tmp_path}: "):
+        read_styles(str(tmp_path))
+
+
+def test_damaged_answers_are_named_and_never_taken_for_others(source, tmp_path):
+    path = tmp_path / "out/answers.sqlite"
+    with serve() as (url, asked):
+        run(tmp_path, url, variants=1)
+        count, whole = len(asked), path.read_bytes()
+        for answer in ("null", "[]", '["a", 1]', '[5, true]', "[" * 100_000, "", '["a", true, false]', "{}"):
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+                database.execute("UPDATE answers SET answer = ?", (answer,))
+            with pytest.raises(UserError, match=f"{path}: is not a file of answers as it was written .*; remove it"):
+                run(tmp_path, url, variants=1)
+        for content in (b"garbage" * 99, whole[:100] + b"x" * (len(whole) - 100)):
+            for leftover in (tmp_path / "out").glob("answers.sqlite*"):
+                leftover.unlink()
+            path.write_bytes(content)
+            with pytest.raises(UserError, match=f"{path}: is not a file of answers as it was written"):
+                run(tmp_path, url, variants=1)
+        assert len(asked) == count
+        for leftover in (tmp_path / "out").glob("answers.sqlite*"):
+            leftover.unlink()
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("CREATE TABLE answers (asked TEXT)")
+        with pytest.raises(RunFailed, match=f"{path}: no such column: answer; the same command continues"):
+            run(tmp_path, url, variants=1)
+
+
+def test_answers_with_long_integers_and_deep_ones(source, tmp_path, no_pauses):
+    answer = '{"n": %s, "choices": [{"message": {"content": "so"}}]}' % ("9" * 9000)
+    replies = [(200, "[" * 100_000, {}), (200, answer, {})]
+    (tmp_path / "out").mkdir()
+    with serve(lambda number, body: replies[number - 1]) as (url, asked):
+        asking = endpoint.Endpoint(url, "m", None, tmp_path / "out/answers.sqlite", timeout=9, retries=1)
+        with contextlib.closing(asking):
+            assert asking.ask([{"role": "user", "content": "x"}], 0.0) == ("so", True)
+    assert len(asked) == 2
 
 
 def test_killed_and_run_again_it_goes_on(source, tmp_path):

@@ -15,7 +15,8 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from k2jax.errors import UserError
+from k2jax.data.text.readers import parse_json
+from k2jax.errors import RunFailed, UserError
 
 _MAX_ANSWER_BYTES = 2**24
 _LONGEST_PAUSE = 60.0  # seconds, also where the endpoint asks for more
@@ -43,19 +44,43 @@ class _Cache:
     """Answers by the sha256 of what was asked, in one SQLite file that a kill cannot break. For many threads."""
 
     def __init__(self, path: Path):
-        self.lock = threading.Lock()
+        self.path, self.lock = path, threading.Lock()
         self.database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self.database.execute("PRAGMA journal_mode = WAL")
-        self.database.execute("CREATE TABLE IF NOT EXISTS answers (asked TEXT PRIMARY KEY, answer TEXT) WITHOUT ROWID")
+        try:
+            self._execute("PRAGMA journal_mode = WAL")
+            self._execute("CREATE TABLE IF NOT EXISTS answers (asked TEXT PRIMARY KEY, answer TEXT) WITHOUT ROWID")
+        except BaseException:
+            self.database.close()
+            raise
+
+    def _damaged(self, reason: object) -> UserError:
+        hint = "remove it, so that every answer is asked for again, or name another --out"
+        return UserError(f"{self.path}: is not a file of answers as it was written ({reason}); {hint}")
+
+    def _execute(self, statement: str, values: tuple = ()) -> tuple | None:
+        """The first row. RunFailed if the disk or another process is in the way, UserError if the file is damaged."""
+        try:
+            with self.lock:
+                return self.database.execute(statement, values).fetchone()
+        except sqlite3.OperationalError as error:  # such as a full disk
+            raise RunFailed(f"{self.path}: {error}; the same command continues from here") from None
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from None
 
     def get(self, asked: str) -> Answer | None:
-        with self.lock:
-            row = self.database.execute("SELECT answer FROM answers WHERE asked = ?", (asked,)).fetchone()
-        return Answer(*json.loads(row[0])) if row else None
+        row = self._execute("SELECT answer FROM answers WHERE asked = ?", (asked,))
+        if row is None:
+            return None
+        try:
+            text, finished = parse_json(row[0])
+            if not isinstance(text, str) or not isinstance(finished, bool):
+                raise TypeError("an answer is a text and a boolean")
+        except (ValueError, TypeError) as error:
+            raise self._damaged(error) from None
+        return Answer(text, finished)
 
     def put(self, asked: str, answer: Answer) -> None:
-        with self.lock:
-            self.database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (asked, json.dumps(answer)))
+        self._execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (asked, json.dumps(answer)))
 
 
 def _read(response, deadline: float) -> bytes:
@@ -71,7 +96,7 @@ def _read(response, deadline: float) -> bytes:
 
 
 def _parse(body: bytes) -> Answer:
-    choice = json.loads(body)["choices"][0]
+    choice = parse_json(body)["choices"][0]
     text = choice["message"]["content"]
     if not isinstance(text, str):
         raise TypeError(f"choices[0].message.content is {type(text).__name__}, not text")

@@ -5,11 +5,11 @@ up figures. They are lenient; what they let through, the endpoint is asked about
 alignment" (arXiv 2507.20534, 2.2). Neither proves that a text is right.
 """
 
-import json
 import re
 from collections import Counter
 
 from k2jax.data.text.dedup import WORD, share_of_common_shingles
+from k2jax.data.text.readers import parse_json
 
 _SHORTEST, _LONGEST = 0.4, 2.5  # characters of a rewrite per character of its source
 _MOST_COMMON = 0.8  # Jaccard similarity of sets of 5 words; above, it is a copy
@@ -64,7 +64,7 @@ def verdict(answer: str) -> str | None:
     """None for a faithful rewrite, else what is wrong; an answer that is no verdict counts as wrong."""
     match = re.search(r"\{.*\}", answer, re.DOTALL)
     try:
-        found = json.loads(match[0]) if match else {}
+        found = parse_json(match[0]) if match else {}
     except ValueError:
         found = {}
     if not isinstance(found, dict) or not isinstance(found.get("faithful"), bool):

@@ -21,8 +21,8 @@ from k2jax.data.text import dedup, filters
 from k2jax.data.text.executors import executor_problems, run_stage
 from k2jax.data.text.job import FORMAT, Recipe, cut_into_tasks, read_result, result, save_recipe
 from k2jax.data.text.progress import Progress, costs_of, watched
-from k2jax.data.text.readers import has_fields
-from k2jax.data.text.sources import EXTRA, File, Tally, bad_lines, find_files, missing_for, source_and_path
+from k2jax.data.text.readers import choose_files
+from k2jax.data.text.sources import EXTRA, Tally, path_problems, refuse_bad, source_and_path
 from k2jax.data.text.tasks import STAGES, fates, left_out
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_vocab
 from k2jax.errors import UserError
@@ -32,18 +32,9 @@ TASK_BYTES = 2**26
 
 
 def _source_problems(specs: list[str], out: Path):
-    if not specs:
-        yield "source: is an empty list; name a folder or a file"
-    for spec in specs:
-        _, path = source_and_path(spec)
-        if is_url(path):
-            if importlib.util.find_spec("fsspec") is None:
-                yield f"source = {path!r}: a URL needs fsspec; {EXTRA}"
-        elif not os.path.exists(path):
-            expanded = os.path.expanduser(path)
-            hint = f"; ~ is not expanded here, give {expanded!r}" if path != expanded else ""
-            yield f"source = {path!r}: no such file or folder{hint}"
-        elif os.path.isdir(path) and out.resolve().is_relative_to(Path(path).resolve()):
+    yield from path_problems(specs)
+    for _, path in map(source_and_path, specs):
+        if not is_url(path) and os.path.isdir(path) and out.resolve().is_relative_to(Path(path).resolve()):
             yield f"out = {str(out)!r}: must not lie inside source = {path!r}; name a folder outside"
 
 
@@ -85,21 +76,6 @@ def _tokenizer_or_problems(spec: str) -> tuple[Tokenizer | None, tuple[str, ...]
         return None, error.problems
 
 
-def _find(specs: list[str], recipe: dict, skipped: Tally) -> list[File]:
-    """The files of all sources; UserError if a URL cannot be listed or a kind of file not be read here."""
-    try:
-        files = find_files(specs, recipe["pattern"], tuple(recipe["exclude"]), skipped)
-    except (OSError, ImportError, ValueError) as error:  # a URL's: what fsspec raises for a bucket, or says to install
-        raise UserError(f"source: cannot be listed: {type(error).__name__}: {error}") from None
-    problems = [*missing_for(files)]
-    if recipe["text_field"] != "text" and files and not any(map(has_fields, files)):
-        rule = f"none of the {len(files)} files is JSON lines or Parquet, so that it names nothing; leave it out"
-        problems.append(f"text_field = {recipe['text_field']!r}: {rule}")
-    if problems:
-        raise UserError(*problems)
-    return files
-
-
 def _versions(recipe: dict) -> dict[str, str]:
     used = {"datatrove": recipe["filters"], "rensa": recipe["near_duplicates"]}
     return {name: importlib.metadata.version(name) for name, wanted in used.items() if wanted}
@@ -125,18 +101,11 @@ def _work_folder(out: Path) -> Iterator[Path]:
 
 
 def _refuse_bad(work: Path, recipe: Recipe) -> None:
-    """UserError for all lines and files that could not be read; recipe.skip_bad_lines lines are left out instead."""
+    """UserError for the lines and files of all tasks that could not be read."""
     bad = Tally(num_examples=10)
     for rank in range(len(recipe.tasks)):
         bad.merge(read_result(result(work, "read", rank) / "tally.json")["bad"])
-    lines = bad.reasons.get("line", {"count": 0})["count"]
-    if bad.reasons.keys() <= {"line"} and lines <= recipe.skip_bad_lines:
-        return
-    hint = []
-    if lines > recipe.skip_bad_lines:
-        allowed = f"{recipe.skip_bad_lines} are allowed" if recipe.skip_bad_lines else "or leave them out"
-        hint = [f"{lines} bad lines; {allowed} by --skip-bad-lines N"]
-    raise UserError(*bad_lines(bad), *hint)
+    refuse_bad(bad, recipe.skip_bad_lines)
 
 
 def _refuse_lopsided(work: Path, recipe: Recipe) -> None:
@@ -187,7 +156,7 @@ def _recipe(specs: list[str], out: Path, values: dict, task_bytes: int, executor
     if problems:
         raise UserError(*problems)
     skipped = Tally()
-    files = _find(specs, values, skipped)
+    files = choose_files(specs, values["pattern"], tuple(values["exclude"]), values["text_field"], skipped)
     recipe = Recipe(
         format=FORMAT,
         sources=specs,

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from k2jax.data.text.packed import ARCHIVES, open_unpacked, suffixes_of
-from k2jax.data.text.sources import File, Tally
+from k2jax.data.text.sources import File, Tally, find_files, missing_for
+from k2jax.errors import UserError
 
 PART_BYTES = 2**14
 WHOLE_BYTES = 2**20  # a larger text in a folder is cut into parts as well, or nearly nothing of it could be held out
@@ -35,9 +36,24 @@ class Record(NamedTuple):
     origin: dict | None  # {"source", "name", "sha256"} of the text that this one rephrases
 
 
-def has_fields(file: File) -> bool:
-    """True for kinds of file in which `text_field` names the text."""
-    return suffixes_of(file.name)[0] in (*JSON_LINES, ".parquet")
+def choose_files(
+    specs: list[str], pattern: str, exclude: tuple[str, ...], text_field: str, skipped: Tally
+) -> list[File]:
+    """The files of all sources. UserError if a URL cannot be listed, a kind of file not be read here, or no file has
+    fields that `text_field` could name.
+    """
+    try:
+        files = find_files(specs, pattern, exclude, skipped)
+    except (OSError, ImportError, ValueError) as error:  # a URL's: what fsspec raises for a bucket, or says to install
+        raise UserError(f"source: cannot be listed: {type(error).__name__}: {error}") from None
+    problems = [*missing_for(files)]
+    have_fields = any(suffixes_of(file.name)[0] in (*JSON_LINES, ".parquet") for file in files)
+    if text_field != "text" and files and not have_fields:
+        rule = f"none of the {len(files)} files is JSON lines or Parquet, so that it names nothing; leave it out"
+        problems.append(f"text_field = {text_field!r}: {rule}")
+    if problems:
+        raise UserError(*problems)
+    return files
 
 
 def parse_json(text: str | bytes) -> object:

@@ -22,10 +22,10 @@ from typing import NamedTuple
 
 from k2jax.data.text.endpoint import Endpoint, NoAnswer
 from k2jax.data.text.faithfulness import question, quick_check, verdict
-from k2jax.data.text.readers import Record, records
-from k2jax.data.text.sources import Tally, bad_lines, find_files, missing_for, source_and_path
+from k2jax.data.text.readers import Record, choose_files, records
+from k2jax.data.text.sources import Tally, path_problems, refuse_bad
 from k2jax.errors import RunFailed, UserError
-from k2jax.files import is_url, locked, write_atomic
+from k2jax.files import is_url, locked, parse_json, read_small, write_atomic
 
 _TEMPERATURE = 0.7
 _ATTEMPTS = 2  # of one chunk, before its variant is given up
@@ -62,20 +62,20 @@ class Options(NamedTuple):
 
 
 def read_styles(path: str) -> tuple[Style, ...]:
-    """The styles of a JSON file: [{"name": ..., "prompt": ..., "same_language": true}, ...]."""
+    """The styles of a JSON file: [{"name": ..., "prompt": ..., "same_language": true}, ...]. UserError for another."""
+    form = 'must be [{"name": "plain", "prompt": "You write ...", "same_language": true}, ...], each name once'
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = parse_json(path, read_small(Path(path), follow_links=True), form)
         styles = tuple(Style(**value) for value in values)
         fits = all(
             isinstance(s.name, str) and isinstance(s.prompt, str) and isinstance(s.same_language, bool) for s in styles
         )
         if not styles or not fits or len({style.name for style in styles}) < len(styles):
             raise ValueError("a name twice, or a value of another type")
-    except OSError as error:
-        raise UserError(f"--styles {path!r}: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"--styles {error}") from None
     except (ValueError, TypeError) as error:
-        form = '[{"name": "plain", "prompt": "You write ...", "same_language": true}, ...], each name once'
-        raise UserError(f"--styles {path!r}: must be {form} ({error})") from None
+        raise UserError(f"--styles {path}: {form} ({error})") from None
     return styles
 
 
@@ -163,12 +163,11 @@ def _only_writer(out: Path) -> Iterator[None]:
 
 
 def _problems(specs: list[str], out: Path, url: str, options: Options, parallel: int, timeout: float, retries: int):
-    for spec in specs:
-        _, path = source_and_path(spec)
-        if not is_url(path) and not os.path.exists(path):
-            yield f"source = {path!r}: no such file or folder"
+    yield from path_problems(specs)
     if is_url(out):
         yield f"--out {str(out)!r}: must be a folder, not a URL"
+    elif str(out).startswith("~"):
+        yield f"--out {str(out)!r}: ~ is not expanded here; nearest: {os.path.expanduser(out)!r}"
     elif out.exists() and not (out.is_dir() and ((out / "answers.sqlite").exists() or not any(out.iterdir()))):
         yield f"--out {str(out)!r}: exists and is not a folder of an earlier rephrase; name a new one"
     if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
@@ -254,29 +253,30 @@ def rephrase(
     pattern: str = "**/*",
     exclude: tuple[str, ...] = (),
     text_field: str = "text",
+    skip_bad_lines: int = 0,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> dict:
     """Write `out`/variants.jsonl, at most `variants` per document, and `out`/report.json; returns the report.
 
-    progress: called with documents, variants and requests so far. Raises UserError for arguments, bad lines and an
-    endpoint that refuses, RunFailed if it stops answering; what was answered is kept, and the same call goes on.
+    skip_bad_lines: lines that may be left out because they cannot be read; more are an error. progress: called with
+    documents, variants and requests so far. Raises UserError for arguments, bad lines and an endpoint that refuses, RunFailed if it stops answering; what was answered is kept, and the same call goes on.
     """
     folder, options = Path(out), Options(variants, styles, chunk_chars, text_field, min_chars)
     problems = [*_problems(specs, folder, url, options, parallel, timeout, retries)]
+    if skip_bad_lines < 0:
+        problems.append(f"--skip-bad-lines {skip_bad_lines}: must be at least 0")
     if problems:
         raise UserError(*problems)
     left_out, rejected, bad = Tally(), Tally(), Tally(num_examples=10)
-    files = find_files(specs, pattern, exclude, left_out)
-    if problems := [*missing_for(files)]:
-        raise UserError(*problems)
+    files = choose_files(specs, pattern, exclude, text_field, left_out)
     with _only_writer(folder), contextlib.ExitStack() as stack:
         endpoint = Endpoint(url, model, key, folder / "answers.sqlite", timeout=timeout, retries=retries)
         stack.callback(endpoint.close)
         file = stack.enter_context(open(folder / "variants.jsonl.partial", "w", encoding="utf-8"))
         documents = _documents(files, options, left_out, bad)
         counts = _write_variants(file, endpoint, options, documents, parallel, rejected, progress)
-        if bad.reasons:
-            raise UserError(*bad_lines(bad))
+        refuse_bad(bad, skip_bad_lines)
+        left_out.merge({f"bad {reason}": entry for reason, entry in bad.reasons.items()})
         file.flush()
         os.fsync(file.fileno())
         os.replace(folder / "variants.jsonl.partial", folder / "variants.jsonl")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from k2jax.errors import UserError
 from k2jax.files import is_url
 
 _SOURCE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*)=(.*)", re.DOTALL)
@@ -30,14 +31,23 @@ class Tally:
             self.add(reason, *entry["examples"], count=entry["count"])
 
 
-def bad_lines(bad: Tally) -> list[str]:
-    """Messages for the files and lines in `bad`, the first few of each, with a count of the rest."""
+def refuse_bad(bad: Tally, allowed: int) -> None:
+    """UserError for lines and files that could not be read, unless they are at most `allowed` lines and no file.
+
+    It has the first few of each, with a count of the rest.
+    """
+    lines = bad.reasons.get("line", {"count": 0})["count"]
+    if bad.reasons.keys() <= {"line"} and lines <= allowed:
+        return
     messages = []
     for reason, entry in sorted(bad.reasons.items()):
         messages += entry["examples"]
         if (rest := entry["count"] - len(entry["examples"])) > 0:
             messages.append(f"and {rest} more bad {reason}{'s' if rest > 1 else ''}, {entry['count']} in all")
-    return messages
+    if lines > allowed:
+        rule = f"{allowed} are allowed" if allowed else "or leave them out"
+        messages.append(f"{lines} bad lines; {rule} by --skip-bad-lines N")
+    raise UserError(*messages)
 
 
 class File(NamedTuple):
@@ -53,6 +63,21 @@ def source_and_path(spec: str) -> tuple[str, str]:
     """("wiki", "dump/") of "wiki=dump/"; a path alone is of the source "text"."""
     match = _SOURCE.fullmatch(spec)
     return (match[1], match[2]) if match else ("text", spec)
+
+
+def path_problems(specs: list[str]) -> Iterator[str]:
+    """Problems with the paths of sources, of which no file is read."""
+    if not specs:
+        yield "source: is an empty list; name a folder or a file"
+    for spec in specs:
+        _, path = source_and_path(spec)
+        if is_url(path):
+            if importlib.util.find_spec("fsspec") is None:
+                yield f"source = {path!r}: a URL needs fsspec; {EXTRA}"
+        elif not os.path.exists(path):
+            expanded = os.path.expanduser(path)
+            hint = f"; ~ is not expanded here, give {expanded!r}" if path != expanded else ""
+            yield f"source = {path!r}: no such file or folder{hint}"
 
 
 def _glob(pattern: str) -> str:
