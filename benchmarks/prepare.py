@@ -2,7 +2,7 @@
 
 Takes text that every machine with Python has (the standard library, installed packages, man pages), trains a vocabulary
 in Kimi's format on it, and prepares it several times inside FOLDER:
-- the rate of every stage in MB of text per CPU second, of tokenise-and-write (stages write and merge) at least 3;
+- the rate of every task in MB of text per CPU second, of tokenise-and-write (tasks write and merge) at least 3;
 - SIGKILL at five random moments, and the resumed store byte for byte that of a preparation that was never killed;
 - the same manifest from this process, from two of datatrove's workers and, where Ray is installed, from Ray.
 Rates are per second of CPU time, so that other load does not change them. Exits with 1 where one of these fails.
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from k2jax.data.text.readers import records
 from k2jax.data.text.sources import Tally, find_files
-from k2jax.data.text.tasks import STAGES
+from k2jax.data.text.tasks import TASKS
 from k2jax.data.tokenizer import train_bpe
 
 LEAST_RATE = 3.0
@@ -88,7 +88,7 @@ class Runner:
     def __init__(self, folder: Path, specs: list[str], tokenizer: Path):
         self.folder, self.script = folder, folder / "child.py"
         self.script.write_text(CHILD)
-        self.options = {"source": specs, "tokenizer": str(tokenizer), "near_duplicates": 0.8, "task_bytes": 8 * 10**6}
+        self.options = {"source": specs, "tokenizer": str(tokenizer), "near_duplicates": 0.8, "rank_bytes": 8 * 10**6}
 
     def start(self, out: str, **options) -> subprocess.Popen:
         values = {**self.options, "out": str(self.folder / out), **options}
@@ -104,15 +104,15 @@ class Runner:
         return json.loads(output.splitlines()[-1]), time.monotonic() - started
 
 
-def show_rates(name: str, stages: dict) -> None:
-    """Print MB per CPU second of each stage and part."""
+def show_rates(name: str, tasks: dict) -> None:
+    """Print MB per CPU second of each task and part."""
     print(f"\n{name:10} {'MB':>8} {'CPU s':>8} {'MB/CPU s':>9}")
-    for stage, cost in stages.items():
+    for task, cost in tasks.items():
         size, seconds = cost["text_bytes"] / 1e6, cost["cpu_seconds"]
         print(
-            f"{stage:10} {size:8.1f} {seconds:8.2f} {size / seconds:9.1f}"
+            f"{task:10} {size:8.1f} {seconds:8.2f} {size / seconds:9.1f}"
             if size
-            else f"{stage:10} {'':8} {seconds:8.2f}"
+            else f"{task:10} {'':8} {seconds:8.2f}"
         )
         for part, taken in cost["parts"].items():
             print(f"  {part:16} {taken:10.2f} {size / max(taken, 1e-9):9.1f}")
@@ -133,9 +133,9 @@ def kill_and_resume(runner: Runner, seconds: float, rng: random.Random) -> int:
             child.send_signal(signal.SIGKILL)
             kills += 1
         child.wait()
-        stages = runner.folder / ".killed.k2jax-partial"
-        done = {p.name: sum(c.suffix != ".tmp" for c in p.iterdir()) for p in stages.iterdir() if p.is_dir()}
-        print("killed; results so far:", {name: done[name] for name in STAGES if name in done}, flush=True)
+        folder = runner.folder / ".killed.k2jax-partial"
+        done = {p.name: sum(c.suffix != ".tmp" for c in p.iterdir()) for p in folder.iterdir() if p.is_dir()}
+        print("killed; results so far:", {name: done[name] for name in TASKS if name in done}, flush=True)
     runner.run("killed", workers=2)
     return kills
 
@@ -154,12 +154,12 @@ def main() -> int:
     print(f"vocabulary: {ranks:,} ranks in Kimi's format")
     runner, failures = Runner(args.folder, specs, args.folder / "k2.tiktoken"), []
     one, _ = runner.run("one")
-    show_rates("all text", one["stages"])
-    written = one["stages"]["write"]["cpu_seconds"] + one["stages"]["merge"]["cpu_seconds"]
-    rate = one["stages"]["write"]["text_bytes"] / 1e6 / written
+    show_rates("all text", one["tasks"])
+    written = one["tasks"]["write"]["cpu_seconds"] + one["tasks"]["merge"]["cpu_seconds"]
+    rate = one["tasks"]["write"]["text_bytes"] / 1e6 / written
     for kind in ("repetition", "quality"):  # each alone: what the one leaves out, the other would not see
         filtered, _ = runner.run(kind, filters=[kind], validation_fraction=0.5)
-        show_rates(kind, {"read": filtered["stages"]["read"]})
+        show_rates(kind, {"read": filtered["tasks"]["read"]})
     print(f"\ntokenise-and-write: {rate:.1f} MB per CPU second (at least {LEAST_RATE})")
     if rate < LEAST_RATE:
         failures.append("tokenise-and-write is too slow")

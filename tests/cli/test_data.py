@@ -9,8 +9,8 @@ from k2jax.cli import data
 from k2jax.data.text.progress import Progress
 
 
-def at(seconds, documents, tokens, size, stage="write", before=(5, 0, 50, 100)):
-    return Progress(stage, (1, 4), documents, 0, tokens, (size, 1100), seconds, before)
+def at(seconds, documents, tokens, size, task="write", before=(5, 0, 50, 100)):
+    return Progress(task, (1, 4), documents, 0, tokens, (size, 1100), seconds, before)
 
 
 @pytest.mark.parametrize(

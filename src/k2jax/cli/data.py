@@ -26,13 +26,13 @@ def _rates(p) -> str:
 
 
 def _share(p) -> float:
-    done, total = p.file_bytes if p.file_bytes[0] else p.tasks
+    done, total = p.file_bytes if p.file_bytes[0] else p.ranks
     return done / total if total else 1.0
 
 
 @contextmanager
 def _progress_bars(console) -> Iterator[Callable]:
-    """A bar per stage; without a terminal, a line every ten seconds."""
+    """A bar per task; without a terminal, a line every ten seconds."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     columns = (
@@ -45,12 +45,12 @@ def _progress_bars(console) -> Iterator[Callable]:
 
     def show(p) -> None:
         if console.is_terminal:
-            if p.stage not in ids:
-                ids[p.stage] = bars.add_task(p.stage, total=1.0, rates="")
-            bars.update(ids[p.stage], completed=_share(p), rates=_rates(p))
+            if p.task not in ids:
+                ids[p.task] = bars.add_task(p.task, total=1.0, rates="")
+            bars.update(ids[p.task], completed=_share(p), rates=_rates(p))
         elif time.monotonic() - last[0] > _SECONDS_BETWEEN_LINES:
             last[0] = time.monotonic()
-            console.print(f"{p.stage}: {_share(p):.0%}, {p.documents:,} documents, {_rates(p)}", markup=False)
+            console.print(f"{p.task}: {_share(p):.0%}, {p.documents:,} documents, {_rates(p)}", markup=False)
 
     if not console.is_terminal:
         yield show
@@ -59,16 +59,16 @@ def _progress_bars(console) -> Iterator[Callable]:
         yield show
 
 
-def _stage_table(stages: dict):
+def _task_table(tasks: dict):
     from rich.table import Table
 
-    table = Table("stage", "documents", "MB", "CPU s", "MB per CPU s", "of which", box=None)
-    for name, cost in stages.items():
+    table = Table("task", "documents", "MB", "CPU s", "MB per CPU s", "of which", box=None)
+    for name, cost in tasks.items():
         size, seconds = cost["text_bytes"] / 1e6, cost["cpu_seconds"]
         rate = f"{size / seconds:,.1f}" if size and seconds else ""
         parts = ", ".join(f"{part} {taken:,.1f} s" for part, taken in cost["parts"].items() if taken >= 0.05)
         if "unreadable" in cost:
-            parts += f"{', ' if parts else ''}without {cost['unreadable']} tasks, whose reports are damaged"
+            parts += f"{', ' if parts else ''}without {cost['unreadable']} ranks, whose reports are damaged"
         table.add_row(name, f"{cost['documents'] or '':,}" if cost["documents"] else "", f"{size:,.1f}" if size else "",
                       f"{seconds:,.1f}", rate, parts)  # fmt: skip
     return table
@@ -104,7 +104,7 @@ def prepare(args, rest: list[str]) -> int:
         console.print(
             f"left out, {reason}: {entry['count']:,} (such as {', '.join(entry['examples'][:2])})", markup=False
         )
-    console.print(_stage_table(summary["stages"]))
+    console.print(_task_table(summary["tasks"]))
     for split, counts in summary["splits"].items():
         text = f"{counts['documents']:,} documents, {counts['text_bytes']:,} bytes, {counts['tokens']:,} tokens"
         console.print(f"{split}: {text}", markup=False)

@@ -37,7 +37,7 @@ def _preparing_commands(command) -> None:
         "--near-duplicates", type=float, metavar="J", help="drop documents with similarity J or more; 0.8 is usual"
     )
     sub.add_argument("--executor", default="local", help="local, slurm or ray (default: %(default)s)")
-    sub.add_argument("--workers", type=int, default=1, help="parallel tasks (default: %(default)s)")
+    sub.add_argument("--workers", type=int, default=1, help="parallel workers (default: %(default)s)")
     sub.add_argument(
         "--executor-option", action="append", default=[], metavar="KEY=VALUE", help="such as partition=cpu for slurm"
     )

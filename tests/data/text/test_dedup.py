@@ -55,7 +55,7 @@ def test_300_near_duplicates_go_and_3000_distinct_documents_stay(tmp_path):
         (tmp_path / f"{file}.jsonl").write_text(lines)
     summary = prepare(
         [f"{tmp_path}/{file}.jsonl" for file in range(6)], str(tmp_path / "out"), "byte", near_duplicates=0.8,
-        task_bytes=2**20,
+        rank_bytes=2**20,
     )  # fmt: skip
     names = [name for file in range(6) for name in [name for name, _ in entries[file::6]]]
     kept = set()
@@ -98,13 +98,13 @@ def brute_force(texts, threshold):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 7])
-@pytest.mark.parametrize("num_tasks", [1, 5])
-def test_pairs_are_found_whatever_the_cut(tmp_path, num_tasks, num_ranks):
+@pytest.mark.parametrize("num_indexes", [1, 5])
+def test_pairs_are_found_whatever_the_cut(tmp_path, num_indexes, num_ranks):
     rng = random.Random(3)
     base = [" ".join(f"w{rng.randrange(10**6)}" for _ in range(300)) for _ in range(20)]
     texts = base + base[::3] + [" ".join([*text.split()[:-2], "x", "y"]) for text in base[::4]] + ["...", "!!!", ""]
     rng.shuffle(texts)
-    folders, parts = [], np.array_split(np.arange(len(texts)), num_tasks)
+    folders, parts = [], np.array_split(np.arange(len(texts)), num_indexes)
     for number, part in enumerate(parts):
         folder = tmp_path / str(number)
         folder.mkdir()

@@ -35,15 +35,15 @@ CODE = """
 import functools, sys
 from k2jax.data.text import prepare
 from k2jax.cli.main import main
-prepare.prepare = functools.partial(prepare.prepare, task_bytes=6000)
+prepare.prepare = functools.partial(prepare.prepare, rank_bytes=6000)
 if __name__ == "__main__":
     sys.exit(main())
 """
 
 
 def start(tmp_path, source, name, *options, path=None):
-    """`k2jax prepare` in a process of its own, with small tasks."""
-    (tmp_path / "small_tasks.py").write_text(CODE)
+    """`k2jax prepare` in a process of its own, with small ranks."""
+    (tmp_path / "small_ranks.py").write_text(CODE)
     places = [str(Path(k2jax.__file__).parents[1]), str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "RAY_AUTH_MODE": "disabled",
                    "RAY_USAGE_STATS_ENABLED": "0"}  # fmt: skip
@@ -51,7 +51,7 @@ def start(tmp_path, source, name, *options, path=None):
         environment["PATH"] = f"{path}{os.pathsep}{os.environ['PATH']}"
     command = [
         sys.executable,
-        str(tmp_path / "small_tasks.py"),
+        str(tmp_path / "small_ranks.py"),
         "prepare",
         f"s={source}",
         "--out",
@@ -77,7 +77,7 @@ def test_two_workers_give_the_same_store(tmp_path, source):
     assert (alone.returncode, two.returncode, two.stderr) == (0, 0, "")
     assert manifest(tmp_path, "one") == manifest(tmp_path, "two")
     assert json.loads(manifest(tmp_path, "one"))["skipped"]["duplicate"]["count"] > 20
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "one", "small_tasks.py", "two"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "one", "small_ranks.py", "two"]
 
 
 def processes_with(marker):
@@ -150,25 +150,25 @@ def test_slurm(tmp_path, source, slurm):
     assert done.returncode == 0, done.stderr
     assert manifest(tmp_path, "one") == manifest(tmp_path, "two")
     scripts = (tmp_path / "scripts").read_text()
-    assert scripts.count("#SBATCH --partition=cpu") == scripts.count("#SBATCH --time=1:00:00") == 6  # one per stage
+    assert scripts.count("#SBATCH --partition=cpu") == scripts.count("#SBATCH --time=1:00:00") == 6  # one per task
     assert "#SBATCH --job-name=k2jax-read" in scripts and "%3" in scripts
     assert f"source {sys.prefix}/bin/activate" in scripts
 
 
-def test_a_stage_that_fails_says_why_and_can_be_tried_again(tmp_path, source, slurm):
+def test_a_task_that_fails_says_why_and_can_be_tried_again(tmp_path, source, slurm):
     run(tmp_path, source, "one")
     (slurm / "srun").rename(slurm / "kept")
     (slurm / "srun").write_text("#!/bin/sh\nexit 1\n")
     (slurm / "srun").chmod(0o755)
     choice = ("--executor", "slurm", "--executor-option", "partition=cpu", "--executor-option", "time=1:00:00")
     done = run(tmp_path, source, "two", *choice, path=slurm)
-    assert done.returncode == 1 and "stage read: 3 tasks have no result, first 0: no task says why" in done.stderr
+    assert done.returncode == 1 and "task read: 3 ranks have no result, first 0: no rank says why" in done.stderr
     (slurm / "kept").rename(slurm / "srun")
     assert run(tmp_path, source, "two", *choice, path=slurm).returncode == 0
     assert manifest(tmp_path, "one") == manifest(tmp_path, "two")
 
 
-def test_every_bad_line_of_all_tasks_is_named(tmp_path, source):
+def test_every_bad_line_of_all_ranks_is_named(tmp_path, source):
     for number in (1, 8):
         with open(source / f"{number}.jsonl", "a") as file:
             file.write("{\n")

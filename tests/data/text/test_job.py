@@ -12,7 +12,7 @@ from k2jax.data.text.progress import costs_of
 from k2jax.errors import RunFailed, UserError
 from k2jax.files import write_sealed
 
-OPTIONS = {"tokenizer": "byte", "validation_fraction": 0.3, "task_bytes": 300}
+OPTIONS = {"tokenizer": "byte", "validation_fraction": 0.3, "rank_bytes": 300}
 GARBAGE = {
     "empty": b"", "null": b"null", "list": b"[]", "number": b"5", "cut": b'{"skipped": {', "deep": b"[" * 100_000,
     "huge": b'{"n": %s}' % (b"9" * 9000), "utf-16": "{}".encode("utf-16"), "object": b"{}",
@@ -22,7 +22,7 @@ GARBAGE = {
 
 @pytest.fixture
 def begun(tmp_path, monkeypatch):
-    """A preparation that was interrupted before its last stage: (its call, its work folder)."""
+    """A preparation that was interrupted before its last task: (its call, its work folder)."""
     lines = [json.dumps({"text": f"note {i} of the harbour"}) for i in range(40)]
     for number in range(4):
         (tmp_path / f"{number}.jsonl").write_text("\n".join(lines[number::4]))
@@ -74,7 +74,7 @@ def test_a_damaged_result_is_named_and_made_again(begun, tmp_path, name):
     (tmp_path / "copy").rename(work)
     path = work / name
     path.write_bytes(path.read_bytes().replace(b"{", b"[", 1))
-    if "origins" in name:  # read by a task that is done
+    if "origins" in name:  # read by a rank that is done
         shutil.rmtree(work / "resolve")
     with pytest.raises(RunFailed, match=f"{name}: .*; remove {path.parent} and repeat the same command"):
         call()
@@ -98,7 +98,7 @@ def test_damaged_reports_cost_figures_and_no_store(begun, tmp_path):
         (work / f"progress/read-{number % 3:05d}.json").write_bytes(content)
         assert costs_of(work)["read"]["unreadable"] == min(number + 1, 3)
     assert costs_of(work)["read"]["documents"] == 10 and "unreadable" not in costs_of(work)["write"]
-    assert call()["stages"]["read"]["unreadable"] == 3
+    assert call()["tasks"]["read"]["unreadable"] == 3
 
 
 def test_a_damaged_manifest_does_not_become_a_store(begun, tmp_path, monkeypatch):

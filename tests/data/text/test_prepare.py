@@ -81,9 +81,9 @@ def test_folder(tree, tmp_path):
         "empty": {"count": 1, "examples": ["sub/nothing.txt"]},
         "duplicate": {"count": 1, "examples": ["sub/zcopy.txt"]},
     }  # fmt: skip
-    written = [p for (p,) in calls if p.stage == "write"][-1]
+    written = [p for (p,) in calls if p.task == "write"][-1]
     sizes = [sum(counts(store, s)[key] for s in ("train", "validation")) for key in ("text_bytes", "tokens")]
-    assert (written.documents, written.text_bytes, written.tokens, written.tasks) == (35, *sizes, (1, 1))
+    assert (written.documents, written.text_bytes, written.tokens, written.ranks) == (35, *sizes, (1, 1))
     assert written.file_bytes[0] == written.file_bytes[1] > 35
     assert summary["digest"] == store.digest and summary["splits"] == store.manifest["splits"]
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
@@ -205,7 +205,7 @@ import sys, time
 from k2jax.data.text.prepare import prepare
 print("ready", flush=True)
 started = time.process_time()
-summary = prepare(sys.argv[1], sys.argv[2], "train:400", validation_fraction=0.3, task_bytes=3000, shard_tokens=1024,
+summary = prepare(sys.argv[1], sys.argv[2], "train:400", validation_fraction=0.3, rank_bytes=3000, shard_tokens=1024,
                   chunk_tokens=256)
 print(time.process_time() - started, summary["digest"], flush=True)
 """
@@ -265,7 +265,7 @@ def test_an_interrupted_one_goes_on_and_only_as_it_began(lines, tmp_path, monkey
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    options = {"validation_fraction": 0.3, "task_bytes": 3000}
+    options = {"validation_fraction": 0.3, "rank_bytes": 3000}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setitem(tasks._TASKS, "merge", interrupt)
         prepare(str(lines), str(tmp_path / "out"), "byte", **options)
@@ -315,11 +315,11 @@ def test_a_source_that_changes_meanwhile_is_noticed(tree, tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-@pytest.mark.parametrize("task_bytes, parts", [(1, 42), (100, 6), (2**26, 1)])
-def test_the_cut_into_tasks_changes_no_document(tree, tmp_path, task_bytes, parts):
+@pytest.mark.parametrize("rank_bytes, parts", [(1, 42), (100, 6), (2**26, 1)])
+def test_the_cut_into_ranks_changes_no_document(tree, tmp_path, rank_bytes, parts):
     options = {"pattern": "**/*.txt", "validation_fraction": 0.3, "shard_tokens": 64, "chunk_tokens": 16}
     prepare(str(tree), str(tmp_path / "one"), "byte", **options)
-    prepare(str(tree), str(tmp_path / "other"), "byte", **options, task_bytes=task_bytes)
+    prepare(str(tree), str(tmp_path / "other"), "byte", **options, rank_bytes=rank_bytes)
     one, other = TokenStore(tmp_path / "one"), TokenStore(tmp_path / "other")
     for split in ("train", "validation"):
         assert documents(one, split) == documents(other, split) and counts(one, split) == counts(other, split)
@@ -345,7 +345,7 @@ def test_variants_are_on_the_side_of_their_source(tmp_path):
         "anew=" + write_lines(tmp_path / "variants.jsonl", values),
         "wiki=" + write_lines(tmp_path / "originals.jsonl", [{"text": text} for text in originals]),
     ]
-    prepare(specs, str(tmp_path / "out"), "byte", validation_fraction=0.3, task_bytes=1)
+    prepare(specs, str(tmp_path / "out"), "byte", validation_fraction=0.3, rank_bytes=1)
     store, sides = TokenStore(tmp_path / "out"), []
     for split in ("train", "validation"):
         texts = {text for _, text in documents(store, split)}

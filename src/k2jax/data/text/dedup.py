@@ -1,11 +1,11 @@
-"""Exact and near duplicates among any number of documents, in tasks that each hold a part of them.
+"""Exact and near duplicates among any number of documents, in ranks that each hold a part of them.
 
 A document is known by its number in the order of preparation; the first of equal ones stays. Exact: equal sha256.
 Near: MinHash (Broder, 1997) over sets of 5 words. 25 bands of 5 hashes make candidates, and two of them count as
 near duplicates where the share of all 125 hashes that agree, which estimates the Jaccard similarity of the sets with a
 deviation of at most 0.045, reaches the threshold.
 
-C columns of keys: the digest's, then one per band. D documents of one task, H hashes, P pairs, W words.
+C columns of keys: the digest's, then one per band. D documents of one rank, H hashes, P pairs, W words.
 """
 
 import re
@@ -75,7 +75,7 @@ def _keys(digests: np.ndarray, signatures_DH: np.ndarray | None) -> np.ndarray:
 
 
 def write_index(folder: Path, digests: np.ndarray, signatures_DH: np.ndarray | None) -> None:
-    """Write what the search needs of the documents of one task: digests uint8 [D, 32], signatures uint32 [D, H]."""
+    """Write what the search needs of the documents of one rank: digests uint8 [D, 32], signatures uint32 [D, H]."""
     keys_CD = _keys(digests, signatures_DH)
     order_CD = np.argsort(keys_CD, axis=1, kind="stable")
     np.save(folder / "digests.npy", digests)
@@ -86,7 +86,7 @@ def write_index(folder: Path, digests: np.ndarray, signatures_DH: np.ndarray | N
 
 
 class _Index:
-    """The indexes of all tasks, mapped into memory; documents are counted through them in order."""
+    """The indexes of all ranks, mapped into memory; documents are counted through them in order."""
 
     def __init__(self, folders: list[Path]):
         self.keys, self.rows, self.digests, self.signatures = (
@@ -110,9 +110,9 @@ class _Index:
         yield from (numbers[a:b] for a, b in groups if b - a > 1)
 
     def values(self, arrays: list, numbers: np.ndarray) -> np.ndarray:
-        """The rows of `arrays`, one per task, that belong to these documents."""
-        tasks = np.searchsorted(self.starts, numbers, "right") - 1
-        return np.stack([arrays[t][n - self.starts[t]] for t, n in zip(tasks, numbers, strict=True)])
+        """The rows of `arrays`, one per rank, that belong to these documents."""
+        ranks = np.searchsorted(self.starts, numbers, "right") - 1
+        return np.stack([arrays[t][n - self.starts[t]] for t, n in zip(ranks, numbers, strict=True)])
 
 
 def _pairs(numbers: np.ndarray, values: np.ndarray, least: float) -> Iterator[np.ndarray]:

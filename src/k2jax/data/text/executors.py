@@ -1,4 +1,4 @@
-"""Who runs the tasks of a stage: this process, or datatrove's executors on this machine, a Slurm or a Ray cluster.
+"""Who runs the ranks of a task: this process, or datatrove's executors on this machine, a Slurm or a Ray cluster.
 
 All of them call the same function, and every machine must see the work folder under the same path.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from k2jax.data.text.job import Recipe, read_report, unfinished
 from k2jax.data.text.sources import EXTRA
-from k2jax.data.text.tasks import num_tasks, run_stage_task
+from k2jax.data.text.tasks import num_ranks, run_task_rank
 from k2jax.errors import RunFailed, UserError
 
 KINDS = ("local", "slurm", "ray")
@@ -27,9 +27,9 @@ _OURS = {"pipeline", "tasks", "workers", "logging_dir", "depends", "depends_job_
 _POLL_SECONDS = 5.0
 
 
-def _run_rank(data, rank: int, world_size: int, *, work: str, stage: str) -> None:
+def _run_rank(data, rank: int, world_size: int, *, work: str, task: str) -> None:
     """A datatrove pipeline of one step."""
-    run_stage_task(work, stage, rank)
+    run_task_rank(work, task, rank)
 
 
 def _end_with_parent() -> None:
@@ -110,21 +110,21 @@ def _value(text: str):
         return text
 
 
-def _wait_for_slurm(job: str, recipe: Recipe, work: Path, stage: str) -> None:
-    while unfinished(work, stage, num_tasks(recipe, stage)):
+def _wait_for_slurm(job: str, recipe: Recipe, work: Path, task: str) -> None:
+    while unfinished(work, task, num_ranks(recipe, task)):
         queue = subprocess.run(["squeue", "-h", "-j", str(job)], capture_output=True, text=True)
         if queue.returncode or not queue.stdout.strip():
             return
         time.sleep(_POLL_SECONDS)
 
 
-def _run_on_datatrove(kind: str, workers: int, options: dict[str, str], recipe: Recipe, work: Path, stage: str) -> None:
+def _run_on_datatrove(kind: str, workers: int, options: dict[str, str], recipe: Recipe, work: Path, task: str) -> None:
     import loguru
 
-    loguru.logger.disable("datatrove")  # what it has to say is in the logs of the tasks
-    step = functools.partial(_run_rank, work=str(work), stage=stage)
+    loguru.logger.disable("datatrove")  # what it has to say is in the logs of the ranks
+    step = functools.partial(_run_rank, work=str(work), task=task)
     values = {name: _value(text) for name, text in options.items()}
-    common = {"tasks": num_tasks(recipe, stage), "workers": workers, "logging_dir": str(work / "executor" / stage)}
+    common = {"tasks": num_ranks(recipe, task), "workers": workers, "logging_dir": str(work / "executor" / task)}
     if kind == "local":
         _executor_class(kind)([step], **common, **values).run()
     elif kind == "ray":
@@ -139,45 +139,45 @@ def _run_on_datatrove(kind: str, workers: int, options: dict[str, str], recipe: 
         if not {"venv_path", "condaenv", "env_command"} & values.keys() and activate.is_file():
             values["venv_path"] = str(activate)
         executor = _executor_class(kind)(
-            [step], **common, **{"mail_type": "NONE", "job_name": f"k2jax-{stage}", **values}
+            [step], **common, **{"mail_type": "NONE", "job_name": f"k2jax-{task}", **values}
         )
         executor.launch_merge_stats = lambda: None  # a job of its own, for statistics that are not ours
         executor.run()
-        _wait_for_slurm(executor.job_id, recipe, work, stage)
+        _wait_for_slurm(executor.job_id, recipe, work, task)
 
 
-def _failure(work: Path, stage: str, ranks: list[int], cause: Exception | None):
-    """The causes that failed tasks wrote down."""
-    reports = (read_report(work / "errors" / f"{stage}-{rank:05d}.json") for rank in ranks)
+def _failure(work: Path, task: str, ranks: list[int], cause: Exception | None):
+    """The causes that failed ranks wrote down."""
+    reports = (read_report(work / "errors" / f"{task}-{rank:05d}.json") for rank in ranks)
     found = [report for report in reports if report is not None]
     problems = [problem for entry in found for problem in entry["problems"] or ()]
     if problems:
         return UserError(*problems)
-    why = found[0]["error"] if found else f"{type(cause).__name__}: {cause}" if cause else "no task says why"
+    why = found[0]["error"] if found else f"{type(cause).__name__}: {cause}" if cause else "no rank says why"
     where = work / ("errors" if found else "executor")
     return RunFailed(
-        f"stage {stage}: {len(ranks)} tasks have no result, first {ranks[0]}: {why}; more in {where}. "
+        f"task {task}: {len(ranks)} ranks have no result, first {ranks[0]}: {why}; more in {where}. "
         "The same command tries them again"
     )
 
 
-def run_stage(kind: str, workers: int, options: dict[str, str], recipe: Recipe, work: Path, stage: str) -> None:
-    """Run what is unfinished of a stage. UserError or RunFailed if some of it cannot be done."""
-    count, cause = num_tasks(recipe, stage), None
-    ranks = unfinished(work, stage, count)
+def run_task(kind: str, workers: int, options: dict[str, str], recipe: Recipe, work: Path, task: str) -> None:
+    """Run what is unfinished of a task. UserError or RunFailed if some of it cannot be done."""
+    count, cause = num_ranks(recipe, task), None
+    ranks = unfinished(work, task, count)
     if not ranks:
         return
     for rank in ranks:
-        (work / "errors" / f"{stage}-{rank:05d}.json").unlink(missing_ok=True)
+        (work / "errors" / f"{task}-{rank:05d}.json").unlink(missing_ok=True)
     try:
         if (kind == "local" and workers == 1) or (kind == "local" and len(ranks) == 1):
             for rank in ranks:
-                run_stage_task(str(work), stage, rank)
+                run_task_rank(str(work), task, rank)
         else:
-            _run_on_datatrove(kind, workers, options, recipe, work, stage)
+            _run_on_datatrove(kind, workers, options, recipe, work, task)
     except (UserError, RunFailed):
         raise
-    except Exception as error:  # whatever a task or an executor raises: a bug of theirs keeps its trace in errors/
+    except Exception as error:  # whatever a rank or an executor raises: a bug of theirs keeps its trace in errors/
         cause = error
-    if ranks := unfinished(work, stage, count):
-        raise _failure(work, stage, ranks, cause) from cause
+    if ranks := unfinished(work, task, count):
+        raise _failure(work, task, ranks, cause) from cause

@@ -1,13 +1,13 @@
-"""A preparation under way: its recipe, and the stages and tasks whose results lie in a folder.
+"""A preparation under way: its recipe, and its tasks, whose results lie in a folder.
 
-A task is a pure function of the recipe and of earlier stages' results. It writes into a folder of its own and renames it
-to STAGE/RANK when it is done, so that a result is there whole or not at all: after a kill the tasks without one run
-again, wherever, even twice at once, and give the same bytes.
+A task runs as ranks, each for a share of the files or keys. A rank is a pure function of the recipe and of earlier
+tasks' results. It writes into a folder of its own and renames it to TASK/RANK when it is done, so that a result is there
+whole or not at all: after a kill the ranks without one run again, wherever, even twice at once, and give the same bytes.
 
-recipe.json   what is prepared and how, the files and their cut into tasks
-STAGE/RANK/   results, one folder per task
-progress/     what each task has done so far, and at last its cost
-errors/       why a task failed
+recipe.json   what is prepared and how, the files and their cut into ranks
+TASK/RANK/    results, one folder per rank
+progress/     what each rank has done so far, and at last its cost
+errors/       why a rank failed
 
 All of these carry their own sha256. A result that has changed is an error that names it: it would change the store.
 """
@@ -28,13 +28,13 @@ from k2jax.errors import RunFailed, UserError
 from k2jax.files import parse_json, read_sealed, sealed, sync_folder, unsealed, write_atomic, write_sealed
 
 FORMAT = 1
-_MAX_TASKS, _MAX_FILES = 10_000, 4096
+_MAX_RANKS, _MAX_FILES = 10_000, 4096
 _SECONDS_BETWEEN_REPORTS = 0.5
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that the result depends on, as JSON values; `tasks` are [first, last + 1) of `files`."""
+    """All that the result depends on, as JSON values; `ranks` are [first, last + 1) of `files`."""
 
     format: int
     sources: list[str]
@@ -53,29 +53,29 @@ class Recipe:
     chunk_tokens: int
     versions: dict[str, str]  # of libraries that decide what stays
     files: list[list]
-    tasks: list[list[int]]
+    ranks: list[list[int]]
     skipped: dict  # before any task: what was found and left out
 
     def files_of(self, rank: int) -> list[File]:
-        start, stop = self.tasks[rank]
+        start, stop = self.ranks[rank]
         return [File(*entry) for entry in self.files[start:stop]]
 
 
-def cut_into_tasks(files: list[File], least_bytes: int) -> list[list[int]]:
-    """Consecutive files of at least `least_bytes` together; more where that would be over 10,000 tasks."""
-    least_bytes = max(least_bytes, -(-sum(file.size for file in files) // _MAX_TASKS))
-    tasks, start, size = [], 0, 0
+def cut_into_ranks(files: list[File], least_bytes: int) -> list[list[int]]:
+    """Consecutive files of at least `least_bytes` together; more where that would be over 10,000 ranks."""
+    least_bytes = max(least_bytes, -(-sum(file.size for file in files) // _MAX_RANKS))
+    ranks, start, size = [], 0, 0
     for number, file in enumerate(files, 1):
         size += file.size
         if size >= least_bytes or number - start == _MAX_FILES:
-            tasks.append([start, number])
+            ranks.append([start, number])
             start, size = number, 0
-    return [*tasks, [start, len(files)]] if start < len(files) else tasks
+    return [*ranks, [start, len(files)]] if start < len(files) else ranks
 
 
 def _differences(old: dict, new: dict) -> Iterator[str]:
     for name in [field.name for field in fields(Recipe)]:
-        if old.get(name) == new[name] or name in ("tasks", "skipped"):
+        if old.get(name) == new[name] or name in ("ranks", "skipped"):
             continue
         if name == "files":
             before, now = ({(e[0], e[2]): list(e) for e in files} for files in (old["files"], new["files"]))
@@ -116,7 +116,7 @@ def load_recipe(work: Path) -> Recipe:
 
 
 def read_result(path: Path) -> dict:
-    """The values of a task's result file, written by `write_sealed`.
+    """The values of a rank's result file, written by `write_sealed`.
 
     RunFailed if they are not what was written: not a UserError, after which the other results would be removed.
     """
@@ -137,7 +137,7 @@ def read_report(path: Path) -> dict | None:
 
 
 class Meter:
-    """Counts of a task's work, and seconds by the name of what took them."""
+    """Counts of a rank's work, and seconds by the name of what took them."""
 
     def __init__(self, path: Path):
         self.path, self.counts, self.seconds = path, {}, {}
@@ -165,22 +165,22 @@ class Meter:
         os.replace(temporary, self.path)
 
 
-def result(work: Path, stage: str, rank: int) -> Path:
-    return work / stage / f"{rank:05d}"
+def result(work: Path, task: str, rank: int) -> Path:
+    return work / task / f"{rank:05d}"
 
 
-def results(work: Path, stage: str, num_tasks: int) -> list[Path]:
-    return [result(work, stage, rank) for rank in range(num_tasks)]
+def results(work: Path, task: str, num_ranks: int) -> list[Path]:
+    return [result(work, task, rank) for rank in range(num_ranks)]
 
 
-def unfinished(work: Path, stage: str, num_tasks: int) -> list[int]:
-    """Ranks of a stage without a result."""
-    done = {entry.name for entry in os.scandir(work / stage)} if (work / stage).is_dir() else set()
-    return [rank for rank in range(num_tasks) if f"{rank:05d}" not in done]
+def unfinished(work: Path, task: str, num_ranks: int) -> list[int]:
+    """Ranks of a task without a result."""
+    done = {entry.name for entry in os.scandir(work / task)} if (work / task).is_dir() else set()
+    return [rank for rank in range(num_ranks) if f"{rank:05d}" not in done]
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Make a task's folder durable, then its result; where another got there first, its equal stays."""
+    """Make a rank's folder durable, then its result; where another got there first, its equal stays."""
     for root, _, names in os.walk(temporary):
         for name in names:
             with open(os.path.join(root, name), "rb") as file:
@@ -195,22 +195,22 @@ def _publish(temporary: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
-def run_task(work: Path, stage: str, rank: int, task: Callable[[Recipe, Path, int, Path, Meter], None]) -> None:
-    """Run one task unless its result is there. What it raises is also written down, for whoever started the stage."""
-    final = result(work, stage, rank)
+def run_rank(work: Path, task: str, rank: int, function: Callable[[Recipe, Path, int, Path, Meter], None]) -> None:
+    """Run one rank unless its result is there. What it raises is also written down, for whoever started the task."""
+    final = result(work, task, rank)
     if final.is_dir():
         return
     final.parent.mkdir(exist_ok=True)  # not the work folder itself: it is gone once another has finished
     temporary = final.with_name(f"{rank:05d}.{socket.gethostname()}-{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    meter = Meter(work / "progress" / f"{stage}-{rank:05d}.json")
+    meter = Meter(work / "progress" / f"{task}-{rank:05d}.json")
     try:
-        task(load_recipe(work), work, rank, temporary, meter)
+        function(load_recipe(work), work, rank, temporary, meter)
     except Exception as error:
         problems = [*error.problems] if isinstance(error, UserError) else None
         content = {"problems": problems, "error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-        write_sealed(work / "errors" / f"{stage}-{rank:05d}.json", content)
+        write_sealed(work / "errors" / f"{task}-{rank:05d}.json", content)
         raise
     meter.report(True)
     _publish(temporary, final)

@@ -18,17 +18,17 @@ import numpy as np
 
 from k2jax.data.store.manifest import CHUNK_TOKENS, SHARD_TOKENS, SPLITS, parse_manifest
 from k2jax.data.text import dedup, filters
-from k2jax.data.text.executors import executor_problems, run_stage
-from k2jax.data.text.job import FORMAT, Recipe, cut_into_tasks, read_result, result, save_recipe
+from k2jax.data.text.executors import executor_problems, run_task
+from k2jax.data.text.job import FORMAT, Recipe, cut_into_ranks, read_result, result, save_recipe
 from k2jax.data.text.progress import Progress, costs_of, watched
 from k2jax.data.text.readers import choose_files
 from k2jax.data.text.sources import EXTRA, Tally, path_problems, refuse_bad, source_and_path
-from k2jax.data.text.tasks import STAGES, fates, left_out
+from k2jax.data.text.tasks import TASKS, fates, left_out
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_vocab
 from k2jax.errors import UserError
 from k2jax.files import is_url, locked, sync_folder
 
-TASK_BYTES = 2**26
+RANK_BYTES = 2**26
 
 
 def _source_problems(specs: list[str], out: Path):
@@ -101,16 +101,16 @@ def _work_folder(out: Path) -> Iterator[Path]:
 
 
 def _refuse_bad(work: Path, recipe: Recipe) -> None:
-    """UserError for the lines and files of all tasks that could not be read."""
+    """UserError for the lines and files of all ranks that could not be read."""
     bad = Tally(num_examples=10)
-    for rank in range(len(recipe.tasks)):
+    for rank in range(len(recipe.ranks)):
         bad.merge(read_result(result(work, "read", rank) / "tally.json")["bad"])
     refuse_bad(bad, recipe.skip_bad_lines)
 
 
 def _refuse_lopsided(work: Path, recipe: Recipe) -> None:
     """UserError unless both splits have a document."""
-    ranks = range(len(recipe.tasks))
+    ranks = range(len(recipe.ranks))
     places = [np.load(result(work, "read", rank) / "places.npy")[fates(work, rank) == 0] for rank in ranks]
     places, fraction = np.concatenate([np.empty(0), *places]), recipe.validation_fraction
     held_out = int((places < fraction).sum())
@@ -136,19 +136,21 @@ def _refuse_lopsided(work: Path, recipe: Recipe) -> None:
 
 
 def _run(work: Path, recipe: Recipe, executor: tuple, progress: Callable[[Progress], None] | None) -> None:
-    """All stages, one after the other."""
-    if not recipe.tasks:
+    """All tasks, one after the other."""
+    if not recipe.ranks:
         _refuse_lopsided(work, recipe)
-    for stage in STAGES:
-        with watched(work, recipe, stage, progress):
-            run_stage(*executor, recipe, work, stage)
-        if stage == "read":
+    for task in TASKS:
+        with watched(work, recipe, task, progress):
+            run_task(*executor, recipe, work, task)
+        if task == "read":
             _refuse_bad(work, recipe)
-        if stage == "resolve":
+        if task == "resolve":
             _refuse_lopsided(work, recipe)
 
 
-def _recipe(specs: list[str], out: Path, values: dict, task_bytes: int, executor: tuple) -> tuple[Recipe, Tokenizer | None]:
+def _recipe(
+    specs: list[str], out: Path, values: dict, rank_bytes: int, executor: tuple
+) -> tuple[Recipe, Tokenizer | None]:
     """UserError with every problem that the arguments alone show, then with those of the files."""
     chosen, problems = _tokenizer_or_problems(values["tokenizer"])
     problems = [*_source_problems(specs, out), *_argument_problems(out, values), *problems]
@@ -163,7 +165,7 @@ def _recipe(specs: list[str], out: Path, values: dict, task_bytes: int, executor
         tokenizer_digest=chosen.digest if chosen else None,
         versions=_versions(values),
         files=[[*file] for file in files],
-        tasks=cut_into_tasks(files, task_bytes),
+        ranks=cut_into_ranks(files, rank_bytes),
         skipped=skipped.reasons,
         **values,
     )
@@ -178,7 +180,7 @@ def _finish(work: Path, out: Path) -> dict:
     sync_folder(out.parent)
     shutil.rmtree(work, ignore_errors=True)
     summary = {key: manifest[key] for key in manifest if key != "files"}
-    return {"path": str(out), "digest": hashlib.sha256(content).hexdigest(), **summary, "stages": costs}
+    return {"path": str(out), "digest": hashlib.sha256(content).hexdigest(), **summary, "tasks": costs}
 
 
 def prepare(
@@ -199,11 +201,11 @@ def prepare(
     workers: int = 1,
     executor_options: dict[str, str] | None = None,
     progress: Callable[[Progress], None] | None = None,
-    task_bytes: int = TASK_BYTES,
+    rank_bytes: int = RANK_BYTES,
     shard_tokens: int = SHARD_TOKENS,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> dict:
-    """Make the token store `out` and return its manifest without the files, with "path", "digest" and "stages".
+    """Make the token store `out` and return its manifest without the files, with "path", "digest" and "tasks".
 
     source: folders, files and URLs, each alone or as NAME=PATH, where NAME is the source that the store records. The
     suffix says how a file is read (readers.py): .jsonl has a document in each line in the field `text_field`, .parquet
@@ -234,7 +236,7 @@ def prepare(
         "chunk_tokens": chunk_tokens,
     }
     runner = (executor, workers, dict(executor_options or {}))
-    recipe, chosen = _recipe(specs, Path(out), values, task_bytes, runner)
+    recipe, chosen = _recipe(specs, Path(out), values, rank_bytes, runner)
     with _work_folder(Path(out)) as work:
         save_recipe(work, recipe)
         try:

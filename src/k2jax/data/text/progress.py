@@ -1,4 +1,4 @@
-"""Progress and costs of a preparation, from the reports of its tasks, wherever they run."""
+"""Progress and costs of a preparation, from the reports of its ranks, wherever they run."""
 
 import contextlib
 import threading
@@ -8,38 +8,38 @@ from pathlib import Path
 from typing import NamedTuple
 
 from k2jax.data.text.job import Recipe, read_report
-from k2jax.data.text.tasks import STAGES, num_tasks
+from k2jax.data.text.tasks import TASKS, num_ranks
 
 _SECONDS = 0.5
 
 
 class Progress(NamedTuple):
-    """Progress of a stage, all its tasks together."""
+    """Progress of a task, all its ranks together."""
 
-    stage: str
-    tasks: tuple[int, int]  # done, of
+    task: str
+    ranks: tuple[int, int]  # done, of
     documents: int
     text_bytes: int
     tokens: int
-    file_bytes: tuple[int, int]  # read, of; 0 where a stage reads no documents
-    seconds: float  # since this process began the stage
+    file_bytes: tuple[int, int]  # read, of; 0 where a task reads no documents
+    seconds: float  # since this process began the task
     before: tuple[int, int, int, int]  # documents, text_bytes, tokens and file_bytes done by earlier ones
 
 
 class _Watch(threading.Thread):
-    """Calls `progress` twice a second with what the tasks of a stage have reported."""
+    """Calls `progress` twice a second with what the ranks of a task have reported."""
 
-    def __init__(self, work: Path, recipe: Recipe, stage: str, progress: Callable[[Progress], None]):
+    def __init__(self, work: Path, recipe: Recipe, task: str, progress: Callable[[Progress], None]):
         super().__init__(daemon=True)
-        self.work, self.recipe, self.stage, self.progress = work, recipe, stage, progress
+        self.work, self.recipe, self.task, self.progress = work, recipe, task, progress
         self.stopped, self.started, self.done = threading.Event(), time.monotonic(), {}
-        self.total = sum(file[3] for file in recipe.files) if stage in ("read", "tokenizer", "write") else 0
+        self.total = sum(file[3] for file in recipe.files) if task in ("read", "tokenizer", "write") else 0
         self.before = self._sums()[1:]
 
     def _sums(self) -> tuple[int, int, int, int, int]:
-        """(tasks done, documents, text_bytes, tokens, file_bytes)."""
+        """(ranks done, documents, text_bytes, tokens, file_bytes)."""
         running = {}
-        for path in (self.work / "progress").glob(f"{self.stage}-*.json"):
+        for path in (self.work / "progress").glob(f"{self.task}-*.json"):
             if path.name not in self.done:
                 if (found := read_report(path)) is not None:
                     (self.done if found["done"] else running)[path.name] = found
@@ -49,9 +49,9 @@ class _Watch(threading.Thread):
 
     def show(self) -> None:
         done, documents, text_bytes, tokens, file_bytes = self._sums()
-        tasks, seconds = (done, num_tasks(self.recipe, self.stage)), time.monotonic() - self.started
+        ranks, seconds = (done, num_ranks(self.recipe, self.task)), time.monotonic() - self.started
         sizes = (file_bytes, self.total)
-        self.progress(Progress(self.stage, tasks, documents, text_bytes, tokens, sizes, seconds, self.before))
+        self.progress(Progress(self.task, ranks, documents, text_bytes, tokens, sizes, seconds, self.before))
 
     def run(self) -> None:
         while not self.stopped.wait(_SECONDS):
@@ -64,12 +64,12 @@ class _Watch(threading.Thread):
 
 
 @contextlib.contextmanager
-def watched(work: Path, recipe: Recipe, stage: str, progress: Callable[[Progress], None] | None) -> Iterator[None]:
-    """Have `progress` called, if there is one, while a stage runs, and once when it has ended."""
+def watched(work: Path, recipe: Recipe, task: str, progress: Callable[[Progress], None] | None) -> Iterator[None]:
+    """Have `progress` called, if there is one, while a task runs, and once when it has ended."""
     if progress is None:
         yield
         return
-    watch = _Watch(work, recipe, stage, progress)
+    watch = _Watch(work, recipe, task, progress)
     watch.start()
     try:
         yield
@@ -78,14 +78,14 @@ def watched(work: Path, recipe: Recipe, stage: str, progress: Callable[[Progress
 
 
 def costs_of(work: Path) -> dict[str, dict]:
-    """By stage: counts, CPU seconds of all tasks, and of them by the name of what took them.
+    """By task: counts, CPU seconds of all ranks, and of them by the name of what took them.
 
-    "unreadable" counts reports that are damaged, as after a power cut, so that the figures lack their tasks.
+    "unreadable" counts reports that are damaged, as after a power cut, so that the figures lack their ranks.
     """
-    stages = {}
-    for stage in STAGES:
-        entry = stages.setdefault(stage, {"cpu_seconds": 0.0, "parts": {}})
-        for path in sorted((work / "progress").glob(f"{stage}-*.json")):
+    tasks = {}
+    for task in TASKS:
+        entry = tasks.setdefault(task, {"cpu_seconds": 0.0, "parts": {}})
+        for path in sorted((work / "progress").glob(f"{task}-*.json")):
             if (found := read_report(path)) is None:
                 entry["unreadable"] = entry.get("unreadable", 0) + 1
                 continue
@@ -94,4 +94,4 @@ def costs_of(work: Path) -> dict[str, dict]:
                 entry["parts"][name] = entry["parts"].get(name, 0.0) + seconds
             for name in ("documents", "text_bytes", "tokens"):
                 entry[name] = entry.get(name, 0) + found.get(name, 0)
-    return stages
+    return tasks

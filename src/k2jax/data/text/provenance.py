@@ -11,7 +11,7 @@ from k2jax.files import write_sealed
 
 
 class Origins:
-    """The origins that the documents of one task name, by source."""
+    """The origins that the documents of one rank name, by source."""
 
     def __init__(self):
         self.sources = {}

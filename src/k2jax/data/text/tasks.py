@@ -1,11 +1,11 @@
-"""The stages of a preparation. Documents are read twice, so that no second copy of all the text is ever kept.
+"""The tasks of a preparation. Documents are read twice, so that no second copy of all the text is ever kept.
 
 read       filters each document, and keeps its number, digest and signature
-match      pairs of equal and of similar documents, each task a share of all keys
-resolve    one task: which documents stay
-tokenizer  one task: a copy of the tokenizer, or one trained on the training split
+match      pairs of equal and of similar documents, each rank a share of all keys
+resolve    one rank: which documents stay
+tokenizer  one rank: a copy of the tokenizer, or one trained on the training split
 write      reads again and writes the documents that stay, as part of the store
-merge      one task: the parts become the store
+merge      one rank: the parts become the store
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from k2jax.data.store.manifest import SPLITS
 from k2jax.data.store.writer import PartWriter, merge_parts
 from k2jax.data.text import dedup
 from k2jax.data.text.filters import make_filters
-from k2jax.data.text.job import Meter, Recipe, read_result, result, results, run_task
+from k2jax.data.text.job import Meter, Recipe, read_result, result, results, run_rank
 from k2jax.data.text.provenance import Origins, rephrased_sources
 from k2jax.data.text.readers import Record, records
 from k2jax.data.text.sources import File, Tally
@@ -28,7 +28,7 @@ from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe, train_voc
 from k2jax.errors import UserError
 from k2jax.files import write_sealed
 
-_MAX_MATCH_TASKS = 1000
+_MAX_MATCH_RANKS = 1000
 
 
 def split_hash(digest: bytes) -> float:
@@ -40,7 +40,7 @@ def split_hash(digest: bytes) -> float:
 
 
 def _records(recipe: Recipe, rank: int, skipped: Tally, bad: Tally, meter: Meter) -> Iterator[tuple[File, Record]]:
-    """Every record of a task; the meter gets the bytes of files, of the one being read as far as its text says."""
+    """Every record of a rank; the meter gets the bytes of files, of the one being read as far as its text says."""
     for file in recipe.files_of(rank):
         seen = 0
         for record in records(file, recipe.text_field, skipped, bad):
@@ -93,21 +93,21 @@ def _read(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) -> 
 
 
 def _match(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) -> None:
-    folders = results(work, "read", len(recipe.tasks))
-    exact, near = dedup.find_pairs(folders, rank, num_tasks(recipe, "match"), recipe.near_duplicates)
+    folders = results(work, "read", len(recipe.ranks))
+    exact, near = dedup.find_pairs(folders, rank, num_ranks(recipe, "match"), recipe.near_duplicates)
     np.save(folder / "exact.npy", exact)
     np.save(folder / "near.npy", near)
 
 
 def _resolve(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) -> None:
-    found = results(work, "match", num_tasks(recipe, "match"))
+    found = results(work, "match", num_ranks(recipe, "match"))
     exact, near = (np.concatenate([np.load(path / f"{kind}.npy") for path in found]) for kind in ("exact", "near"))
-    counts = [len(np.load(path / "ordinals.npy", mmap_mode="r")) for path in results(work, "read", len(recipe.tasks))]
+    counts = [len(np.load(path / "ordinals.npy", mmap_mode="r")) for path in results(work, "read", len(recipe.ranks))]
     is_exact, is_near = dedup.resolve(sum(counts), exact, near)
     fates = np.where(is_exact, np.uint8(1), np.where(is_near, np.uint8(2), np.uint8(0)))
     for number, part in enumerate(np.split(fates, np.cumsum(counts)[:-1])):
         np.save(folder / f"{number:05d}.npy", part)
-    rephrased = rephrased_sources(results(work, "read", len(recipe.tasks)))
+    rephrased = rephrased_sources(results(work, "read", len(recipe.ranks)))
     write_sealed(folder / "rephrased.json", {"sources": rephrased})
 
 
@@ -115,7 +115,7 @@ _FATES = (None, "duplicate", "near-duplicate")
 
 
 def fates(work: Path, rank: int) -> np.ndarray:
-    """uint8 per document that passed the filters of a task: 0 stays, 1 a duplicate, 2 a near duplicate."""
+    """uint8 per document that passed the filters of a rank: 0 stays, 1 a duplicate, 2 a near duplicate."""
     return np.load(result(work, "resolve", 0) / f"{rank:05d}.npy")
 
 
@@ -160,7 +160,7 @@ def _tokenizer(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter
         if chosen.digest != recipe.tokenizer_digest:
             raise UserError(f"tokenizer = {recipe.tokenizer!r}: has changed since the preparation began; start again")
     else:
-        documents = (kept for r in range(len(recipe.tasks)) for kept in _kept(recipe, work, r, Tally(), meter))
+        documents = (kept for r in range(len(recipe.ranks)) for kept in _kept(recipe, work, r, Tally(), meter))
         chosen = train_bpe((d.text for _, d, place in documents if place >= recipe.validation_fraction), vocab)
     save_tokenizer_copy(folder, chosen)
 
@@ -179,12 +179,12 @@ def _write(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) ->
     write_sealed(folder / "tally.json", {"skipped": skipped.reasons})
 
 
-def left_out(recipe: Recipe, work: Path, *stages: str) -> Tally:
-    """Counts of what was left out before the stages, and by them."""
+def left_out(recipe: Recipe, work: Path, *tasks: str) -> Tally:
+    """Counts of what was left out before the tasks, and by them."""
     skipped = Tally()
     skipped.merge(recipe.skipped)
-    for stage in stages:
-        for folder in results(work, stage, len(recipe.tasks)):
+    for task in tasks:
+        for folder in results(work, task, len(recipe.ranks)):
             tally = read_result(folder / "tally.json")
             skipped.merge(tally["skipped"])
             skipped.merge({f"bad {reason}": entry for reason, entry in tally.get("bad", {}).items()})
@@ -204,7 +204,7 @@ def _move(path: Path, target: Path) -> None:
 def _merge(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) -> None:
     """The parts are where their writers have put them; moving them together needs no copy."""
     store = work / "store"
-    for part in results(work, "write", len(recipe.tasks)):
+    for part in results(work, "write", len(recipe.ranks)):
         for path in [*part.glob("parts/*.json"), *(path for split in SPLITS for path in part.glob(f"{split}/*/*"))]:
             _move(path, store / path.relative_to(part))
     created = {
@@ -222,7 +222,7 @@ def _merge(recipe: Recipe, work: Path, rank: int, folder: Path, meter: Meter) ->
         "skipped": left_out(recipe, work, "read", "write").reasons,
     }
     rephrased = read_result(result(work, "resolve", 0) / "rephrased.json")["sources"]
-    merge_parts(store, len(recipe.tasks), tokenizer_copy(work), rephrased, **created)
+    merge_parts(store, len(recipe.ranks), tokenizer_copy(work), rephrased, **created)
 
 
 _TASKS: dict[str, Callable] = {
@@ -233,16 +233,16 @@ _TASKS: dict[str, Callable] = {
     "write": _write,
     "merge": _merge,
 }
-STAGES = tuple(_TASKS)
+TASKS = tuple(_TASKS)
 
 
-def num_tasks(recipe: Recipe, stage: str) -> int:
+def num_ranks(recipe: Recipe, task: str) -> int:
     """Of the recipe alone, never of the executor, so that results do not depend on it."""
-    return {"read": len(recipe.tasks), "write": len(recipe.tasks), "match": min(len(recipe.tasks), _MAX_MATCH_TASKS)}.get(
-        stage, 1
+    return {"read": len(recipe.ranks), "write": len(recipe.ranks), "match": min(len(recipe.ranks), _MAX_MATCH_RANKS)}.get(
+        task, 1
     )
 
 
-def run_stage_task(work: str, stage: str, rank: int) -> None:
-    """Run one task; executors call it on any machine that sees the work folder."""
-    run_task(Path(work), stage, rank, _TASKS[stage])
+def run_task_rank(work: str, task: str, rank: int) -> None:
+    """Run one rank of a task; executors call it on any machine that sees the work folder."""
+    run_rank(Path(work), task, rank, _TASKS[task])
