@@ -46,7 +46,7 @@ def refuse_bad(bad: Tally, allowed: int) -> None:
             messages.append(f"and {rest} more bad {reason}{'s' if rest > 1 else ''}, {entry['count']} in all")
     if lines > allowed:
         rule = f"{allowed} are allowed" if allowed else "or leave them out"
-        messages.append(f"{lines} bad lines; {rule} by --skip-bad-lines N")
+        messages.append(f"{lines} bad line{'s' if lines > 1 else ''}; {rule} by --skip-bad-lines N")
     raise UserError(*messages)
 
 
