@@ -20,7 +20,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     if tokenizer.definition is not None:
         write_atomic(folder / tokenizer.file_name, tokenizer.definition)
     info = {"file": tokenizer.file_name, "digest": tokenizer.digest, "bos": tokenizer.bos, "eos": tokenizer.eos}
-    info |= {"ends": [*tokenizer.ends], "specials": {str(i): name for i, name in tokenizer.specials.items()}}
+    info |= {"ends": [*tokenizer.ends], "visible": [*tokenizer.visible]}
+    info["specials"] = {str(i): name for i, name in tokenizer.specials.items()}
     write_sealed(folder / _INFO, info)
 
 
@@ -37,8 +38,8 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     if tokenizer.digest != info["digest"]:
         raise UserError(f"{folder}: the tokenizer is not the one that was saved; restore its files")
     specials = {int(i): name for i, name in info["specials"].items()}
-    ids = {name: info[name] for name in ("bos", "eos")}
-    return dataclasses.replace(tokenizer, **ids, ends=tuple(info["ends"]), specials=specials)
+    ids = {name: info[name] for name in ("bos", "eos")} | {name: tuple(info[name]) for name in ("ends", "visible")}
+    return dataclasses.replace(tokenizer, **ids, specials=specials)
 
 
 def foreign_tokenizer(definition: bytes, bos: int, eos: int) -> Tokenizer:
@@ -49,7 +50,7 @@ def foreign_tokenizer(definition: bytes, bos: int, eos: int) -> Tokenizer:
         model = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
     except Exception as error:  # the library raises bare Exception for what it cannot parse
         raise UserError(f"tokenizer.json: is not one of the `tokenizers` library: {error}") from None
-    specials = {i: token.content for i, token in model.get_added_tokens_decoder().items()}
+    added = model.get_added_tokens_decoder()
     return Tokenizer(
         spec="foreign",
         vocab_size=max(model.get_vocab().values(), default=-1) + 1,
@@ -58,7 +59,8 @@ def foreign_tokenizer(definition: bytes, bos: int, eos: int) -> Tokenizer:
         digest=hashlib.sha256(definition).hexdigest(),
         definition=definition,
         file_name="foreign.json",
-        specials=specials,
+        specials={i: token.content for i, token in added.items()},
+        visible=tuple(sorted(i for i, token in added.items() if not token.special)),
         _encode=lambda text: np.array(model.encode(text, add_special_tokens=False).ids, np.uint32),
         _decode=lambda ids: model.decode(ids, skip_special_tokens=False),
     )

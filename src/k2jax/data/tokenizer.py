@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from k2jax.errors import UserError, first_of
+from k2jax.files import read_small
 
 # Kimi's pre-split: a token never crosses these pieces. Letters of Han script stand alone, so the letter classes
 # of words leave them out, by a set intersection that Python's `re` does not know.
@@ -68,6 +69,7 @@ class Tokenizer:
     _encode: Callable[[str], np.ndarray] = field(repr=False)
     _decode: Callable[[list[int]], str] = field(repr=False)
     ends: tuple[int, ...] = ()  # ids that end a generated text, besides eos
+    visible: tuple[int, ...] = ()  # specials that other libraries keep when they leave special tokens out of a text
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -323,5 +325,5 @@ def load_tokenizer(spec: str, kind: str | None = None) -> Tokenizer:
         hint = f"; nearest: {near[0]!r}" if near else ""
         what = "has neither suffix" if path.is_file() else "no such file"
         raise UserError(f"tokenizer = {spec!r}: {what}; must be {_FORMS}{hint}")
-    definition = path.read_bytes()
+    definition = read_small(path, follow_links=True)
     return (_tiktoken_tokenizer if kind == ".tiktoken" else _trained_tokenizer)(spec, definition)

@@ -1,6 +1,7 @@
 """Published checkpoints of the DeepSeek-V3 family as models of k2jax: `load_hf`, and `import_hf` to a run directory."""
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from k2jax.data.saved_tokenizer import save_tokenizer
 from k2jax.errors import UserError, first_of
 from k2jax.files import must_be_new, read_json, whole_folder
 from k2jax.inference.load import LoadedModel
-from k2jax.interop.hf_config import model_config
+from k2jax.interop.hf_config import misspelled, model_config, shown
 from k2jax.interop.published import SCALE, all_weights, published_names, published_shape, read_part
 from k2jax.interop.published_tokenizer import published_tokenizer
 from k2jax.interop.safetensor_files import StoredTensor, find_tensors
@@ -60,11 +61,11 @@ def _read_config(folder: Path) -> dict:
     if not isinstance(values, dict) or not isinstance(quantization, dict):
         raise UserError(f"{path}: must hold an object, and so must its quantization_config")
     method, block = quantization.get("quant_method", "fp8"), quantization.get("weight_block_size", [128, 128])
-    problems = []
+    problems = misspelled("config.json: quantization_config", quantization, ("quant_method", "weight_block_size"))
     if method != "fp8":
-        problems.append(f"config.json: quant_method = {method!r}: must be 'fp8' with block scales, or no quantization")
+        problems.append(f"config.json: quant_method = {shown(method)}: must be 'fp8' with block scales, or no quantization")
     if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
-        problems.append(f"config.json: weight_block_size = {block!r}: must be two positive integers")
+        problems.append(f"config.json: weight_block_size = {shown(block)}: must be two positive integers")
     if problems:
         raise UserError(*problems)
     return values
@@ -91,8 +92,12 @@ def _tensor_problems(weight: Weight, name: str, tensors: dict[str, StoredTensor]
 
 def _check_tensors(model: ModelConfig, tensors: dict[str, StoredTensor], block: tuple[int, int]) -> None:
     """Raise UserError with every tensor that is missing, unknown, misshaped or of a wrong dtype."""
-    problems, known = [], set()
-    for weight in weight_leaves(all_weights(model)):
+    problems, known, weights = [], set(), weight_leaves(all_weights(model))
+    count = sum(math.prod(weight.shape[: weight.num_stack]) for weight in weights)
+    if count > 4 * len(tensors) + 1000:  # a number of layers or experts that is not meant: too many names to list
+        sizes = f"num_hidden_layers = {model.num_hidden_layers}, n_routed_experts = {model.n_routed_experts}"
+        raise UserError(f"config.json: {sizes}: such a network has {count} tensors, the files hold {len(tensors)}")
+    for weight in weights:
         for _, name in published_names(weight):
             problems += _tensor_problems(weight, name, tensors, block)
             known |= {name, name + SCALE}
@@ -109,9 +114,17 @@ def _mtp_layers(values: dict, model: ModelConfig, tensors: dict[str, StoredTenso
     """
     count = values.get("num_nextn_predict_layers")
     if count is not None and (type(count) is not int or count < 0):
-        raise UserError(f"config.json: num_nextn_predict_layers = {count!r}: must be an integer of at least 0")
+        raise UserError(f"config.json: num_nextn_predict_layers = {shown(count)}: must be an integer of at least 0")
+    layers = model.num_hidden_layers
     numbers = {int(m[1]) for name in tensors if (m := re.match(r"model\.layers\.(\d{1,6})\.", name))}
-    return sorted(number for number in numbers if number >= model.num_hidden_layers)
+    extra = sorted(number for number in numbers if number >= layers)
+    # A layer for multi-token prediction has two more norms. Others are dropped only as many as the field says, or one:
+    # with a wrong num_hidden_layers they are layers of the network itself.
+    ordinary = [number for number in extra if f"model.layers.{number}.enorm.weight" not in tensors]
+    if ordinary and len(extra) > (1 if count is None else count):
+        rule = "must cover them, unless they are for multi-token prediction, which num_nextn_predict_layers then counts"
+        raise UserError(f"config.json: num_hidden_layers = {layers}: the files hold layers {layers} to {extra[-1]}; {rule}")
+    return extra
 
 
 def open_published(directory: str | Path, drop_mtp: bool = False) -> PublishedCheckpoint:

@@ -23,6 +23,7 @@ _FIXED = {
     "moe_layer_freq": 1,
     "rope_interleave": True,
 }
+_DTYPES = ("float32", "bfloat16", "float16")
 _COPIED = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("rope", "initializer_range")]
 _OPTIONAL = {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 0}
 _YARN = {
@@ -33,6 +34,45 @@ _YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 0.0,
 }
+_ROPE = (*_YARN, "rope_theta", "rope_type", "type", "attention_factor", "partial_rotary_factor", "truncate")
+_KNOWN = (
+    *(*_COPIED, *_FIXED, "model_type", "rope_theta", "rope_scaling", "rope_parameters", "quantization_config"),
+    *("bos_token_id", "eos_token_id", "num_nextn_predict_layers", "num_key_value_heads", "max_position_embeddings"),
+)
+
+
+def shown(value: object) -> str:
+    """A value of a file for a message: its repr, cut after 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _one_edit_apart(a: str, b: str) -> bool:
+    """True if one character replaced, added or left out makes `b` from `a`."""
+    short, long = sorted((a, b), key=len)
+    same = next((i for i, (x, y) in enumerate(zip(short, long, strict=False)) if x != y), len(short))
+    return len(long) - len(short) < 2 and a != b and short[same + (len(short) == len(long)) :] == long[same + 1 :]
+
+
+def misspelled(where: str, values: dict, known: tuple[str, ...]) -> list[str]:
+    """Problems of names one edit away from a known one that is absent, whose default would take its place unseen."""
+    absent = [name for name in known if name not in values]
+    pairs = [(name, right) for name in values if name not in known for right in absent if _one_edit_apart(name, right)]
+    return [f"{where}: {shown(name)}: is not a known field; nearest: {right!r}" for name, right in pairs]
+
+
+def _wrong_kinds(values: dict) -> list[str]:
+    """Problems of fields that are not a number that a network could have; one of these could not be compared further."""
+    problems = [
+        f"config.json: {name} = {shown(values[name])}: must be a number{' or null' if name in _OPTIONAL else ''}"
+        for name in (*_COPIED, "rope_theta")
+        if not isinstance(values.get(name), (int, float, str, type(None)))
+    ]
+    return problems + [
+        f"config.json: {name} = {shown(value)}: must be less than 2**63"
+        for name, value in values.items()
+        if isinstance(value, int) and abs(value) >= 2**63
+    ]
 
 
 def _rope_kind(values: dict) -> tuple[str, list[str]]:
@@ -42,7 +82,7 @@ def _rope_kind(values: dict) -> tuple[str, list[str]]:
         given = values[name]
         found = {key: given[key] for key in ("rope_type", "type") if given.get(key) is not None}
         if len({*map(str, found.values())}) > 1:
-            both = " and ".join(f"{key} = {value!r}" for key, value in found.items())
+            both = " and ".join(f"{key} = {shown(value)}" for key, value in found.items())
             problems.append(f"config.json: {name} says {both}; must agree")
         elif found:
             kinds[name] = next(iter(found.values()))
@@ -51,26 +91,42 @@ def _rope_kind(values: dict) -> tuple[str, list[str]]:
     kind = kinds.get("rope_scaling", kinds.get("rope_parameters", "default"))
     # transformers writes "default" there for a file without a scaling; one that is then added counts.
     if (newer := kinds.get("rope_parameters", "default")) not in ("default", kind):
-        problems.append(f"config.json: rope_scaling is {kind!r}, rope_parameters {newer!r}; must agree")
+        problems.append(f"config.json: rope_scaling is {shown(kind)}, rope_parameters {shown(newer)}; must agree")
     if kind not in ("default", "yarn"):
-        problems.append(f"config.json: rope type {kind!r}: must be 'yarn' or 'default'")
+        problems.append(f"config.json: rope type {shown(kind)}: must be 'yarn' or 'default'")
     return kind, problems
+
+
+def _wrong_rope_entries(source: str, entries: dict) -> list[str]:
+    """Problems of a RoPE dict's names and values; a name that is not known may mean other positions."""
+    unknown = [name for name, value in entries.items() if name not in _ROPE and value is not None]
+    problems = [f"config.json: {source} has {shown(name)}, which k2jax has no form for; must be absent" for name in unknown]
+    return problems + [
+        f"config.json: {source} has {name} = {shown(entries[name])}: must be a number less than 2**63"
+        for name in (*_YARN, "rope_theta", "attention_factor", "partial_rotary_factor")
+        if not isinstance(value := entries.get(name), (int, float, type(None)))
+        or (isinstance(value, int) and abs(value) >= 2**63)
+    ]
 
 
 def _rope_of(values: dict) -> tuple[RopeConfig, Literal["plain", "yarn"], list[str]]:
     """(rope, kind, problems) from rope_theta and rope_scaling, or from transformers' newer rope_parameters."""
     dicts = {name: values.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
     if wrong := [name for name, value in dicts.items() if not isinstance(value, dict)]:
-        return RopeConfig(), "plain", [f"config.json: {name} = {values[name]!r}: must be an object" for name in wrong]
+        return RopeConfig(), "plain", [
+            f"config.json: {name} = {shown(values[name])}: must be an object" for name in wrong
+        ]
     kind, problems = _rope_kind(dicts)
+    for source, entries in dicts.items():
+        problems += _wrong_rope_entries(source, entries)
     given = {}
     for source, entries in {"config.json": {"rope_theta": values.get("rope_theta")}, **dicts}.items():
         for name, value in entries.items():
             if value is None or name in ("type", "rope_type"):
                 continue
             if name in given and given[name][1] != value:
-                beside = f"{given[name][0]} has {given[name][1]!r}"
-                problems.append(f"config.json: {source} has {name} = {value!r}, {beside}; must be the same")
+                beside = f"{given[name][0]} has {shown(given[name][1])}"
+                problems.append(f"config.json: {source} has {name} = {shown(value)}, {beside}; must be the same")
             given.setdefault(name, (source, value))
     given = {name: value for name, (_, value) in given.items()}
     theta = given.get("rope_theta")
@@ -80,7 +136,7 @@ def _rope_of(values: dict) -> tuple[RopeConfig, Literal["plain", "yarn"], list[s
     if kind == "yarn":
         problems += [f"config.json: {name} of the rope scaling: is missing" for name, v in yarn.items() if v is None]
     problems += [
-        f"config.json: {name} = {given[name]!r} of the rope scaling: k2jax has no form for it; must be absent"
+        f"config.json: {name} = {shown(given[name])} of the rope scaling: k2jax has no form for it; must be absent"
         for name, neutral in (("attention_factor", None), ("partial_rotary_factor", 1))
         if given.get(name, neutral) != neutral
     ]
@@ -93,20 +149,29 @@ def _rope_of(values: dict) -> tuple[RopeConfig, Literal["plain", "yarn"], list[s
 
 def model_config(values: dict) -> tuple[ModelConfig, Literal["plain", "yarn"]]:
     """The network that a config.json describes, and its RoPE. Raises UserError with everything that does not fit."""
+    if problems := _wrong_kinds(values):
+        raise UserError(*first_of(problems))
     rope, kind, problems = _rope_of(values)
+    problems += misspelled("config.json", values, _KNOWN)
     found = values.get("model_type")
     if found not in MODEL_TYPES:
-        problems.append(f"config.json: model_type = {found!r}: must be one of {', '.join(map(repr, MODEL_TYPES))}")
+        problems.append(f"config.json: model_type = {shown(found)}: must be one of {', '.join(map(repr, MODEL_TYPES))}")
     problems += [
-        f"config.json: {name} = {values[name]!r}: must be {fixed!r}, the network of k2jax has no other form"
+        f"config.json: {name} = {shown(values[name])}: must be {fixed!r}, the network of k2jax has no other form"
         for name, fixed in _FIXED.items()
         if values.get(name, fixed) != fixed
     ]
     heads = values.get("num_attention_heads")
     if values.get("num_key_value_heads") not in (None, heads):
         problems.append(
-            f"config.json: num_key_value_heads = {values['num_key_value_heads']}: must be {heads}, as MLA has"
+            f"config.json: num_key_value_heads = {shown(values['num_key_value_heads'])}: must be {heads}, as MLA has"
         )
+    length, dtype = values.get("max_position_embeddings", 1), values.get("torch_dtype", values.get("dtype"))
+    if type(length) is not int or length < 1:
+        problems.append(f"config.json: max_position_embeddings = {shown(length)}: must be a positive integer, or absent")
+    if dtype is not None and dtype not in _DTYPES:
+        rule = f"must be one of {', '.join(map(repr, _DTYPES))}, or absent"
+        problems.append(f"config.json: torch_dtype = {shown(dtype)}: {rule}")
     fields = {}
     for name in _COPIED:
         value = values.get(name)

@@ -54,7 +54,8 @@ def _whole_value(tensor: StoredTensor, scale: StoredTensor | None, block: tuple[
     if scale is None:
         return value
     scales = scale.read().astype(np.float32)
-    scales = np.repeat(np.repeat(scales, block[0], 0), block[1], 1)[: value.shape[0], : value.shape[1]]
+    rows, columns = (min(b, n) for b, n in zip(block, value.shape, strict=True))  # a block may exceed the tensor
+    scales = np.repeat(np.repeat(scales, rows, 0), columns, 1)[: value.shape[0], : value.shape[1]]
     return value.astype(np.float32) * scales
 
 

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from k2jax.errors import UserError, first_of
-from k2jax.files import read_json, sync_folder, write_atomic
+from k2jax.files import SMALL_BYTES, read_json, sync_folder, write_atomic
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -49,12 +49,16 @@ def _tensors_of(path: Path) -> dict[str, StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if size > SMALL_BYTES:
+            raise UserError(f"{path}: is not a whole safetensors file: its header has more than {SMALL_BYTES >> 20} MiB")
         with safe_open(path, framework="numpy"):  # the library's own check: offsets, sizes, nothing left over
             pass
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: is not a whole safetensors file: {error}") from None
     with open(path, "rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
+        file.seek(8)
         header = json.loads(file.read(size))
     header.pop("__metadata__", None)
     return {
