@@ -215,7 +215,7 @@ def test_foreign_tokenizer_json(tmp_path):
 
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
-    with pytest.raises(UserError, match="is not a tokenizer.json"):
+    with pytest.raises(UserError, match="is not one of the `tokenizers` library"):
         load_tokenizer(str(path))
     path.write_text(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).to_str())
     with pytest.raises(UserError) as error:

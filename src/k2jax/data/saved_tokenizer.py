@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from k2jax.data.tokenizer import Tokenizer, load_tokenizer
+from k2jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_model
 from k2jax.errors import UserError
 from k2jax.files import read_sealed, read_small, write_atomic, write_sealed
 
@@ -44,12 +44,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 
 def foreign_tokenizer(definition: bytes, bos: int, eos: int) -> Tokenizer:
     """Another model's tokenizer.json: it may lose text, so it serves to use that model and not to prepare tokens."""
-    import tokenizers
-
-    try:
-        model = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
-    except Exception as error:  # the library raises bare Exception for what it cannot parse
-        raise UserError(f"tokenizer.json: is not one of the `tokenizers` library: {error}") from None
+    model = tokenizers_model("tokenizer.json", definition)
     added = model.get_added_tokens_decoder()
     return Tokenizer(
         spec="foreign",

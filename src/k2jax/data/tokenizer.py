@@ -228,6 +228,24 @@ def _lossy_parts(parts: dict) -> Iterator[str]:
             yield f"the added token {token['content']!r} takes the spaces beside it"
 
 
+def tokenizers_model(where: str, definition: bytes):
+    """The `tokenizers` library's model of a tokenizer.json. UserError if it is not one, or if two tokens have one id."""
+    import tokenizers
+
+    try:
+        model = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
+        vocabulary = model.get_vocab()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # bare Exception for what it cannot parse; a panic in its Rust code is not even that
+        raise UserError(f"{where}: is not one of the `tokenizers` library: {str(error)[:300]}") from None
+    tokens = {i: token for token, i in vocabulary.items()}
+    if len(tokens) < len(vocabulary):
+        token, i = next((token, i) for token, i in vocabulary.items() if tokens[i] != token)
+        raise UserError(f"{where}: {token!r} and {tokens[i]!r} have the same id {i}; ids must be unique")
+    return model
+
+
 def _check_trained(path: str, model) -> None:
     """Only a byte-level BPE without normalizer keeps every text, so nothing else is accepted."""
     from tokenizers.pre_tokenizers import ByteLevel
@@ -253,12 +271,7 @@ def _check_trained(path: str, model) -> None:
 
 
 def _trained_tokenizer(spec: str, definition: bytes) -> Tokenizer:
-    import tokenizers
-
-    try:
-        model = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
-    except Exception as error:  # the library raises bare Exception for what it cannot parse
-        raise UserError(f"{spec}: is not a tokenizer.json of the `tokenizers` library: {error}") from None
+    model = tokenizers_model(spec, definition)
     _check_trained(spec, model)
     model.encode_special_tokens = True  # special names in the text are text
     specials = {i: token.content for i, token in model.get_added_tokens_decoder().items()}

@@ -5,6 +5,7 @@ has no form for is refused, never dropped.
 """
 
 import dataclasses
+import difflib
 import math
 from typing import Literal
 
@@ -47,18 +48,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def _one_edit_apart(a: str, b: str) -> bool:
-    """True if one character replaced, added or left out makes `b` from `a`."""
-    short, long = sorted((a, b), key=len)
-    same = next((i for i, (x, y) in enumerate(zip(short, long, strict=False)) if x != y), len(short))
-    return len(long) - len(short) < 2 and a != b and short[same + (len(short) == len(long)) :] == long[same + 1 :]
-
-
 def misspelled(where: str, values: dict, known: tuple[str, ...]) -> list[str]:
-    """Problems of names one edit away from a known one that is absent, whose default would take its place unseen."""
+    """Problems of names that are nearly a known one which is absent, and whose default would take its place unseen."""
     absent = [name for name in known if name not in values]
-    pairs = [(name, right) for name in values if name not in known for right in absent if _one_edit_apart(name, right)]
-    return [f"{where}: {shown(name)}: is not a known field; nearest: {right!r}" for name, right in pairs]
+    near = {name: difflib.get_close_matches(name, absent, 1, 0.85) for name in values if name not in known}
+    return [f"{where}: {shown(name)}: is not a known field; nearest: {found[0]!r}" for name, found in near.items() if found]
 
 
 def _wrong_kinds(values: dict) -> list[str]:
@@ -66,7 +60,7 @@ def _wrong_kinds(values: dict) -> list[str]:
     problems = [
         f"config.json: {name} = {shown(values[name])}: must be a number{' or null' if name in _OPTIONAL else ''}"
         for name in (*_COPIED, "rope_theta")
-        if not isinstance(values.get(name), (int, float, str, type(None)))
+        if not isinstance(values.get(name), (int, float, type(None)))
     ]
     return problems + [
         f"config.json: {name} = {shown(value)}: must be less than 2**63"

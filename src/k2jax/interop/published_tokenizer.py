@@ -119,6 +119,10 @@ def published_tokenizer(folder: Path, config: dict) -> Tokenizer | None:
     entries, tokenizer = _entries(path, settings), _opened(folder)
     if tokenizer is None:
         return None
+    rows = config.get("vocab_size", tokenizer.vocab_size)
+    if tokenizer.vocab_size > rows:
+        sizes = f"ids up to {tokenizer.vocab_size - 1}, config.json vocab_size = {rows}"
+        raise UserError(f"{folder}: the tokenizer has {sizes}: must be at most {rows - 1}")
     begins, ends = (
         {
             "config.json": _ids(f"{folder}/config.json: {name}", config.get(name)),

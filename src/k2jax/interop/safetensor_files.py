@@ -67,6 +67,11 @@ def _tensors_of(path: Path) -> dict[str, StoredTensor]:
     }
 
 
+def _is_file_name(name: object) -> bool:
+    """True for text that a file system takes as a name or a path; it need not exist."""
+    return isinstance(name, str) and name.isprintable() and 0 < len(name.encode("utf-8")) < 256  # no NUL, no surrogate
+
+
 def _listed(folder: Path) -> dict[str, str] | None:
     """{tensor: file name} of the index, None where there is none."""
     path = folder / INDEX
@@ -74,8 +79,11 @@ def _listed(folder: Path) -> dict[str, str] | None:
         return None
     value = read_json(path, follow_links=True)
     names = value.get("weight_map") if isinstance(value, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(file, str) and "\0" not in file for file in names.values()):
+    if not isinstance(names, dict):
         raise UserError(f"{path}: weight_map must map the names of tensors to file names")
+    wrong = sorted({repr(file)[:60] for file in names.values() if not _is_file_name(file)})
+    if wrong:
+        raise UserError(*first_of([f"{path}: weight_map: {file} must be the name of a file" for file in wrong]))
     return names
 
 
