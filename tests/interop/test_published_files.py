@@ -1,4 +1,4 @@
-"""Small files of published folders as others write them: odd but meant, and damaged."""
+"""Small files of published folders as others write them: odd but meant, and what cannot be meant."""
 
 import base64
 import dataclasses
@@ -8,12 +8,14 @@ import random
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from tiny_published import SHAPES, draw_tensors, write_checkpoint
 
+from k2jax.data.saved_tokenizer import open_tokenizer, save_tokenizer
 from k2jax.data.tokenizer import load_tokenizer, train_bpe
 from k2jax.errors import UserError
 from k2jax.interop.hf import load_values, open_published
-from k2jax.interop.published import SCALE
+from k2jax.interop.published import SCALE, whole_value
 from k2jax.interop.published_tokenizer import published_tokenizer
 from k2jax.interop.safetensor_files import DTYPES, NewTensor, write_tensors
 from k2jax.interop.tokenizer_files import tokenizer_files
@@ -180,35 +182,136 @@ def test_tokenizer_files_without_what_older_libraries_left_out(tmp_path):
     assert load_tokenizer(str(tmp_path / "empty.json")).encode("the kelp").tolist() == whole.encode("the kelp").tolist()
 
 
-OTHERS = [b"", b"null", b"[]", b"3", b"{}", b"[" * 100_000, b"\xff\xfe", b"NaN", b"9" * 5000, b'{"a": 1e999}']
+@pytest.mark.parametrize(
+    ("changes", "drop", "rule"),
+    [({"n_gruop": 4}, ("n_group",), "'n_gruop': is not a known field; nearest: 'n_group'"),
+     ({"rope_scalin": None}, ("rope_scaling",), "'rope_scalin': is not a known field; nearest: 'rope_scaling'"),
+     ({"rope_scaling": {**K2["rope_scaling"], "low_freq_factor": 4}}, (), "has 'low_freq_factor', which k2jax has no form for"),
+     ({"rope_scaling": {**K2["rope_scaling"], "factor": "32"}}, (), "rope_scaling has factor = '32': must be a number"),
+     ({"rope_theta": 10**400}, (), r"rope_theta = 1000\d*\.\.\.: must be less than 2\*\*63"),
+     ({"hidden_size": {"a": 1}}, (), r"hidden_size = \{'a': 1\}: must be a number"),
+     ({"q_lora_rank": []}, (), r"q_lora_rank = \[\]: must be a number or null"),
+     ({"num_hidden_layers": 2**31}, (), "num_hidden_layers = 2147483648, n_routed_experts = 8: such a network has [0-9]* tensors"),
+     ({"torch_dtype": "bfloat1"}, (), "torch_dtype = 'bfloat1': must be one of 'float32', 'bfloat16', 'float16', or absent"),
+     ({"max_position_embeddings": 1.5}, (), "max_position_embeddings = 1.5: must be a positive integer, or absent"),
+     ({"quantization_config": {"weight_block_sise": [4, 4]}}, (), "nearest: 'weight_block_size'")],
+)  # fmt: skip
+def test_fields_that_would_be_taken_for_another(folder, tmp_path, changes, drop, rule):
+    with pytest.raises(UserError, match=rule):
+        open_published(with_config(folder, tmp_path, changes, drop))
+
+
+@pytest.mark.parametrize("count", [0, 1, None])
+def test_layers_of_the_network_are_not_dropped_as_multi_token_prediction(folder, tmp_path, count):
+    """A num_hidden_layers that is too small, with --drop-mtp."""
+    place = with_config(folder, tmp_path, {"num_hidden_layers": 1 if count is None else 2 - count, "num_nextn_predict_layers": count})
+    with pytest.raises(UserError, match="num_hidden_layers = [12]: the files hold layers [12] to 2; must cover them"):
+        open_published(place, drop_mtp=True)
+
+
+def test_a_block_may_be_larger_than_its_tensor(tmp_path, tensors):
+    """One scale for all of a tensor, as a block of any size that covers it says."""
+    scaled = {n: v for n, v in tensors.items() if v.ndim == 2 and "proj" in n}
+    low = {n: v.astype(ml_dtypes.float8_e4m3fn) for n, v in scaled.items()}
+    low |= {n + SCALE: np.full((1, 1), 0.5, np.float32) for n in scaled}
+    size = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [2**40, 2**40]}}
+    place = write_checkpoint(tmp_path / "hf", K2 | size, tensors)
+    (place / "model.safetensors").unlink()
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    write_tensors(place, {n: NewTensor(v.shape, words[v.dtype], lambda v=v: v) for n, v in {**tensors, **low}.items()}, 10**9)
+    found, (name, *_) = open_published(place), scaled
+    value = whole_value(found.tensors[name], found.tensors[name + SCALE], found.block)
+    np.testing.assert_array_equal(value, low[name].astype(np.float32) * 0.5)
+
+
+IDS = {"bos_token_id": 259, "eos_token_id": 260}
+
+
+def entries_of(names, **flags):
+    return {"added_tokens_decoder": {str(i): {"content": name, "special": True} | flags for i, name in names.items()}}
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json",
-             "model.safetensors", "tiktoken.model"]
+    ("settings", "rule"),
+    [(entries_of({259: "[BOS]", 300: "[BOS]"}), r"'\[BOS\]' has 2 ids, must have one"),
+     (entries_of({270: "the"}), "'the' of id 270 is an ordinary token"),
+     (entries_of({5: "<x>"}), "names id 5, must be 259 to 514"),
+     (entries_of({515: "<x>"}), r"names the ids \[515\], which the tokenizer of 515 ids does not have"),
+     (entries_of({270: "\ud800"}), "must be {'content': NAME"),
+     (entries_of({270: "<x>"}, special=1), "special = 1: must be true or false"),
+     (entries_of({259: "[BOS]", 260: "[EOS]"}) | {"bos_token": "[EOS]"}, r"more than one token begins a text: config.json says \[259\]"),
+     (entries_of({259: "[BOS]"}) | {"eos_token": "[EOT]"}, r"eos_token = '\[EOT\]': must be the name of a special token"),
+     ({"added_token_decoder": {}}, "'added_token_decoder': is not a known field; nearest: 'added_tokens_decoder'")],
 )  # fmt: skip
-def test_damaged_files_are_errors_and_never_tracebacks(tmp_path, tensors, name):
-    """These files carry no digest, so that a changed number is another network; but nothing else gets through."""
-    place, draw = write_checkpoint(tmp_path / "hf", K2, tensors), random.Random(name)
-    write_kimi(place)
-    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": [260, 261]}))
-    if name == "model.safetensors.index.json":
-        (file,) = place.glob("*.safetensors")
-        (place / name).write_text(json.dumps({"weight_map": {tensor: file.name for tensor in tensors}}))
-    path = place / name if name != "model.safetensors" else next(place.glob("*.safetensors"))
-    content = path.read_bytes()
-    head = len(content) if name != "model.safetensors" else 8 + int.from_bytes(content[:8], "little")
-    refused, changed = 0, [*OTHERS]
-    for _ in range(250):
-        start, size = draw.randrange(head), draw.choice([0, 1, 1, 2, 20])
-        changed.append(content[:start] + draw.randbytes(draw.choice([0, 1, 2])) + content[start + size :])
-    for damaged in changed:
-        path.unlink()
-        path.write_bytes(damaged)
+def test_names_that_cannot_be(tmp_path, settings, rule):
+    write_kimi(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=rule):
+        published_tokenizer(tmp_path, IDS)
+
+
+def test_a_tokenizer_larger_than_its_model(tmp_path):
+    write_kimi(tmp_path)
+    assert published_tokenizer(tmp_path, IDS | {"vocab_size": 515}).vocab_size == 515
+    with pytest.raises(UserError, match="ids up to 514, config.json vocab_size = 514: must be at most 513"):
+        published_tokenizer(tmp_path, IDS | {"vocab_size": 514})
+
+
+def test_ids_that_only_the_tokenizer_config_names(tmp_path):
+    """A tokenizer.json without ids in config.json, and an end token of its own beside that of config.json."""
+    own = train_bpe(iter(["the ferry left the pier"] * 9), 290)
+    (tmp_path / "tokenizer.json").write_bytes(own.definition)
+    with pytest.raises(UserError) as error:
+        published_tokenizer(tmp_path, {})
+    assert [p.split(": ")[1] for p in error.value.problems] == ["bos_token_id", "eos_token_id"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|bos|>", "eos_token": {"content": "<|eos|>"}}))
+    found = published_tokenizer(tmp_path, {})
+    assert (found.bos, found.eos, found.ends) == (0, 1, ())
+    found = published_tokenizer(tmp_path, {"bos_token_id": 0, "eos_token_id": 7})
+    assert (found.bos, found.eos, found.ends) == (0, 7, (1,))
+
+
+def test_flags_of_special_tokens_are_kept(tmp_path):
+    """<think> is not special in published files: a reader that leaves out special tokens keeps it."""
+    write_kimi(tmp_path)
+    entries = entries_of({259: "[BOS]", 260: "[EOS]"})["added_tokens_decoder"] | entries_of({281: "<think>"}, special=False)["added_tokens_decoder"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": entries}))
+    save_tokenizer(published_tokenizer(tmp_path, IDS), tmp_path / "kept")
+    files = tokenizer_files(open_tokenizer(tmp_path / "kept"))
+    flags = {token["id"]: token["special"] for token in json.loads(files["tokenizer.json"])["added_tokens"]}
+    assert len(flags) == 256 and [i for i, special in flags.items() if not special] == [281]
+    written = json.loads(files["tokenizer_config.json"])["added_tokens_decoder"]
+    assert not written["281"]["special"] and written["260"]["special"]
+    model = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    assert model.decode([259, 281, 260], skip_special_tokens=True) == "<think>"
+
+
+def test_damaged_ranks_are_errors_and_never_tracebacks(tmp_path):
+    write_kimi(tmp_path)
+    path, draw = tmp_path / "tiktoken.model", random.Random(2)
+    content, refused = path.read_bytes(), 0
+    for _ in range(150):
+        start, size = draw.randrange(len(content)), draw.choice([0, 1, 1, 2, 20])
+        path.write_bytes(content[:start] + draw.randbytes(draw.choice([0, 1, 2])) + content[start + size :])
         try:
-            found = open_published(place, drop_mtp=True)
-            published_tokenizer(place, found.config)
+            published_tokenizer(tmp_path, IDS)
         except UserError as error:
             assert error.problems
             refused += 1
-    assert refused > (100 if name != "config.json" else 60)
+    assert refused > 100
+
+
+def test_two_tokens_of_one_id_are_refused(tmp_path):
+    parts = json.loads(train_bpe(iter(["the ferry left the pier"] * 9), 290).definition)
+    parts["model"]["vocab"]["s"] = parts["model"]["vocab"]["t"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    with pytest.raises(UserError, match="'s' and 't' have the same id [0-9]*; ids must be unique"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error(tmp_path):
+    parts = json.loads(train_bpe(iter(["the ferry left the pier"] * 9), 290).definition)
+    parts["model"]["continuing_subword_prefix"] = "y" * 1000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    with pytest.raises(UserError, match="tokenizer.json: is not one of the `tokenizers` library: range end index"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))

@@ -48,7 +48,7 @@ def to_published(weight: Weight, value: np.ndarray) -> np.ndarray:
     return value.reshape(published_shape(weight)[::-1]).T
 
 
-def _whole_value(tensor: StoredTensor, scale: StoredTensor | None, block: tuple[int, int]) -> np.ndarray:
+def whole_value(tensor: StoredTensor, scale: StoredTensor | None, block: tuple[int, int]) -> np.ndarray:
     """A published tensor; one in FP8 times its block scales, in float32 (DeepSeek-V3 report 3.3.1)."""
     value = tensor.read()
     if scale is None:
@@ -74,7 +74,7 @@ def read_part(
     for index, name in published_names(weight):
         if not all(start <= i < stop for i, (start, stop, _) in zip(index, stack_bounds, strict=True)):
             continue
-        value = _whole_value(tensors[name], tensors.get(name + SCALE), block)
+        value = whole_value(tensors[name], tensors.get(name + SCALE), block)
         if inputs and not weight.hf_as_declared:  # [outputs..., inputs...] -> [inputs..., outputs...]
             order = (*range(len(outputs), len(outputs) + len(inputs)), *range(len(outputs)))
             value = value.reshape(*outputs, *inputs).transpose(order)
