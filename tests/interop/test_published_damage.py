@@ -1,7 +1,7 @@
 """Small files of a published folder with other content: an error by name, or the same model; never a traceback.
 
-The folder carries no digest. A number, a name or an id that another folder could have as well is therefore believed, and
-so is a tensor whose bits have changed; FREE lists the fields of which this is true, and nothing else may change unseen.
+The folder carries no digest. A number, a name or an id that another folder could have as well is therefore believed,
+and so is a tensor whose bits have changed; FREE lists the fields of which this is true. Nothing else may change unseen.
 """
 
 import copy
@@ -27,8 +27,8 @@ FREE = {
     "generation_config.json": {"eos_token_id", "bos_token_id"},  # the latter must agree, if it is there
     "tokenizer_config.json": {"added_tokens_decoder", "eos_token"},
 }
-VALUES = [None, [], {}, "", "x", "1", -1, 0, 1, 2, 1.5, True, False, 10**30, 10**400, 2**31, 2**63, 1e300, -0.0, [[]], [1],
-          ["a"], {"a": 1}, "\0", "\ud800", 5e-324, "y" * 10**5]  # fmt: skip
+VALUES = [None, [], {}, "", "x", "1", -1, 0, 1, 2, 1.5, True, False, 10**30, 10**400, 2**31, 2**63, 1e300, -0.0, [[]],
+          [1], ["a"], {"a": 1}, "\0", "\ud800", 5e-324, "y" * 10**5]  # fmt: skip
 OTHERS = [b"", b"null", b"[]", b"3", b'"x"', b"{}", b"[" * 10**5, b'{"a":' * 10**5, b"\xff\xfe", b"NaN", b"9" * 5000,
           b'{"eos_token_id": 1e999}', b'{"eos_token_id": Infinity}', b"\0" * 9, b"\xef\xbb\xbf{}"]  # fmt: skip
 HEADERS = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
@@ -103,7 +103,8 @@ def test_nothing_changes_unseen(source, monkeypatch, name):
     content = path.read_bytes()
     is_json = name.endswith(".json")
     head = len(content) if is_json else 8 + int.from_bytes(content[:8], "little")
-    changed = [*OTHERS, *damaged(content, draw, *((6000, 1000) if name in FREE and "config.json" != name else (500, 500)), head)]
+    bits, edits = (6000, 1000) if name in ("generation_config.json", "tokenizer_config.json") else (500, 500)
+    changed = [*OTHERS, *damaged(content, draw, bits, edits, head)]
     if is_json:
         tree = json.loads(content)
         places = list(paths_in(tree))
@@ -127,7 +128,7 @@ def test_nothing_changes_unseen(source, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_files_that_are_too_large_or_no_files(source, name):
+def test_files_that_are_too_large_or_not_files(source, name):
     path, aside = source / name, source / "aside"
     read = tokenizer_of if "token" in name or "generation" in name else model_of
     path.rename(aside)

@@ -26,7 +26,9 @@ def _preparing_commands(command) -> None:
     sub = command("prepare", data.prepare, "Turn text into a token store; resumes if a run of it was killed.")
     _reading_options(sub)
     sub.add_argument("--out", required=True, help="folder of the new store; must not exist")
-    sub.add_argument("--tokenizer", required=True, help="byte, train:VOCAB, FILE.tiktoken or tokenizer.json")
+    sub.add_argument(
+        "--tokenizer", required=True, help="byte, train:VOCAB, FILE.tiktoken, tiktoken.model or tokenizer.json"
+    )
     sub.add_argument(
         "--validation-fraction", type=float, default=0.02, help="share of held-out documents (default: %(default)s)"
     )

@@ -229,7 +229,7 @@ def _lossy_parts(parts: dict) -> Iterator[str]:
 
 
 def tokenizers_model(where: str, definition: bytes):
-    """The `tokenizers` library's model of a tokenizer.json. UserError if it is not one, or if two tokens have one id."""
+    """The `tokenizers` library's model of a tokenizer.json. UserError if it is not one, or two tokens have one id."""
     import tokenizers
 
     try:
@@ -237,12 +237,13 @@ def tokenizers_model(where: str, definition: bytes):
         vocabulary = model.get_vocab()
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # bare Exception for what it cannot parse; a panic in its Rust code is not even that
+    except BaseException as error:  # bare Exception for what it cannot parse; a Rust panic is not one
         raise UserError(f"{where}: is not one of the `tokenizers` library: {str(error)[:300]}") from None
     tokens = {i: token for token, i in vocabulary.items()}
     if len(tokens) < len(vocabulary):
-        token, i = next((token, i) for token, i in vocabulary.items() if tokens[i] != token)
-        raise UserError(f"{where}: {token!r} and {tokens[i]!r} have the same id {i}; ids must be unique")
+        i = min(i for token, i in vocabulary.items() if tokens[i] != token)
+        first, second, *_ = sorted(token for token, other in vocabulary.items() if other == i)
+        raise UserError(f"{where}: {first!r} and {second!r} have the same id {i}; ids must be unique")
     return model
 
 

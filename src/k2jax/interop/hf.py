@@ -63,7 +63,9 @@ def _read_config(folder: Path) -> dict:
     method, block = quantization.get("quant_method", "fp8"), quantization.get("weight_block_size", [128, 128])
     problems = misspelled("config.json: quantization_config", quantization, ("quant_method", "weight_block_size"))
     if method != "fp8":
-        problems.append(f"config.json: quant_method = {shown(method)}: must be 'fp8' with block scales, or no quantization")
+        problems.append(
+            f"config.json: quant_method = {shown(method)}: must be 'fp8' with block scales, or no quantization"
+        )
     if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
         problems.append(f"config.json: weight_block_size = {shown(block)}: must be two positive integers")
     if problems:
@@ -123,7 +125,9 @@ def _mtp_layers(values: dict, model: ModelConfig, tensors: dict[str, StoredTenso
     ordinary = [number for number in extra if f"model.layers.{number}.enorm.weight" not in tensors]
     if ordinary and len(extra) > (1 if count is None else count):
         rule = "must cover them, unless they are for multi-token prediction, which num_nextn_predict_layers then counts"
-        raise UserError(f"config.json: num_hidden_layers = {layers}: the files hold layers {layers} to {extra[-1]}; {rule}")
+        raise UserError(
+            f"config.json: num_hidden_layers = {layers}: the files hold layers {layers} to {extra[-1]}; {rule}"
+        )
     return extra
 
 

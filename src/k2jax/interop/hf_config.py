@@ -52,11 +52,13 @@ def misspelled(where: str, values: dict, known: tuple[str, ...]) -> list[str]:
     """Problems of names that are nearly a known one which is absent, and whose default would take its place unseen."""
     absent = [name for name in known if name not in values]
     near = {name: difflib.get_close_matches(name, absent, 1, 0.85) for name in values if name not in known}
-    return [f"{where}: {shown(name)}: is not a known field; nearest: {found[0]!r}" for name, found in near.items() if found]
+    return [
+        f"{where}: {shown(name)}: is not a known field; nearest: {found[0]!r}" for name, found in near.items() if found
+    ]
 
 
 def _wrong_kinds(values: dict) -> list[str]:
-    """Problems of fields that are not a number that a network could have; one of these could not be compared further."""
+    """Problems of fields that hold no number, or one beyond 64 bits, which nothing can be compared with."""
     problems = [
         f"config.json: {name} = {shown(values[name])}: must be a number{' or null' if name in _OPTIONAL else ''}"
         for name in (*_COPIED, "rope_theta")
@@ -94,7 +96,9 @@ def _rope_kind(values: dict) -> tuple[str, list[str]]:
 def _wrong_rope_entries(source: str, entries: dict) -> list[str]:
     """Problems of a RoPE dict's names and values; a name that is not known may mean other positions."""
     unknown = [name for name, value in entries.items() if name not in _ROPE and value is not None]
-    problems = [f"config.json: {source} has {shown(name)}, which k2jax has no form for; must be absent" for name in unknown]
+    problems = [
+        f"config.json: {source} has {shown(name)}, which k2jax has no form for; must be absent" for name in unknown
+    ]
     return problems + [
         f"config.json: {source} has {name} = {shown(entries[name])}: must be a number less than 2**63"
         for name in (*_YARN, "rope_theta", "attention_factor", "partial_rotary_factor")
@@ -107,9 +111,11 @@ def _rope_of(values: dict) -> tuple[RopeConfig, Literal["plain", "yarn"], list[s
     """(rope, kind, problems) from rope_theta and rope_scaling, or from transformers' newer rope_parameters."""
     dicts = {name: values.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
     if wrong := [name for name, value in dicts.items() if not isinstance(value, dict)]:
-        return RopeConfig(), "plain", [
-            f"config.json: {name} = {shown(values[name])}: must be an object" for name in wrong
-        ]
+        return (
+            RopeConfig(),
+            "plain",
+            [f"config.json: {name} = {shown(values[name])}: must be an object" for name in wrong],
+        )
     kind, problems = _rope_kind(dicts)
     for source, entries in dicts.items():
         problems += _wrong_rope_entries(source, entries)
@@ -162,7 +168,9 @@ def model_config(values: dict) -> tuple[ModelConfig, Literal["plain", "yarn"]]:
         )
     length, dtype = values.get("max_position_embeddings", 1), values.get("torch_dtype", values.get("dtype"))
     if type(length) is not int or length < 1:
-        problems.append(f"config.json: max_position_embeddings = {shown(length)}: must be a positive integer, or absent")
+        problems.append(
+            f"config.json: max_position_embeddings = {shown(length)}: must be a positive integer, or absent"
+        )
     if dtype is not None and dtype not in _DTYPES:
         rule = f"must be one of {', '.join(map(repr, _DTYPES))}, or absent"
         problems.append(f"config.json: torch_dtype = {shown(dtype)}: {rule}")

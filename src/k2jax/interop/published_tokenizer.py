@@ -40,7 +40,7 @@ def _is_text(value: object) -> bool:
 
 
 def _entries(path: Path, settings: dict) -> dict[int, tuple[str, bool]]:
-    """{id: (name, special)} of the added tokens in tokenizer_config.json; chat templates and tool parsers write them."""
+    """{id: (name, special)} of the added tokens in tokenizer_config.json; chat templates and tool parsers use these."""
     entries = settings.get("added_tokens_decoder") or {}
     if not isinstance(entries, dict):
         raise UserError(f"{path}: added_tokens_decoder must be an object")

@@ -52,7 +52,9 @@ def _tensors_of(path: Path) -> dict[str, StoredTensor]:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
         if size > SMALL_BYTES:
-            raise UserError(f"{path}: is not a whole safetensors file: its header has more than {SMALL_BYTES >> 20} MiB")
+            raise UserError(
+                f"{path}: is not a whole safetensors file: its header has more than {SMALL_BYTES >> 20} MiB"
+            )
         with safe_open(path, framework="numpy"):  # the library's own check: offsets, sizes, nothing left over
             pass
     except (SafetensorError, OSError) as error:
