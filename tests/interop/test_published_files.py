@@ -15,6 +15,7 @@ from k2jax.data.saved_tokenizer import open_tokenizer, save_tokenizer
 from k2jax.data.tokenizer import load_tokenizer, train_bpe
 from k2jax.errors import UserError
 from k2jax.interop.hf import load_values, open_published
+from k2jax.interop.hf_config import _KNOWN, misspelled
 from k2jax.interop.published import SCALE, whole_value
 from k2jax.interop.published_tokenizer import published_tokenizer
 from k2jax.interop.safetensor_files import DTYPES, NewTensor, write_tensors
@@ -252,6 +253,28 @@ def test_names_that_cannot_be(tmp_path, settings, rule):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=rule):
         published_tokenizer(tmp_path, IDS)
+
+
+def test_names_that_differ_between_the_files(tmp_path):
+    own = train_bpe(iter(["the ferry left the pier"] * 9), 290)
+    (tmp_path / "tokenizer.json").write_bytes(own.definition)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(entries_of({0: "<|BOS|>"})))
+    with pytest.raises(UserError, match=r"id 0 is '<\|BOS\|>', in tokenizer.json '<\|bos\|>'; must be the same"):
+        published_tokenizer(tmp_path, {"bos_token_id": 0, "eos_token_id": 1})
+
+
+def test_other_fields_of_published_files_are_not_taken_for_misspelled():
+    """Beside files that leave out all that they may."""
+    usual = "pad_token_id head_dim qk_head_dim num_local_experts mlp_bias dtype auto_map aux_loss_alpha seq_aux ep_size"
+    usual += " pretraining_tp use_cache transformers_version attention_dropout output_router_logits initializer_range"
+    usual += (
+        " add_bos_token add_eos_token unk_token pad_token sep_token cls_token additional_special_tokens chat_template"
+    )
+    usual += " model_max_length clean_up_tokenization_spaces legacy eos_token_id_list forced_eos_token_id temperature"
+    known = (*_KNOWN, "added_tokens_decoder", "bos_token", "eos_token")
+    assert misspelled("x", dict.fromkeys(usual.split()), known) == []
+    assert misspelled("x", {"eos_token_id": 3}, ("bos_token", "eos_token")) == []  # in a tokenizer_config.json
+    assert misspelled("x", {"add_eos_tokens": 3}, ("add_eos_token",)) != []
 
 
 def test_a_tokenizer_larger_than_its_model(tmp_path):

@@ -51,7 +51,11 @@ def shown(value: object) -> str:
 def misspelled(where: str, values: dict, known: tuple[str, ...]) -> list[str]:
     """Problems of names that are nearly a known one which is absent, and whose default would take its place unseen."""
     absent = [name for name in known if name not in values]
-    near = {name: difflib.get_close_matches(name, absent, 1, 0.85) for name in values if name not in known}
+    near = {
+        name: difflib.get_close_matches(name, [right for right in absent if abs(len(right) - len(name)) < 3], 1, 0.85)
+        for name in values
+        if name not in known
+    }
     return [
         f"{where}: {shown(name)}: is not a known field; nearest: {found[0]!r}" for name, found in near.items() if found
     ]
