@@ -15,7 +15,7 @@ from k2jax.data.saved_tokenizer import open_tokenizer, save_tokenizer
 from k2jax.data.tokenizer import load_tokenizer, train_bpe
 from k2jax.errors import UserError
 from k2jax.interop.hf import load_values, open_published
-from k2jax.interop.hf_config import _KNOWN, misspelled
+from k2jax.interop.hf_config import _COPIED, _KNOWN, _OPTIONAL, misspelled
 from k2jax.interop.published import SCALE, whole_value
 from k2jax.interop.published_tokenizer import published_tokenizer
 from k2jax.interop.safetensor_files import DTYPES, NewTensor, write_tensors
@@ -271,8 +271,9 @@ def test_other_fields_of_published_files_are_not_taken_for_misspelled():
         " add_bos_token add_eos_token unk_token pad_token sep_token cls_token additional_special_tokens chat_template"
     )
     usual += " model_max_length clean_up_tokenization_spaces legacy eos_token_id_list forced_eos_token_id temperature"
+    needed = dict.fromkeys(name for name in _COPIED if name not in _OPTIONAL)
     known = (*_KNOWN, "added_tokens_decoder", "bos_token", "eos_token")
-    assert misspelled("x", dict.fromkeys(usual.split()), known) == []
+    assert misspelled("x", needed | dict.fromkeys(usual.split()), known) == []
     assert misspelled("x", {"eos_token_id": 3}, ("bos_token", "eos_token")) == []  # in a tokenizer_config.json
     assert misspelled("x", {"add_eos_tokens": 3}, ("add_eos_token",)) != []
 
