@@ -188,6 +188,7 @@ class TrainConfig:
     compile_cache: Free[Folder[str | None]] = "compiled"  # folder of compiled programs, seen from run_dir; None: none is kept
     self_check: Free[Literal["auto", "on", "off"]] = "auto"  # kernels and exchange, at the start; auto: if many processes
     log_every: Free[int] = 1  # steps between plain progress lines; metrics.jsonl has every step
+    log_ranks: Free[bool] = False  # processes other than the first log to ranks/N.log of the run directory
     eval_every: Free[int | None] = None  # steps between validations; the end is always validated
     eval_sequences: Free[int] = 256
 

@@ -13,6 +13,11 @@ class RunFailed(Exception):
     """A run that began well cannot go on. The CLI prints the message and exits with 1."""
 
 
+def exit_code(error: BaseException) -> int:
+    """The command's exit code for an error that ends it: 2 if its user can correct it, 130 for Ctrl-C, else 1."""
+    return 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
 def first_of(problems: list[str], most: int = 10) -> list[str]:
     """The first `most` problems, and one line that counts them all if there are more."""
     rest = [f"{len(problems)} problems of this kind in all; the first {most} are above"] if len(problems) > most else []

@@ -26,9 +26,9 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable, or the renames and removals inside a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -48,7 +48,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    sync_file(path.parent)
 
 
 @contextlib.contextmanager
@@ -202,7 +202,7 @@ def whole_folder(target: Path, word: str) -> Iterator[Path]:
             yield aside
             aside.rename(target)
             (target / _MARK).unlink()
-            sync_folder(target.parent)
+            sync_file(target.parent)
         finally:
             if aside.exists():
                 _remove(aside)

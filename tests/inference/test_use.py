@@ -25,6 +25,7 @@ from k2jax.model.rope import make_rope
 from k2jax.model.transformer import build_model, declarations, init_router_bias
 from k2jax.model.weights import init_params
 from k2jax.runs.folder import write_config
+from k2jax.runs.identity import make_identity
 from k2jax.train.checkpoint import save_model
 from k2jax.train.start import check_source
 
@@ -47,10 +48,10 @@ def place(tmp_path_factory):
         train=TrainConfig(run_dir=str(folder / "run"), compute_dtype="float32"),
     ).validate()
     params = init_params(declarations(config.model), jax.random.key(0), 0.3)
-    save_model(
-        folder / "run" / "checkpoints", {"params": params, "router_bias": init_router_bias(config.model)}, config
-    )
+    (folder / "run").mkdir()
     write_config(folder / "run", config)
+    make_identity(folder / "run")
+    save_model(folder / "run" / "checkpoints", {"params": params, "router_bias": init_router_bias(config.model)})
     save_tokenizer(load_tokenizer("byte"), folder / "run" / "tokenizer")
     return folder
 

@@ -7,7 +7,16 @@ import pytest
 from k2jax.errors import UserError
 from k2jax.files import sha256_of
 from k2jax.runs import commits
-from k2jax.runs.commits import commit, committed_steps, damage, is_model_alone, remove_step, set_damaged_aside
+from k2jax.runs.commits import (
+    commit,
+    committed_steps,
+    damage,
+    file_digests,
+    find_damaged,
+    is_model_alone,
+    remove_step,
+    set_aside,
+)
 
 
 def make_steps(run, *steps, holds=("model", "optimizer")):
@@ -16,8 +25,15 @@ def make_steps(run, *steps, holds=("model", "optimizer")):
     for step in steps:
         (folder / str(step)).mkdir(parents=True)
         (folder / str(step) / "arrays").write_text("x" * step)
-        commit(folder, {"step": step, "holds": [*holds], "data_position": {}})
+        record = {"step": step, "holds": [*holds], "files": file_digests(folder, step), "content": {}, "data_position": {}}
+        commit(folder, record)
     return folder
+
+
+def set_damaged_aside(folder):
+    steps, problems = find_damaged(folder)
+    set_aside(folder, steps, problems)
+    return problems
 
 
 def change_record(folder, step):

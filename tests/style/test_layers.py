@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2] / "src" / "k2jax"
 # Lowest first. Packages of one row are siblings: each can be read, and used, without the others.
 LAYERS = [
     {"errors"},
-    {"files", "dtypes", "tables", "user_code"},
+    {"files", "dtypes", "processes", "tables", "user_code"},
     {"config_rules"},
     {"config"},
     {"sharding", "kernels", "optim", "data", "runs"},
@@ -26,7 +26,10 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The rooms of data, in their own order.
 DATA_LEVEL = {"splitmix": 0, "tokenizer": 0, "saved_tokenizer": 1, "store": 2, "text": 3, "loader": 3}
-WITHOUT_JAX = ("cli", "config.py", "config_rules.py", "data/store", "data/text", "errors.py", "files.py", "report", "runs")
+WITHOUT_JAX = (
+    "cli", "config.py", "config_rules.py", "data/store", "data/text", "errors.py", "files.py", "launch", "processes.py",
+    "report", "runs",
+)  # fmt: skip
 
 
 def room_of(path):

@@ -1,7 +1,6 @@
 """A step exists when its commit record does; what is restored is what was saved, on any mesh."""
 
 
-import json
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from k2jax.config import CheckpointConfig, Config
+from k2jax.config import CheckpointConfig
 from k2jax.errors import RunFailed, UserError
-from k2jax.runs.commits import committed_steps, newest_step, remove_leftovers, set_damaged_aside
-from k2jax.train.checkpoint import Saver, restore_run, restore_state
+from k2jax.runs.commits import committed_steps, find_damaged, newest_step, read_record, remove_leftovers, set_aside
+from k2jax.train.checkpoint import Saver, restore_state
 from k2jax.train.guard import Guard
 from k2jax.train.state import TrainState
 
@@ -43,10 +42,10 @@ def assert_equal(a: TrainState, b: TrainState) -> None:
 def test_round_trip_to_another_mesh(tmp_path, mesh_of):
     state = make_state(mesh_of(fsdp=2, expert=2, tensor=2), step=3)
     saver = Saver(tmp_path, CheckpointConfig())
-    saver.save(3, state, Config(), {"next_row": 12})
+    saver.save(3, state, {"next_row": 12})
     saver.wait()
     assert newest_step(tmp_path) == 3
-    assert restore_run(tmp_path, 3) == {"config": json.loads(json.dumps(Config().to_json())), "data_position": {"next_row": 12}}
+    assert read_record(tmp_path, 3)["data_position"] == {"next_row": 12}
     for mesh in (mesh_of(fsdp=2, expert=2, tensor=2), mesh_of(fsdp=8), mesh_of(expert=4), mesh_of()):
         template = abstract(make_state(mesh))
         restored = restore_state(tmp_path, 3, template)
@@ -57,7 +56,7 @@ def test_round_trip_to_another_mesh(tmp_path, mesh_of):
 def test_only_the_newest_are_kept_and_leftovers_go(tmp_path, mesh_of):
     saver = Saver(tmp_path, CheckpointConfig(keep_last=2))
     for step in (0, 4, 8, 12):
-        saver.save(step, make_state(mesh_of(), step), Config(), {})
+        saver.save(step, make_state(mesh_of(), step), {})
     saver.wait()
     assert committed_steps(tmp_path) == [8, 12] and sorted(p.name for p in tmp_path.iterdir()) == [
         "12",
@@ -74,7 +73,7 @@ def test_only_the_newest_are_kept_and_leftovers_go(tmp_path, mesh_of):
 
 def test_saved_steps_without_a_record_stop_the_run(tmp_path, mesh_of):
     saver = Saver(tmp_path, CheckpointConfig())
-    saver.save(4, make_state(mesh_of()), Config(), {})
+    saver.save(4, make_state(mesh_of()), {})
     saver.wait()
     (tmp_path / "4.json").unlink()
     with pytest.raises(UserError, match="holds 4 but no commit record"):
@@ -88,7 +87,7 @@ def test_a_save_that_fails_is_raised_and_leaves_no_record(tmp_path, mesh_of, mon
     monkeypatch.setattr(
         "k2jax.runs.commits.write_sealed", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
     )
-    saver.save(0, make_state(mesh_of()), Config(), {})
+    saver.save(0, make_state(mesh_of()), {})
     with pytest.raises(RunFailed, match="could not be saved: .*No space left"):
         saver.wait()
     assert committed_steps(tmp_path) == []
@@ -98,7 +97,7 @@ def test_a_state_may_be_donated_once_save_returns(tmp_path, mesh_of):
     state = make_state(mesh_of(fsdp=2), step=7)
     expected = jax.tree.map(np.array, state)
     saver = Saver(tmp_path, CheckpointConfig())
-    saver.save(7, state, Config(), {})
+    saver.save(7, state, {})
     jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
     saver.wait()
     assert_equal(restore_state(tmp_path, 7, abstract(make_state(mesh_of()))), expected)
@@ -116,18 +115,19 @@ def test_damaged_steps_are_set_aside_and_the_one_before_is_used(tmp_path, mesh_o
     folder = tmp_path / "checkpoints"
     saver = Saver(folder, CheckpointConfig())
     for step in (0, 4, 8):
-        saver.save(step, make_state(mesh_of(), step), Config(), {})
+        saver.save(step, make_state(mesh_of(), step), {})
     saver.wait()
     flip_a_bit(folder / "8")
-    problems = set_damaged_aside(folder)
-    assert len(problems) == 1 and "is not what was written (sha256)" in problems[0]
+    steps, problems = find_damaged(folder)
+    set_aside(folder, steps, problems)
+    assert steps == [8] and len(problems) == 1 and "is not what was written (sha256)" in problems[0]
     assert committed_steps(folder) == [0, 4] and sorted(p.name for p in (tmp_path / "damaged").iterdir()) == [
         "8",
         "8.json",
     ]
-    assert set_damaged_aside(folder) == []
+    assert find_damaged(folder) == ([], [])
     (folder / "4" / "commit_success.txt").unlink()
     flip_a_bit(folder / "0")
     with pytest.raises(UserError, match="no sound checkpoint is left"):
-        set_damaged_aside(folder)
+        find_damaged(folder)
     assert committed_steps(folder) == [0, 4]

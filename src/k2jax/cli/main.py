@@ -5,8 +5,9 @@ import errno
 import os
 import sys
 
+from k2jax import processes
 from k2jax.cli import audit, data, model, plan, run
-from k2jax.errors import RunFailed, UserError
+from k2jax.errors import RunFailed, UserError, exit_code
 
 _DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
 
@@ -61,10 +62,18 @@ def _preparing_commands(command) -> None:
     sub.add_argument("--retries", type=int, default=4, help="retries after temporary failures (default: %(default)s)")
 
 
+def _process_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--simulate", type=int, metavar="N", help="run on N CPU devices")
+    sub.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, as the others reach it")
+    sub.add_argument("--num-processes", type=int, metavar="N", help="processes of the run")
+    sub.add_argument("--process-id", type=int, metavar="I", help="of this one: 0 to N - 1")
+    sub.add_argument("--join-timeout", type=float, default=600, metavar="S", help="seconds to wait for the others")
+
+
 def _run_commands(command) -> None:
     sub = command("train", run.train, "Train a config, or resume the run in its directory.", add_help=False)
     sub.add_argument("config", metavar="CONFIG", nargs="?")
-    sub.add_argument("--simulate", type=int, metavar="N", help="run on N CPU devices")
+    _process_options(sub)
     sub.add_argument("--change-mixture", action="store_true", help="resume with another mixture")
     sub.usage = run.TRAIN_USAGE.removeprefix("usage: ")
 
@@ -145,6 +154,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _report(command: str, error: BaseException) -> int:
+    """Say what ended the command, in lines for its user, and return the exit code. Anything else is raised again."""
+    if isinstance(error, UserError):
+        count = len(error.problems)
+        print(f"k2jax {command}: {count} problem{'s' if count > 1 else ''}", file=sys.stderr)
+        print("\n".join(f"  {problem}" for problem in error.problems), file=sys.stderr)
+    elif isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    elif isinstance(error, OSError) and (error.filename is not None or error.errno in _DISK_ERRORS):
+        # A full or read-only disk, a file without permission: nothing of ours is wrong.
+        name = "" if error.filename is None else f"{error.filename}: "
+        print(f"k2jax {command}: {name}{error.strerror}", file=sys.stderr)
+    elif isinstance(error, RunFailed):
+        print(f"k2jax {command}: {error}", file=sys.stderr)
+    elif not isinstance(error, KeyboardInterrupt):
+        raise error
+    return exit_code(error)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 the run failed, 2 the user can correct it, 128 + n on signal n."""
     parser = _parser()
@@ -158,25 +187,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.function(args, rest)
-    except UserError as error:
-        count = len(error.problems)
-        print(f"k2jax {args.command}: {count} problem{'s' if count > 1 else ''}", file=sys.stderr)
-        print("\n".join(f"  {problem}" for problem in error.problems), file=sys.stderr)
-        return 2
-    except RunFailed as error:
-        print(f"k2jax {args.command}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:  # a full or read-only disk, a file without permission: nothing of ours is wrong
-        if error.filename is None and error.errno not in _DISK_ERRORS:
-            raise
-        name = "" if error.filename is None else f"{error.filename}: "
-        print(f"k2jax {args.command}: {name}{error.strerror}", file=sys.stderr)
-        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        if processes.count() > 1:
+            processes.fail(error)
+        return _report(args.command, error)
 
 
 def entry() -> None:

@@ -1,20 +1,42 @@
 """`k2jax train`."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
 
+from k2jax import processes
 from k2jax.cli.overrides import load_config, override, print_fields
 from k2jax.errors import UserError
 from k2jax.files import write_atomic
-from k2jax.launch.distributed import use_cpu_devices
+from k2jax.launch import distributed
 
 TRAIN_USAGE = """usage: k2jax train CONFIG [--simulate N] [--section.field value ...]
 
 Trains, or resumes the run in train.run_dir. Ctrl-C finishes the step, saves and prints how to resume.
 CONFIG is a Python file with config(), such as configs/tiny.py; `k2jax train CONFIG --help` lists its fields.
 --simulate N runs on N CPU devices, even where there is an accelerator.
+--coordinator HOST:PORT --num-processes N --process-id I join N processes, on any number of hosts, to one run; without
+them srun, mpirun, SkyPilot and TPU pods are recognised, and the variables K2JAX_COORDINATOR, K2JAX_NUM_PROCESSES,
+K2JAX_PROCESS_ID and K2JAX_SIMULATE stand for the options. --join-timeout S: patience with processes that come late.
 --change-mixture lets a resumed run use other sources, weights or epochs; the steps done keep theirs."""
+
+
+def join_processes(args, stops_together: bool = False) -> None:
+    """Choose this process's devices and connect it with the others of its run, by the options and the environment."""
+    simulate = os.environ.get("K2JAX_SIMULATE") if args.simulate is None else args.simulate
+    if simulate is not None:
+        distributed.use_cpu_devices(simulate)
+    options = {
+        distributed.COORDINATOR: args.coordinator,
+        distributed.NUM_PROCESSES: args.num_processes,
+        distributed.PROCESS_ID: args.process_id,
+    }
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    distributed.join(options, os.environ, say, args.join_timeout, stops_together)
 
 
 def train(args, rest: list[str]) -> int:
@@ -26,20 +48,23 @@ def train(args, rest: list[str]) -> int:
         print_fields(config, f"k2jax train {args.config}")
         return 0
     config = override(config, rest)
-    if args.simulate is not None:
-        use_cpu_devices(args.simulate)
+    join_processes(args, stops_together=True)
     from k2jax.train.loop import run
 
     result = run(config, args.change_mixture)
     folder = Path(config.train.run_dir)
+    first, many = processes.is_first(), processes.count() > 1
+    processes.leave()
     if result.signal is not None:
-        print(f"stopped after step {result.step}, saved. Resume with:\n  k2jax {shlex.join(sys.argv[1:])}")
+        if first:
+            print(f"stopped after step {result.step}, saved. Resume with:\n  k2jax {shlex.join(sys.argv[1:])}")
         return 128 + result.signal
-    _show_result(folder, result)
+    if first:
+        _show_result(folder, result, with_sample=not many)
     return 0
 
 
-def _show_result(folder: Path, result) -> None:
+def _show_result(folder: Path, result, with_sample: bool) -> None:
     """Print validation loss, picture, sample, and the paths of everything."""
     from k2jax.inference.generate import generate
     from k2jax.inference.load import load_run
@@ -54,7 +79,10 @@ def _show_result(folder: Path, result) -> None:
         print(f"curves: {folder / 'curves.png'}")
     except UserError as missing:  # the picture is an extra, the run is not
         print(f"no picture: {missing}")
+    print(f"metrics: {folder / 'metrics.jsonl'}\ncheckpoints: {checkpoints_of(folder)}\nTensorBoard: {folder / 'tb'}")
+    if not with_sample:  # this process has no longer the devices that the model may need
+        print(f"a sample: k2jax generate {folder} PROMPT")
+        return
     text = generate(load_run(folder), [""], num_tokens=400, temperature=0.7, seed=0)[0]
     write_atomic(folder / "sample.txt", text)
-    print(f"metrics: {folder / 'metrics.jsonl'}\ncheckpoints: {checkpoints_of(folder)}\nTensorBoard: {folder / 'tb'}")
     print(f"sample ({folder / 'sample.txt'}; more with: k2jax generate {folder} PROMPT):\n{text}")

@@ -24,6 +24,7 @@ from k2jax.interop.safetensor_files import StoredTensor, find_tensors
 from k2jax.model.transformer import Transformer, build_model
 from k2jax.model.weights import Weight, weight_leaves
 from k2jax.runs.folder import checkpoints_of, path_problem, write_config
+from k2jax.runs.identity import make_identity
 from k2jax.sharding.names import AXES
 from k2jax.train.checkpoint import save_model
 from k2jax.train.state import TrainState
@@ -255,8 +256,9 @@ def import_hf(directory: str | Path, run_dir: str | Path, mesh: jax.sharding.Mes
     _check_mesh(found.model, mesh)
     tokenizer, config = published_tokenizer(found.folder, found.config), _config_for(found, str(run_dir)).validate()
     with whole_folder(run_dir, "importing") as aside:
-        save_model(checkpoints_of(aside), load_values(found, jnp.dtype(jnp.float32), mesh), config)
+        write_config(aside, config)
+        make_identity(aside)
+        save_model(checkpoints_of(aside), load_values(found, jnp.dtype(jnp.float32), mesh))
         if tokenizer is not None:
             save_tokenizer(tokenizer, aside / "tokenizer")
-        write_config(aside, config)
     return config

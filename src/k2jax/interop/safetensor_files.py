@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from k2jax.errors import UserError, first_of
-from k2jax.files import SMALL_BYTES, read_json, sync_folder, write_atomic
+from k2jax.files import SMALL_BYTES, read_json, sync_file, write_atomic
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -182,4 +182,4 @@ def write_tensors(folder: Path, tensors: dict[str, NewTensor], limit: int) -> No
             "weight_map": {t: name for name, portion in zip(names, portions, strict=True) for t in portion},
         }
         write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
-    sync_folder(folder)
+    sync_file(folder)

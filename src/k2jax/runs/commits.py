@@ -7,10 +7,12 @@ import contextlib
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from k2jax.errors import UserError
-from k2jax.files import read_sealed, sha256_of, sync_folder, write_sealed
+from k2jax.files import read_sealed, sha256_of, sync_file, write_sealed
+from k2jax.runs.identity import identity
 
 
 def damaged_of(folder: Path) -> Path:
@@ -29,7 +31,7 @@ def _remove(entry: Path) -> None:
 def remove_step(folder: Path, step: int) -> None:
     """Remove a committed step. The record goes first, so that no half step is ever listed."""
     _remove(folder / f"{step}.json")
-    sync_folder(folder)
+    sync_file(folder)
     _remove(folder / str(step))
 
 
@@ -39,35 +41,54 @@ def committed_steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isascii() and name.isdigit() and name == str(int(name)))
 
 
-def _record(folder: Path, step: int) -> dict:
-    """The commit record of a step. UserError if it was changed, or belongs to another step."""
-    path = folder / f"{step}.json"
+def read_record(folder: Path, step: int) -> dict:
+    """The commit record of a step. UserError if it was changed, or belongs to another step or run."""
+    path, expected = folder / f"{step}.json", identity(folder.parent)
     record = read_sealed(path)
-    kinds = {"step": int, "holds": list, "files": dict, "data_position": dict}
+    kinds = {"step": int, "holds": list, "files": dict, "content": dict, "data_position": dict, "run": type(expected)}
     if wrong := [name for name, kind in kinds.items() if type(record.get(name)) is not kind]:
         raise UserError(f"{path}: is not a commit record: {', '.join(wrong)} missing or of another type")
     if record["step"] != step:
         raise UserError(f"{path}: is the record of step {record['step']}; give it its name back")
+    if expected is not None and record["run"] != expected:
+        differs = [name for name in expected if record["run"].get(name) != expected[name]]
+        rule = "it was copied from elsewhere; move it away" if "id" in differs else "restore config.json from a copy"
+        raise UserError(f"{path}: belongs to another run, its {' and '.join(differs)} differ from those of {folder.parent}; {rule}")
     return record
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """{relative path: sha256} of every file below `folder`."""
+_WRITER = re.compile(r"(?:ocdbt\.|array_metadatas/)process_([0-9]+)(?:/|$)")  # Orbax's names of what one process writes
+
+
+def _files_of(folder: Path, process: int, processes: int) -> list[Path]:
+    """The files below `folder` that one of the processes of a save wrote: the first also what belongs to none."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
+    writers = [_WRITER.search(path.relative_to(folder).as_posix()) for path in paths]
+    return [path for path, match in zip(paths, writers, strict=True) if (int(match[1]) % processes if match else 0) == process]
 
 
-def damage(folder: Path, step: int) -> list[str]:
+def file_digests(folder: Path, step: int, process: int = 0, processes: int = 1) -> dict[str, str]:
+    """{relative path: sha256} of the files of a step that one of the processes wrote, when they are on the disk for good."""
+    root = folder / str(step)
+    paths = _files_of(root, process, processes)
+    for place in (*paths, *{path.parent for path in paths}):  # Orbax leaves some to the operating system
+        sync_file(place)
+    return {path.relative_to(root).as_posix(): sha256_of(path) for path in paths}
+
+
+def damage(folder: Path, step: int, process: int = 0, processes: int = 1) -> list[str]:
     """Every file of a committed step that differs from its record; [] for a sound step.
 
-    Orbax itself restores flipped bits without an error.
+    process, processes: only of the files that fall to one of so many, to be read by all of them at once. Raises
+    UserError if the run's own files are damaged. Orbax itself restores flipped bits without an error.
     """
+    identity(folder.parent)
     try:
-        expected = _record(folder, step)["files"]
+        expected = read_record(folder, step)["files"]
     except UserError as error:
         return [*error.problems]
     problems = []
-    for name in expected:
+    for name in sorted(expected)[process::processes]:
         path = folder / str(step) / name
         try:
             if sha256_of(path) != expected[name]:
@@ -92,21 +113,26 @@ def sound_step(folder: Path, step: int | None) -> int:
     return step
 
 
-def set_damaged_aside(folder: Path) -> list[str]:
-    """Move the newest steps that are damaged to ../damaged; what was wrong. Raises UserError if none is sound."""
+def find_damaged(folder: Path, find: Callable[[Path, int], list[str]] = damage) -> tuple[list[int], list[str]]:
+    """(the newest steps, as far as they are damaged; all that is wrong with them). UserError if no step is sound.
+
+    find: `damage`, or what does its work in several processes.
+    """
     problems, bad = [], []
     for step in reversed(committed_steps(folder)):
-        if not (wrong := damage(folder, step)):
-            break
+        if not (wrong := find(folder, step)):
+            return bad, problems
         problems += wrong
         bad.append(step)
-    else:
-        if problems:
-            raise UserError(
-                *problems, f"{folder}: no sound checkpoint is left; restore one, or begin a new train.run_dir"
-            )
+    if problems:
+        raise UserError(*problems, f"{folder}: no sound checkpoint is left; restore one, or begin a new train.run_dir")
+    return bad, problems
+
+
+def set_aside(folder: Path, steps: list[int], problems: list[str]) -> None:
+    """Move these steps to ../damaged. UserError, with what is wrong with them, if that does not take them."""
     aside = damaged_of(folder)
-    for step in bad:
+    for step in steps:
         try:
             aside.mkdir(exist_ok=True)
             for name in (f"{step}.json", str(step)):
@@ -115,7 +141,6 @@ def set_damaged_aside(folder: Path) -> list[str]:
                     (folder / name).rename(aside / name)
         except OSError as error:
             raise UserError(*problems, f"{aside}: cannot take them: {error.strerror}; move it away") from None
-    return problems
 
 
 def _saves(folder: Path) -> list[str]:
@@ -156,10 +181,13 @@ def remove_leftovers(folder: Path) -> list[str]:
 
 
 def commit(folder: Path, record: dict) -> None:
-    """Make the step of `record` exist, its files being written."""
-    sync_folder(folder)
-    record["files"] = _digests(folder / str(record["step"]))
-    write_sealed(folder / f"{record['step']}.json", record)
+    """Make the step of `record` exist. Its files are on the disk, and `record` has everything but the run's identity.
+
+    record: step, holds (names of its items), files ({relative path: sha256}), content ({array: digests of its content}),
+    data_position.
+    """
+    sync_file(folder)
+    write_sealed(folder / f"{record['step']}.json", record | {"run": identity(folder.parent)})
 
 
 def held_parts(folder: Path, step: int) -> list[str]:
@@ -167,7 +195,7 @@ def held_parts(folder: Path, step: int) -> list[str]:
 
     Raises UserError if its record was changed.
     """
-    return _record(folder, step)["holds"]
+    return read_record(folder, step)["holds"]
 
 
 def is_model_alone(folder: Path) -> bool:

@@ -1,8 +1,6 @@
 """The start banner: what is about to run, where, and how large it is."""
 
-import importlib.metadata
 import math
-import platform
 from collections import Counter
 
 import jax
@@ -12,15 +10,10 @@ from k2jax.model.choices import describe_attention, describe_experts, describe_p
 from k2jax.model.flops import count_parameters, flops_per_token
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import weight_leaves
+from k2jax.preflight.ranks import versions
 from k2jax.train.state import TrainState
 
-LIBRARIES = ("k2jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 SHOWN = ("k2jax", "jax", "flax", "optax", "python")
-
-
-def versions() -> dict[str, str]:
-    """Python's and each library's version."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def _si(value: float) -> str:
@@ -33,6 +26,11 @@ def _si(value: float) -> str:
 def bytes_per_device(tree) -> int:
     """Of a pytree of arrays or ShapeDtypeStructs that have shardings; without what the device's tiling adds."""
     return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def total_bytes(tree) -> int:
+    """Of a pytree of arrays or ShapeDtypeStructs, each counted once."""
+    return sum(x.dtype.itemsize * math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
 def banner(config: Config, abstract: TrainState, mesh: jax.sharding.Mesh) -> str:

@@ -1,5 +1,7 @@
 """A batch on its way to the devices: the only code that lays rows out on a mesh."""
 
+import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -18,14 +20,42 @@ class Batch(NamedTuple):
     segment_ids: jax.Array
 
 
-def split_rows(rows: dict[str, np.ndarray], num_microbatches: int, mesh: jax.sharding.Mesh) -> Batch:
-    """Rows {"tokens" [B, T + 1], "segment_ids" [B, T], "positions" [B, T]} as a Batch on `mesh`."""
-    tokens = rows["tokens"]
-    arrays = (tokens[:, :-1], tokens[:, 1:], rows["positions"], rows["segment_ids"])
-    sharding = jax.NamedSharding(mesh, spec("MBT"))
-    return Batch(
-        *(jax.device_put(a.reshape(num_microbatches, -1, a.shape[1]).astype(np.int32), sharding) for a in arrays)
-    )
+@dataclass(frozen=True)
+class BatchLayout:
+    """The way from a batch's rows to the mesh, by arithmetic: a process reads those rows that its devices need.
+
+    num_rows: sequences of the batch, all microbatches together. length: T, positions of a sequence.
+    """
+
+    mesh: jax.sharding.Mesh
+    num_microbatches: int
+    num_rows: int
+    length: int
+
+    @functools.cached_property
+    def _parts(self) -> dict[jax.Device, tuple]:
+        """For each device of this process the rows [m, b] and the positions of its part."""
+        numbers = np.arange(self.num_rows).reshape(self.num_microbatches, -1)
+        sharding = jax.NamedSharding(self.mesh, spec("MBT"))
+        parts = sharding.addressable_devices_indices_map((*numbers.shape, self.length))
+        return {device: (numbers[index[:2]], index[2]) for device, index in parts.items()}
+
+    @functools.cached_property
+    def places(self) -> np.ndarray:
+        """int64, sorted: rows of the batch of which this process's devices have a part."""
+        return np.unique(np.concatenate([rows.ravel() for rows, _ in self._parts.values()]))
+
+    def _on_mesh(self, values: np.ndarray) -> jax.Array:
+        pieces = [values[np.searchsorted(self.places, rows), positions] for rows, positions in self._parts.values()]
+        # Explicit copies, which the loop's transfer guard allows; jax's own helpers for many processes make implicit ones.
+        arrays = jax.device_put([piece.astype(np.int32) for piece in pieces], list(self._parts))
+        shape = self.num_microbatches, self.num_rows // self.num_microbatches, self.length
+        return jax.make_array_from_single_device_arrays(shape, jax.NamedSharding(self.mesh, spec("MBT")), arrays)
+
+    def split(self, rows: dict[str, np.ndarray]) -> Batch:
+        """The rows at `places`, {"tokens" [P, T + 1], "segment_ids" [P, T], "positions" [P, T]}, as a Batch."""
+        tokens = rows["tokens"]
+        return Batch(*map(self._on_mesh, (tokens[:, :-1], tokens[:, 1:], rows["positions"], rows["segment_ids"])))
 
 
 def passes(batch: Batch, together: int | None = None) -> Batch:

@@ -1,22 +1,24 @@
 """Checkpoints: Orbax writes the arrays, and a commit record of ours, written last, makes the step exist.
 
-    checkpoints/120/        Orbax: model (params, router bias), optimizer (step, state, guard), run (config, position)
+    checkpoints/120/        Orbax: items model (params, router bias) and optimizer (step, state, guard)
     checkpoints/120.json    the commit record; a folder without one is the rest of a save that did not end
 
 Steps are found by their records alone, never by Orbax's listing: it shows steps whose save has not ended yet.
 """
 
 import threading
-from dataclasses import asdict
 from pathlib import Path
 
 import jax
+import numpy as np
 import tensorstore
 from orbax.checkpoint import v1 as ocp
 
-from k2jax.config import CheckpointConfig, Config
-from k2jax.errors import RunFailed
-from k2jax.runs.commits import commit, committed_steps, remove_step
+from k2jax.config import CheckpointConfig
+from k2jax.errors import RunFailed, first_of
+from k2jax.processes import count, gather, index, is_first
+from k2jax.runs.commits import commit, committed_steps, file_digests, read_record, remove_step
+from k2jax.train.content import content_problems, content_sums, named_digests
 from k2jax.train.state import TrainState
 
 CHUNK_BYTES = 2**26  # an export reads parameters matrix by matrix, and a chunk is the least that can be read
@@ -30,8 +32,10 @@ def _layout(path, value):
     return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES, shard_axes=stack)
 
 
-def _context() -> ocp.Context:
+def _context(seconds: int = 1200) -> ocp.Context:
+    """Options of a save; a process that waits longer for the others gives up."""
     context = ocp.Context()
+    context.asynchronous.timeout_secs = seconds
     context.array.saving.scoped_storage_options_creator = _layout
     return context
 
@@ -49,38 +53,51 @@ def parts(state: TrainState) -> dict:
     }
 
 
-def open_model_array(folder: Path, step: int, path: tuple[str, ...]) -> tensorstore.TensorStore:
-    """One array of a step's model, such as ("params", "moe", "ffn", "gate"), to be read in parts. No cache is kept."""
-    base = {"driver": "file", "path": f"{folder.resolve() / str(step) / 'model'}/"}
-    kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
+def open_array(folder: Path, step: int, item: str, name: str) -> tensorstore.TensorStore:
+    """One array of a step, such as "params.moe.ffn.gate" of item "model", to be read in parts. No cache is kept."""
+    base = {"driver": "file", "path": f"{folder.resolve() / str(step) / item}/"}
+    kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     return tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True).result()
 
 
-def _check_readable(folder: Path, step: int, model: dict) -> None:
-    """Raise RunFailed unless the step's items have their merged files, and the first array of its model opens.
+def _check_readable(folder: Path, step: int, items: dict) -> None:
+    """Raise RunFailed unless every array of every item opens, with its shape.
 
-    Orbax has saved without an error what it could not read back (a path that it misread, an interrupted merge).
+    items: the arrays or their shapes. Orbax has saved without an error what it could not read back (a path that it
+    misread, an interrupted merge).
     """
-    items = [entry for entry in ("model", "optimizer") if (folder / str(step) / entry).is_dir()]
-    if absent := [item for item in items if not (folder / str(step) / item / "manifest.ocdbt").is_file()]:
-        raise RunFailed(f"{folder / str(step)}: cannot be read back: {', '.join(absent)} without manifest.ocdbt")
-    path, leaf = jax.tree_util.tree_leaves_with_path(model)[0]
-    try:
-        found = open_model_array(folder, step, tuple(entry.key for entry in path)).shape
-    except ValueError as error:
-        raise RunFailed(f"{folder / str(step)}: cannot be read back: {error}") from None
-    if found != leaf.shape:
-        raise RunFailed(f"{folder / str(step)}: cannot be read back: shape {found} for {leaf.shape}")
+    problems = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(items):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        try:
+            stored = open_array(folder, step, *name.split(".", 1)).shape
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        if stored != leaf.shape:
+            problems.append(f"{name}: shape {stored} for {leaf.shape}")
+    if problems:
+        raise RunFailed(f"{folder / str(step)}: cannot be read back: {'; '.join(first_of(problems, 3))}")
 
 
-def save_model(folder: Path, model: dict, config: Config) -> None:
+def _commit(folder: Path, step: int, items: dict, sums: jax.Array, data_position: dict, seconds: float) -> None:
+    """In all processes, after Orbax: each vouches for the files that it wrote, the first makes the step exist."""
+    written = gather("save", file_digests(folder, step, index(), count()), seconds)
+    if is_first():
+        _check_readable(folder, step, items)
+        content = named_digests(items, np.asarray(jax.device_get(sums)))
+        files = {name: digest for part in written for name, digest in part.items()}
+        record = {"step": step, "holds": sorted(items), "files": files, "content": content, "data_position": data_position}
+        commit(folder, record)
+
+
+def save_model(folder: Path, model: dict) -> None:
     """Commit {"params", "router_bias"} alone as step 0: a model that can be used and exported, but not resumed."""
     folder.mkdir(parents=True)
-    run = {"config": asdict(config), "data_position": {}}
+    items = {"model": model}
     with _context():
-        ocp.save_checkpointables(folder.resolve() / "0", {"model": model, "run": run})
-    _check_readable(folder.resolve(), 0, model)
-    commit(folder.resolve(), {"step": 0, "holds": ["model"], "data_position": {}})
+        ocp.save_checkpointables(folder.resolve() / "0", items)
+    _commit(folder.resolve(), 0, items, content_sums(items), {}, 0)
 
 
 class Saver:
@@ -92,25 +109,29 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, step: int, state: TrainState, config: Config, data_position: dict) -> None:
+    def save(self, step: int, state: TrainState, data_position: dict) -> None:
         """Start saving `state`, which may be donated as soon as this returns. Waits for the save before it."""
         self.wait()
-        run = {"config": asdict(config), "data_position": data_position}
-        path = self._folder / str(step)
-        with _context():
-            response = ocp.save_checkpointables_async(path, {**parts(state), "run": run}, overwrite=True)
-        record = {"step": step, "holds": sorted(parts(state)), "data_position": data_position}
-        model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), parts(state)["model"])
-        arguments = response, record, model
-        self._thread = threading.Thread(target=self._commit, args=arguments, name="checkpoint", daemon=True)
+        items = parts(state)
+        sums = content_sums(items)
+        try:
+            # Processes compare the path through their devices, by transfers that the loop's guard forbids.
+            with _context(self._config.save_timeout_seconds), jax.transfer_guard("allow"):
+                response = ocp.save_checkpointables_async(self._folder / str(step), items, overwrite=True)
+        except OSError as error:
+            raise RunFailed(f"checkpoint in {self._folder} could not be saved: {error}") from error
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), items)
+        arguments = response, step, shapes, sums, data_position
+        self._thread = threading.Thread(target=self._finish, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def _commit(self, response, record: dict, model: dict) -> None:
+    def _finish(self, response, step: int, items: dict, sums: jax.Array, data_position: dict) -> None:
+        seconds = self._config.save_timeout_seconds
         try:
-            response.result(timeout=self._config.save_timeout_seconds)
-            _check_readable(self._folder, record["step"], model)
-            commit(self._folder, record)
-            self._prune()
+            response.result(timeout=seconds)
+            _commit(self._folder, step, items, sums, data_position, seconds)
+            if is_first():
+                self._prune()
         except BaseException as error:
             self._error = error
 
@@ -137,17 +158,26 @@ class Saver:
         self.poll()
 
 
-def restore_run(folder: Path, step: int) -> dict:
-    """The config and data position saved with `step`: {"config": ..., "data_position": ...}."""
-    return ocp.load_checkpointables((folder / str(step)).resolve(), {"run": None})["run"]
+def _restore(folder: Path, step: int, items: dict) -> dict:
+    """The items of `step`, laid out as these say. RunFailed if their content is not that of the commit record."""
+    expected = read_record(folder, step)["content"]
+    restored = ocp.load_checkpointables((folder / str(step)).resolve(), items)
+    if problems := content_problems(restored, expected):
+        # The files were sound: what read them, or what they passed through, is not.
+        where = f"{folder / str(step)}: read back with another content"
+        raise RunFailed(f"{where}: {'; '.join(first_of(problems, 3))}; start again, on another machine if it repeats")
+    return restored
 
 
 def restore_model(folder: Path, step: int, abstract: dict) -> dict:
-    """{"params", "router_bias"} of `step`, laid out as `abstract`, the same of ShapeDtypeStructs, says."""
-    return ocp.load_checkpointables((folder / str(step)).resolve(), {"model": abstract})["model"]
+    """{"params", "router_bias"} of `step`, laid out as `abstract`, the same of ShapeDtypeStructs, says.
+
+    Raises RunFailed if their content is not what was saved, UserError if the commit record was changed.
+    """
+    return _restore(folder, step, {"model": abstract})["model"]
 
 
 def restore_state(folder: Path, step: int, abstract: TrainState) -> TrainState:
-    """The TrainState of `step` on the mesh of `abstract`, whatever mesh it was saved from."""
-    stored = ocp.load_checkpointables((folder / str(step)).resolve(), parts(abstract))
+    """The TrainState of `step` on the mesh of `abstract`, whatever mesh it was saved from. Raises as `restore_model`."""
+    stored = _restore(folder, step, parts(abstract))
     return TrainState(**stored["model"], **stored["optimizer"])

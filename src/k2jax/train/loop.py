@@ -1,5 +1,6 @@
 """The training loop: build or restore; save if due, draw the batch, step, write the previous step's metrics."""
 
+import os
 import signal
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ from k2jax.config import Config
 from k2jax.data.loader.batches import data_position, train_batches
 from k2jax.data.loader.rows import RowReader
 from k2jax.preflight.self_check import is_on, self_check
-from k2jax.train.batch import split_rows
+from k2jax.processes import barrier, count, fail, is_joined, stop_is_due
+from k2jax.train.batch import BatchLayout
 from k2jax.train.compile_cache import cache_notes, compile_cache
 from k2jax.train.ledger import Ledger
 from k2jax.train.recorder import Recorder
@@ -18,18 +20,33 @@ from k2jax.train.state import TrainState
 from k2jax.train.step import make_train_step
 from k2jax.train.validate import bits_per_byte, make_evaluator
 
+COMPILE_SECONDS = 3600  # between the first process that has compiled the step and the last
+
 
 class StopRequest:
-    """Set by the first SIGINT or SIGTERM, which lets the step end; a second one acts as by default."""
+    """Set by the first SIGINT or SIGTERM, which lets the step end; a second one acts as by default.
+
+    Of several processes one such signal stops all, after the same step, through jax.distributed, which has SIGTERM for
+    itself.
+    """
 
     def __init__(self):
         self.signal: int | None = None
-        self._old = {s: signal.signal(s, self._set) for s in (signal.SIGINT, signal.SIGTERM)}
+        if is_joined():
+            self._old = {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))}
+        else:
+            self._old = {s: signal.signal(s, self._set) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def _set(self, number, frame):
         self.signal = number
         self.restore()
         print("stopping after this step; the same signal again stops at once", flush=True)
+
+    def is_due(self) -> bool:
+        """True if no step may follow, in all processes alike. To be asked once before every step."""
+        if is_joined() and self.signal is None and stop_is_due():
+            self.signal = signal.SIGTERM
+        return self.signal is not None
 
     def restore(self) -> None:
         for number, handler in self._old.items():
@@ -52,12 +69,17 @@ def run(config: Config, change_mixture: bool = False) -> Result:
     Raises UserError for what a user can correct before the first step, RunFailed if the run itself went wrong.
     """
     with open_run(config, change_mixture) as opened:
-        if is_on(config):
-            opened.outputs.say(self_check(config, opened.mesh))
         stop = StopRequest()
         try:
+            if is_on(config):
+                opened.outputs.say(self_check(config, opened.mesh))
             with compile_cache(config.train):
                 return train(opened, start_state(opened), stop)
+        except Exception as error:
+            if count() > 1:  # at once: what is below waits for the others, who wait for this one
+                opened.outputs.close()
+                fail(error)
+            raise
         finally:
             stop.restore()
 
@@ -68,31 +90,36 @@ def train(run: Run, state: TrainState, stop: StopRequest) -> Result:
     step = first = int(jax.device_get(state.step))
     outputs.open_records()
     recorder, evaluate = Recorder(config, outputs), make_evaluator(config, run.corpus, run.mesh)
-    ledger = Ledger(run.folder / "ledger.jsonl", RowReader(run.corpus, run.timeline, config), config, first)
-    batches, validation = train_batches(run.corpus, run.timeline, config, first), None
+    layout = BatchLayout(run.mesh, config.train.num_microbatches, config.data.batch_sequences, config.data.sequence_length)
+    reader = RowReader(run.corpus, run.timeline, config)
+    ledger = Ledger(run.folder / "ledger.jsonl", reader, config, first, layout.places)
+    batches, validation = train_batches(run.corpus, run.timeline, config, first, layout.places), None
 
     def save():
         recorder.sync()  # a committed step's past is on the disk
+        ledger.sync()
         with recorder.untimed():
-            saver.save(step, state, config, data_position(run.timeline, config, step))
+            saver.save(step, state, data_position(run.timeline, config, step))
 
     def draw():
-        """The rows of step `step`, the replaced ones entered in the ledger."""
+        """This process's rows of step `step`, the replaced ones entered in the ledger."""
         rows = next(batches)
         if "replaced" in rows:
             ledger.enter(step, rows["replaced"])
-        return split_rows(rows, config.train.num_microbatches, run.mesh)
+        return layout.split(rows)
 
-    if step < num_steps and stop.signal is None:
+    stopped = step < num_steps and stop.is_due()
+    if step < num_steps and not stopped:
         batch = draw()
         with outputs.phase("compile") as said:
             with cache_notes() as notes:
                 # The only one of a run: a `Compiled` takes arrays of these shapes and layouts or raises.
                 compiled = jax.jit(make_train_step(config, run.tx), donate_argnums=0).lower(state, batch).compile()
             said += notes
+        barrier("compile", COMPILE_SECONDS)  # the first collective of a process waits 30 s for the others, not more
         recorder.start_clock()
     with jax.transfer_guard("disallow"):
-        while step < num_steps and stop.signal is None:
+        while step < num_steps and not stopped:
             if step > first:
                 if step % config.checkpoint.save_every == 0:
                     save()
@@ -109,7 +136,8 @@ def train(run: Run, state: TrainState, stop: StopRequest) -> Result:
                 extra = {"validation_bits_per_byte": validation}
             recorder.hold(step - 1, metrics, extra)
             saver.poll()
+            stopped = step < num_steps and stop.is_due()
         if step > first:
             save()
         saver.wait()
-    return Result(step, stop.signal if step < num_steps else None, validation)
+    return Result(step, stop.signal if stopped else None, validation)

@@ -1,34 +1,50 @@
-"""Everything that a run shows and writes beside its checkpoints, in one value with one owner."""
+"""Everything that a run shows and writes beside its checkpoints, in one value with one owner: the first process."""
 
 import contextlib
 from pathlib import Path
+
+from rich.console import Console
 
 from k2jax.config import Config
 from k2jax.data.loader.segments import write_segments
 from k2jax.data.saved_tokenizer import save_tokenizer
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.files import write_atomic
+from k2jax.processes import index, is_first
 from k2jax.runs.folder import write_config
+from k2jax.runs.identity import make_identity
 from k2jax.runs.records import RecordFile
-from k2jax.train.banner import versions
+from k2jax.preflight.ranks import versions
 from k2jax.train.display import Display
 from k2jax.train.metrics import TensorBoard
 
 
+def describe_run(folder: Path, config: Config, segments: list[dict], tokenizer: Tokenizer | None) -> None:
+    """Write config.json, run.json, timeline.json, tokenizer/ and env.txt. In the first process alone."""
+    write_config(folder, config)  # first: a folder without it is not a run
+    make_identity(folder)
+    write_segments(folder, segments)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, folder / "tokenizer")
+    write_atomic(folder / "env.txt", "".join(f"{name} {version}\n" for name, version in versions().items()))
+
+
 class Outputs:
-    """Display, metrics.jsonl, TensorBoard, and the small files that say what a run is."""
+    """Display, metrics.jsonl and TensorBoard.
+
+    The other processes write nothing, or with train.log_ranks what the first displays, as they see it, in ranks/N.log.
+    """
 
     def __init__(self, folder: Path, config: Config, first_step: int):
-        self._folder, self._first_step, self._records = folder, first_step, ()
-        self.display = Display(first_step, config.train.num_steps, config.train.log_every)
-
-    def describe(self, config: Config, segments: list[dict], tokenizer: Tokenizer | None) -> None:
-        """Write config.json, timeline.json, tokenizer/ and env.txt."""
-        write_config(self._folder, config)  # first: a folder without it is not a run
-        write_segments(self._folder, segments)
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, self._folder / "tokenizer")
-        write_atomic(self._folder / "env.txt", "".join(f"{name} {version}\n" for name, version in versions().items()))
+        self._folder, self._first_step = folder, first_step
+        self._files, self._records = contextlib.ExitStack(), ()
+        console = None if is_first() else Console(quiet=True)
+        if not is_first() and config.train.log_ranks:
+            (folder / "ranks").mkdir(exist_ok=True)
+            log = self._files.enter_context(open(folder / "ranks" / f"{index()}.log", "a", encoding="utf-8", buffering=1))
+            console = Console(file=log, soft_wrap=True, highlight=False)
+        self.display = Display(first_step, config.train.num_steps, config.train.log_every, console)
+        self._files.callback(self.display.close)
 
     def say(self, text: str) -> None:
         self.display.say(text)
@@ -39,8 +55,11 @@ class Outputs:
 
     def open_records(self) -> None:
         """Open metrics.jsonl and TensorBoard, dropping the records of steps that a resumed run repeats."""
-        metrics = RecordFile(self._folder / "metrics.jsonl", self._first_step)
-        self._records = metrics, TensorBoard(self._folder / "tb", self._first_step)
+        if is_first():
+            metrics = RecordFile(self._folder / "metrics.jsonl", self._first_step)
+            self._records = metrics, TensorBoard(self._folder / "tb", self._first_step)
+            for file in self._records:
+                self._files.callback(file.close)
 
     def record(self, record: dict) -> None:
         """Write the record of one step, and show it."""
@@ -50,9 +69,9 @@ class Outputs:
 
     def sync(self) -> None:
         """Return when every record given so far is on the disk."""
-        self._records[0].sync()
+        if self._records:
+            self._records[0].sync()
 
     def close(self) -> None:
-        for file in self._records:
-            file.close()
-        self.display.close()
+        """Close everything, also if closing a part of it fails."""
+        self._files.close()

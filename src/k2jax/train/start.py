@@ -13,26 +13,30 @@ from k2jax.config import Config, differences, field_rules
 from k2jax.data.loader.batches import check_position, data_position
 from k2jax.data.loader.corpus import Corpus, open_data, writes_alike
 from k2jax.data.loader.segments import describe_mixture, read_segments, settle_timeline
-from k2jax.data.loader.timeline import Timeline
+from k2jax.data.loader.timeline import Timeline, make_timeline
 from k2jax.data.saved_tokenizer import open_tokenizer
 from k2jax.errors import UserError
 from k2jax.preflight.availability import check_kernels
+from k2jax.preflight.ranks import check_agreement, check_axes, check_storage
+from k2jax.processes import count, gather, index, keep_last_words, on_first
 from k2jax.runs.commits import (
     committed_steps,
     damage,
     damaged_of,
+    find_damaged,
     is_model_alone,
     newest_step,
     not_ours,
+    read_record,
     remove_leftovers,
-    set_damaged_aside,
+    set_aside,
 )
 from k2jax.runs.folder import checkpoints_of, lock_run, path_problem, read_config
 from k2jax.sharding.mesh import make_mesh
-from k2jax.train.banner import banner
-from k2jax.train.checkpoint import Saver, parts, restore_model, restore_run, restore_state
+from k2jax.train.banner import banner, total_bytes
+from k2jax.train.checkpoint import Saver, parts, restore_model, restore_state
 from k2jax.train.optimizer import make_optimizer
-from k2jax.train.outputs import Outputs
+from k2jax.train.outputs import Outputs, describe_run
 from k2jax.train.state import TrainState, abstract_state, init_state
 
 
@@ -109,22 +113,35 @@ def make_run_dir(folder: Path) -> None:
         raise UserError(f"train.run_dir = {str(folder)!r}: cannot be made: {error.strerror}; give another") from None
 
 
-def check_resume(config: Config, corpus: Corpus, change_mixture: bool) -> tuple[int | None, Timeline, list[str]]:
-    """The step that the run goes on from (None: a new run), its timeline, and what to tell its user.
+def find_step(config: Config) -> tuple[int | None, list[str]]:
+    """(the newest sound step, None for a new run; what is wrong with the steps after it, which are set aside).
 
-    Raises UserError if it may not go on.
+    In all processes at once, which share the reading. Raises UserError if steps are there, and none is sound.
     """
+    folder = checkpoints_of(Path(config.train.run_dir))
+
+    def wrong(folder: Path, step: int) -> list[str]:
+        return [problem for part in gather("damage", damage(folder, step, index(), count())) for problem in part]
+
+    bad, problems = find_damaged(folder, wrong)
+
+    def settle() -> int | None:
+        set_aside(folder, bad, problems)
+        return newest_step(folder)
+
+    return on_first("newest step", settle), [*problems, *([f"moved to {damaged_of(folder)}"] if problems else [])]
+
+
+def check_resume(config: Config, corpus: Corpus, step: int | None, change_mixture: bool) -> tuple[Timeline, list[str]]:
+    """The timeline of the run that goes on from `step`, and what to tell its user. UserError if it may not go on."""
     folder = Path(config.train.run_dir)
     notes = [
         f"changed since the run began: {name} {old!r} -> {new!r}" for name, (old, new) in check_run_dir(config).items()
     ]
-    if damaged := set_damaged_aside(checkpoints_of(folder)):
-        notes += [*damaged, f"moved to {damaged_of(checkpoints_of(folder))}"]
-    step = newest_step(checkpoints_of(folder))
     timeline, changed = settle_timeline(corpus, config, read_segments(folder), step or 0, change_mixture)
     if step is not None:
-        check_position(restore_run(checkpoints_of(folder), step)["data_position"], timeline, config, step)
-    return step, timeline, notes + changed
+        check_position(read_record(checkpoints_of(folder), step)["data_position"], timeline, config, step)
+    return timeline, notes + changed
 
 
 def with_model_of(source: str, state: TrainState) -> TrainState:
@@ -136,7 +153,7 @@ def with_model_of(source: str, state: TrainState) -> TrainState:
 
 @dataclass(frozen=True)
 class Run:
-    """An open run: everything that training needs besides the state. Its folder is locked by this process.
+    """An open run: everything that training needs besides the state. Its folder is locked by the first process.
 
     resumed_step: the committed step that it goes on from, None for a new run. saver, outputs: closed with the run.
     """
@@ -152,29 +169,59 @@ class Run:
     outputs: Outputs
 
 
+def _check_before(config: Config, corpus: Corpus, change_mixture: bool) -> None:
+    """All that can be wrong with the run directory and the stores, before anything is written."""
+    folder = Path(config.train.run_dir)
+    settle_timeline(corpus, config, read_segments(folder), newest_step(checkpoints_of(folder)) or 0, change_mixture)
+    check_source(config, corpus)
+
+
+def _open_data(config: Config) -> Corpus:
+    """The stores, opened by the first process before the others, since indexes of them may have to be written."""
+    on_first("stores", lambda: open_data(config) and None)
+    return open_data(config)
+
+
 @contextlib.contextmanager
 def open_run(config: Config, change_mixture: bool) -> Iterator[Run]:
     """The run of `config`, locked, checked and described in its folder; `jax.set_mesh` holds inside.
 
-    Everything is checked before anything is written. Raises UserError with what the user can correct.
+    Everything is checked before anything is written, and all that is shared by the first process alone. Raises
+    UserError with what the user can correct.
     """
     config.validate()
+    check_agreement(config)
     mesh = make_mesh(config.mesh)
     check_kernels(config, mesh)
-    check_run_dir(config)  # before anything is written, and again below under the lock
-    corpus, folder = open_data(config), Path(config.train.run_dir)
-    settle_timeline(corpus, config, read_segments(folder), newest_step(checkpoints_of(folder)) or 0, change_mixture)
-    check_source(config, corpus)
+    on_first("run directory", lambda: check_run_dir(config) and None)  # and again below, under the lock
+    corpus, folder = _open_data(config), Path(config.train.run_dir)
+    on_first("check", lambda: _check_before(config, corpus, change_mixture))
     tx = make_optimizer(config, mesh)
-    make_run_dir(folder)
-    with lock_run(folder), jax.set_mesh(mesh):
-        step, timeline, notes = check_resume(config, corpus, change_mixture)
+    with contextlib.ExitStack() as held, jax.set_mesh(mesh):
+
+        def lock() -> None:
+            make_run_dir(folder)
+            held.enter_context(lock_run(folder))
+
+        on_first("lock", lock)
+        keep_last_words(folder / "ranks")
+        abstract = abstract_state(config, tx, mesh)
+        check_storage(folder, {"digest of data.path": corpus.digest}, total_bytes(abstract))
+        step, damaged = find_step(config)
+
+        def describe() -> tuple[list[dict], list[str]]:
+            timeline, notes = check_resume(config, corpus, step, change_mixture)
+            describe_run(folder, config, timeline.segments, corpus.tokenizer())
+            return timeline.segments, notes
+
+        segments, notes = on_first("describe", describe)
         outputs = Outputs(folder, config, step or 0)
-        outputs.describe(config, timeline.segments, corpus.tokenizer())
         saver = Saver(checkpoints_of(folder), config.checkpoint)
-        run = Run(config, folder, mesh, tx, corpus, timeline, step, saver, outputs)
-        outputs.say("\n".join([banner(config, abstract_state(config, tx, mesh), mesh),
-                               describe_mixture(timeline, config), *notes]))  # fmt: skip
+        run = Run(config, folder, mesh, tx, corpus, make_timeline(segments, config), step, saver, outputs)
+        outputs.say("\n".join([banner(config, abstract, mesh),
+                               describe_mixture(run.timeline, config), *damaged, *notes]))  # fmt: skip
+        if count() > 1:
+            outputs.say(check_axes(mesh))
         try:
             yield run
         finally:
@@ -185,9 +232,10 @@ def open_run(config: Config, change_mixture: bool) -> Iterator[Run]:
 def start_state(run: Run) -> TrainState:
     """The state committed at `run.resumed_step`, or for a new run the initial one, committed as step 0."""
     folder = checkpoints_of(run.folder)
-    if removed := remove_leftovers(folder):
+    removed, strangers = on_first("leftovers", lambda: (remove_leftovers(folder), not_ours(folder)))
+    if removed:
         run.outputs.say(f"removed unfinished saves: {', '.join(removed)}")
-    if strangers := not_ours(folder):
+    if strangers:
         run.outputs.say(f"left alone, not made by k2jax: {', '.join(strangers)} in {folder}")
     if run.resumed_step is not None:
         with run.outputs.phase(f"restore step {run.resumed_step}"):
@@ -196,6 +244,6 @@ def start_state(run: Run) -> TrainState:
         state = init_state(run.config, run.tx)
         if run.config.train.init_from is not None:
             state = with_model_of(run.config.train.init_from, state)
-        run.saver.save(0, state, run.config, data_position(run.timeline, run.config, 0))
+        run.saver.save(0, state, data_position(run.timeline, run.config, 0))
         run.saver.wait()
     return state

@@ -8,7 +8,7 @@ import jax
 from k2jax.config import Config
 from k2jax.data.loader.batches import validation_batches
 from k2jax.data.loader.corpus import Corpus
-from k2jax.train.batch import Batch, passes, split_rows
+from k2jax.train.batch import Batch, BatchLayout, passes
 from k2jax.train.phases import phase_of, phase_rope
 from k2jax.train.state import TrainState
 from k2jax.train.step import make_loss
@@ -26,6 +26,7 @@ def make_evaluator(config: Config, corpus: Corpus, mesh: jax.sharding.Mesh, sour
     num_stages = mesh.shape["stage"]  # as many microbatches pass through them together
     rows = config.data.batch_sequences // config.train.num_microbatches * num_stages
     rows = math.gcd(rows, config.train.eval_sequences)  # both are multiples of the batch axes, so their gcd is
+    layout = BatchLayout(mesh, num_stages, rows, config.data.sequence_length)
 
     @jax.jit
     def loss_sum(params, router_bias, step, batch: Batch):
@@ -34,12 +35,9 @@ def make_evaluator(config: Config, corpus: Corpus, mesh: jax.sharding.Mesh, sour
 
     def evaluate(state: TrainState) -> float:
         total = 0.0
-        for batch in validation_batches(corpus, config, config.train.eval_sequences, rows, source):
-            total += float(
-                jax.device_get(
-                    loss_sum(state.params, state.router_bias, state.step, split_rows(batch, num_stages, mesh))
-                )
-            )
+        for batch in validation_batches(corpus, config, config.train.eval_sequences, rows, source, layout.places):
+            loss = loss_sum(state.params, state.router_bias, state.step, layout.split(batch))
+            total += float(jax.device_get(loss))
         return total / (config.train.eval_sequences * config.data.sequence_length)
 
     return evaluate

@@ -253,9 +253,11 @@ def test_bad_rows_are_replaced_alike_everywhere_and_entered(tmp_path):
     corpus = open_data(config)
     timeline = settle_timeline(corpus, config)[0]
     reader, path = RowReader(corpus, timeline, config), tmp_path / "ledger.jsonl"
-    ledger = Ledger(path, reader, config, 0)
+    every = np.arange(B)
+    ledger = Ledger(path, reader, config, 0, every)
     for step, batch in enumerate(whole):
         ledger.enter(step, batch["replaced"])
+        ledger.sync()
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert any("id 7777" in entry["why"] for entry in entries) and any("sha256 is" in entry["why"] for entry in entries)
     stream = corpus.streams["train"]["web"]
@@ -267,11 +269,12 @@ def test_bad_rows_are_replaced_alike_everywhere_and_entered(tmp_path):
         assert int(timeline.locate(entry["row"]).window) == entry["window"]
     assert len(entries) == sum((batch["replaced"] >= 0).sum() for batch in whole)
     # A resume at step 5 forgets what comes after, and the budget counts the whole run.
-    again = Ledger(path, reader, config, 5)
+    again = Ledger(path, reader, config, 5, every)
     for step in range(5, 8):
         again.enter(step, whole[step]["replaced"])
+    again.sync()
     assert [json.loads(line) for line in path.read_text().splitlines()] == entries
-    small = Ledger(tmp_path / "small.jsonl", reader, damaged_budget(config, 2), 0)
+    small = Ledger(tmp_path / "small.jsonl", reader, damaged_budget(config, 2), 0, every)
     with pytest.raises(RunFailed, match="3 bad rows by step .*: source web, .*data.max_bad_rows = 2 were allowed"):
         for step, batch in enumerate(whole):
             small.enter(step, batch["replaced"])

@@ -51,20 +51,27 @@ class _TrainRows:
 
 
 class _ValidationRows:
-    """The first windows of one fixed shuffle of the validation split, whatever the seed of training."""
+    """The first windows of one fixed shuffle of the validation split, whatever the seed of training.
 
-    def __init__(self, corpus: Corpus, config: Config, num_sequences: int, source: str | None):
+    Those at `places` of each batch; `places` None: all.
+    """
+
+    def __init__(
+        self, corpus: Corpus, config: Config, num_sequences: int, source: str | None, batch: int, places: np.ndarray | None
+    ):
+        numbers = np.arange(num_sequences)
+        self.numbers = numbers if places is None else numbers.reshape(-1, batch)[:, places].ravel()
         self.names = sorted(corpus.streams["validation"]) if source is None else [source]
         self.streams = [corpus.streams["validation"][name] for name in self.names]
         self.cuts = [Windows(stream, config.data.sequence_length) for stream in self.streams]
         self.firsts = np.cumsum([0, *(cut.num_windows for cut in self.cuts)])
-        self.num_sequences, self.config = num_sequences, config
+        self.config = config
 
     def __len__(self) -> int:
-        return self.num_sequences
+        return len(self.numbers)
 
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        window = permute(int(row), int(self.firsts[-1]), permutation_key(0, 0, "validation"))
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        window = permute(int(self.numbers[index]), int(self.firsts[-1]), permutation_key(0, 0, "validation"))
         number = int(np.searchsorted(self.firsts, window, "right")) - 1
         stream = self.streams[number]
         ((start, stop),) = self.cuts[number].pieces(window - int(self.firsts[number]))
@@ -107,18 +114,26 @@ def train_batches(
         yield {name: values.reshape(-1, *values.shape[2:]) for name, values in batch.items()}
 
 
-def validation_batches(corpus: Corpus, config: Config, num_sequences: int, batch: int, source: str | None = None):
+def validation_batches(
+    corpus: Corpus,
+    config: Config,
+    num_sequences: int,
+    batch: int,
+    source: str | None = None,
+    places: np.ndarray | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
     """The same `num_sequences` windows of the validation split at every call, as batches like those of training.
 
-    source: only of that one. The last batch is shorter if `batch` does not divide. UserError if there are fewer, BadRow
-    when an id is met that the model does not know.
+    source: only of that one. places: as of `train_batches`; without them the last batch is shorter if `batch` does not
+    divide. UserError if there are fewer windows, BadRow when an id is met that the model does not know.
     """
     available = num_windows(corpus, "validation", config.data.sequence_length, source)
     problems = too_few_validation(available, num_sequences, "num_sequences")
     if problems:
         raise UserError(*problems)
-    rows = grain.MapDataset.source(_ValidationRows(corpus, config, num_sequences, source))
-    return iter(rows.to_iter_dataset(_options(config.data, 1)).batch(batch, drop_remainder=False))
+    rows = grain.MapDataset.source(_ValidationRows(corpus, config, num_sequences, source, batch, places))
+    size = batch if places is None else len(places)
+    return iter(rows.to_iter_dataset(_options(config.data, 1)).batch(size, drop_remainder=False))
 
 
 def data_position(timeline: Timeline, config: Config, step: int) -> dict[str, object]:

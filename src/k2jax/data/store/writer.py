@@ -17,7 +17,7 @@ from k2jax.data.store.manifest import CHUNK_TOKENS, FORMAT, MEND, SHARD_TOKENS, 
 from k2jax.data.store.storage import Folder, shared_context
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import UserError
-from k2jax.files import parse_json, sealed, sync_folder, unsealed
+from k2jax.files import parse_json, sealed, sync_file, unsealed
 
 PART_TOKENS = 2**30
 DEFAULT_SOURCE = "text"
@@ -141,7 +141,7 @@ class PartWriter:
         names = [name for place in counts for name in self.folder.names(f"{place}/{self.part:05}/")]
         if self.folder.local is not None:
             for path in {(self.folder.local / name).parent for name in names}:
-                sync_folder(path)
+                sync_file(path)
         receipt = {
             "part": self.part,
             "tokenizer": self.tokenizer.digest,

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from k2jax.data.text.sources import File
 from k2jax.errors import RunFailed, UserError
-from k2jax.files import parse_json, read_sealed, sealed, sync_folder, unsealed, write_atomic, write_sealed
+from k2jax.files import parse_json, read_sealed, sealed, sync_file, unsealed, write_atomic, write_sealed
 
 FORMAT = 1
 _MAX_RANKS, _MAX_FILES = 10_000, 4096
@@ -185,14 +185,14 @@ def _publish(temporary: Path, final: Path) -> None:
         for name in names:
             with open(os.path.join(root, name), "rb") as file:
                 os.fsync(file.fileno())
-        sync_folder(Path(root))
+        sync_file(Path(root))
     try:
         os.rename(temporary, final)
     except OSError:
         if not final.is_dir():
             raise
         shutil.rmtree(temporary)
-    sync_folder(final.parent)
+    sync_file(final.parent)
 
 
 def run_rank(work: Path, task: str, rank: int, function: Callable[[Recipe, Path, int, Path, Meter], None]) -> None:

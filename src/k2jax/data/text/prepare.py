@@ -26,7 +26,7 @@ from k2jax.data.text.sources import EXTRA, Tally, path_problems, refuse_bad, sou
 from k2jax.data.text.tasks import TASKS, fates, left_out
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_vocab
 from k2jax.errors import UserError
-from k2jax.files import is_url, locked, sync_folder
+from k2jax.files import is_url, locked, sync_file
 
 RANK_BYTES = 2**26
 
@@ -177,7 +177,7 @@ def _finish(work: Path, out: Path) -> dict:
     costs, content = costs_of(work), (work / "store/manifest.json").read_bytes()
     manifest = parse_manifest(str(work / "store/manifest.json"), content)
     os.rename(work / "store", out)
-    sync_folder(out.parent)
+    sync_file(out.parent)
     shutil.rmtree(work, ignore_errors=True)
     summary = {key: manifest[key] for key in manifest if key != "files"}
     return {"path": str(out), "digest": hashlib.sha256(content).hexdigest(), **summary, "tasks": costs}

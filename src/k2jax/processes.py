@@ -1,0 +1,179 @@
+"""The processes of a run: which of them this is, and what they tell one another through jax.distributed's store.
+
+Nothing here uses a device, so it works before the first collective, and while one hangs. In a process that is alone
+every function returns at once. Each process calls them in the same order, and only then: the store's names are
+numbered by the calls before.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from k2jax.errors import RunFailed, UserError, exit_code
+
+PATIENCE = 300  # seconds that the others wait for one that is late: a slow disk, a long compile
+_FAILURE = "k2jax/failure"
+_client = None  # of jax.distributed, which has no public way to its store
+_index, _count = 0, 1
+_calls: Counter[str] = Counter()
+_watcher: threading.Thread | None = None
+_last_words: Path | None = None
+_stop_polls = 0
+
+
+def index() -> int:
+    """The number of this process, from 0."""
+    return _index
+
+
+def count() -> int:
+    """Processes of the run; 1 if this one is alone."""
+    return _count
+
+
+def is_first() -> bool:
+    """True in the one process that writes what all have in common."""
+    return _index == 0
+
+
+def is_joined() -> bool:
+    """True if jax.distributed connects the processes, even if there is only one."""
+    return _client is not None
+
+
+def _key(name: str) -> str:
+    _calls[name] += 1
+    return f"k2jax/{name}/{_calls[name]}"
+
+
+def barrier(name: str, seconds: float = PATIENCE) -> None:
+    """Return when every process has come here. RunFailed with those that did not in time."""
+    if _client is None:
+        return
+    try:
+        _client.wait_at_barrier(_key(name), int(seconds * 1000))
+    except Exception as error:  # its text names those that are missing
+        raise RunFailed(f"{name}: not every process came within {seconds:g} s: {error}") from None
+
+
+def gather(name: str, value: object, seconds: float = PATIENCE) -> list:
+    """The JSON values that the processes give, in their order. RunFailed if one gives none in time."""
+    if _client is None:
+        return [value]
+    key = _key(name)
+    _client.key_value_set(f"{key}/{_index}", json.dumps(value))
+    barrier(name, seconds)
+    values = [json.loads(_client.blocking_key_value_get(f"{key}/{i}", 10_000)) for i in range(_count)]
+    barrier(name, seconds)
+    _client.key_value_delete(f"{key}/{_index}")  # a run of months gathers often
+    return values
+
+
+def on_first(name: str, function: Callable[[], object], seconds: float = PATIENCE):
+    """The JSON value that `function` returns in the first process, where alone it runs; its UserError or RunFailed, on all."""
+    if _client is None:
+        return function()
+    outcome = {}
+    if is_first():
+        try:
+            outcome = {"value": function()}
+        except (UserError, RunFailed) as error:
+            outcome = {"raised": type(error).__name__, "arguments": error.args if isinstance(error, RunFailed) else error.problems}
+    outcome = gather(name, outcome, seconds)[0]
+    if "raised" in outcome:
+        raise {"UserError": UserError, "RunFailed": RunFailed}[outcome["raised"]](*outcome["arguments"])
+    return outcome["value"]
+
+
+def stop_is_due() -> bool:
+    """True for all processes at the same call, soon after one of them got SIGTERM. To be called once every step."""
+    global _stop_polls
+    from jax.experimental import multihost_utils
+
+    _stop_polls += 1  # jax compares these numbers; from 1 on, in whatever step a run resumes
+    return multihost_utils.reached_preemption_sync_point(_stop_polls)
+
+
+def keep_last_words(folder: Path) -> None:
+    """Let a process that fails write why into `folder`."""
+    global _last_words
+    _last_words = folder
+
+
+def _write_last_words(text: str) -> None:
+    if _last_words is None:
+        return
+    with contextlib.suppress(OSError):  # a full disk may be why it fails
+        _last_words.mkdir(exist_ok=True)
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        with open(_last_words / f"{_index}.failed", "a", encoding="utf-8") as file:
+            file.write(f"{stamp} process {_index} of {_count}: {text}\n")
+
+
+def _end(code: int) -> NoReturn:
+    """End without Python's and jax's clean-up, which would wait for processes that hang."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _watch() -> None:
+    """End this process as soon as another one says why it failed, whatever the main thread is waiting for."""
+    while True:
+        try:
+            failure = json.loads(_client.blocking_key_value_get(_FAILURE, 3_600_000))
+        except Exception as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                continue
+            return  # the client was shut down
+        if failure["process"] == _index:
+            return
+        text = f"process {failure['process']} failed: {failure['why']}"
+        print(f"k2jax: {text}; process {_index} ends with it", file=sys.stderr)
+        _write_last_words(text)
+        _end(failure["code"])
+
+
+def joined(client, index: int, count: int) -> None:
+    """Take up the connection that jax.distributed has made."""
+    global _client, _index, _count, _watcher
+    _client, _index, _count = client, index, count
+    _watcher = threading.Thread(target=_watch, name="failures", daemon=True)
+    _watcher.start()
+
+
+def fail(error: BaseException) -> NoReturn:
+    """Say why this process fails, tell the others, and end it: they end within seconds, with the same exit code."""
+    why, code = str(error), exit_code(error)
+    if isinstance(error, (UserError, RunFailed)):
+        text = why
+    else:
+        time.sleep(1)  # the failure of another shows here as a broken connection: let `_watch` hear of it first
+        text, why = "".join(traceback.format_exception(error)), f"{type(error).__name__}: {error}"
+    print(f"k2jax: process {_index}: {text}", file=sys.stderr)
+    _write_last_words(text)
+    with contextlib.suppress(Exception):  # another was first
+        _client.key_value_set(_FAILURE, json.dumps({"process": _index, "why": why, "code": code}))
+        if is_first():
+            time.sleep(2)  # the store lives here: let the others read
+    _end(code)
+
+
+def leave() -> None:
+    """Part from the others at a common end; returns when all have come. An interpreter that just ends may abort."""
+    global _client, _index, _count, _watcher
+    if _client is None:
+        return
+    import jax
+
+    jax.distributed.shutdown()
+    _watcher.join()
+    _client, _index, _count, _watcher = None, 0, 1, None

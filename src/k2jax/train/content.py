@@ -1,0 +1,123 @@
+"""Digests of a state's content, computed on the devices that hold it: the same on any mesh and number of processes.
+
+Of each element the bits and the place are mixed to 32 bits, and these are summed as integers, once as they are and once
+weighted by the place, so neither the order of the sum nor the cut of the array matters. The mix is a bijection of the bits: one changed element always changes the
+sum. A weighted sum of the bits themselves would miss every pair of flipped signs, as 2^31 times anything odd is 2^31.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_ODD = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D)  # one for each dim
+_LEAST = 2**14  # elements that share a digest, at least: a head, an expert, a layer, not a row
+
+
+def _mix(bits: jax.Array) -> jax.Array:
+    """murmur3's finaliser (Appleby, public domain): a bijection of uint32 in which each bit changes half of the others."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
+
+
+def _stack(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The leading dims of an array whose every index has a digest of its own: layers, experts, heads."""
+    dims = max(len(shape) - 2, 0)
+    while dims and math.prod(shape[dims:]) < _LEAST:
+        dims -= 1
+    return shape[:dims]
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    if x.dtype.itemsize > 4:
+        raise TypeError(f"a state of {x.dtype}: digests are of at most 4 bytes an element")
+    return lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+
+
+def _local_sums(x: jax.Array, whole: tuple[int, ...], firsts: list[jax.Array]) -> jax.Array:
+    """uint32 [prod(_stack(whole)), 2] of the part `x` of an array of shape `whole`, whose first element stands at `firsts`."""
+    at = jnp.zeros(x.shape, jnp.uint32)
+    for dim, (first, odd) in enumerate(zip(firsts, _ODD, strict=False)):
+        at += (lax.broadcasted_iota(jnp.uint32, x.shape, dim) + first) * jnp.uint32(odd)
+    mixed, stack = _mix(_bits(x) + _mix(at)), _stack(whole)
+    rest = tuple(range(len(stack), x.ndim))
+    sums = jnp.stack([v.sum(rest, dtype=jnp.uint32) for v in (mixed, mixed * (at | jnp.uint32(1)))], -1)
+    own = jnp.zeros((*stack, 2), jnp.uint32)
+    return lax.dynamic_update_slice(own, sums, (*firsts[: len(stack)], jnp.uint32(0))).reshape(-1, 2)
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _sums_on(mesh: jax.sharding.Mesh, leaves: list[jax.Array], specs: tuple[jax.P, ...]) -> jax.Array:
+    """uint32 [all digests, 2] of arrays that are laid out on `mesh` by `specs`; one sum over all devices."""
+    wholes = [x.shape for x in leaves]
+
+    def local(*parts):
+        found = []
+        for x, whole, spec in zip(parts, wholes, specs, strict=True):
+            cut = [_axes(entry) for entry in (*spec, *[None] * (x.ndim - len(spec)))]
+            firsts = [(lax.axis_index(axes) * size if axes else 0) for axes, size in zip(cut, x.shape, strict=True)]
+            sums = _local_sums(x, whole, [jnp.uint32(first) for first in firsts])
+            copies = [axis for axis in mesh.axis_names if axis not in sum(cut, ())]
+            counts = functools.reduce(jnp.logical_and, [lax.axis_index(axis) == 0 for axis in copies], True)
+            found.append(jnp.where(counts, sums, jnp.uint32(0)))  # of copies one counts
+        return lax.psum(jnp.concatenate(found), mesh.axis_names)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=jax.P(), check_vma=False)(*leaves)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "specs"))
+def _sums(leaves: list[jax.Array], mesh: jax.sharding.Mesh | None, specs: tuple[jax.P, ...]) -> jax.Array:
+    if mesh is None:
+        return jnp.concatenate([_local_sums(x, x.shape, [jnp.uint32(0)] * x.ndim) for x in leaves])
+    return _sums_on(mesh, leaves, specs)
+
+
+def content_sums(tree) -> jax.Array:
+    """The digests of all arrays of `tree`, uint32 [N, 2], replicated: begun when this returns, like any computation.
+
+    The arrays are on one mesh, or all on one device.
+    """
+    leaves = jax.tree.leaves(tree)
+    shardings = [x.sharding for x in leaves]
+    meshes = {s.mesh for s in shardings if isinstance(s, jax.NamedSharding)}
+    if not meshes:
+        return _sums(leaves, None, ())
+    (mesh,) = meshes
+    with jax.set_mesh(mesh):
+        return _sums(leaves, mesh, tuple(s.spec if isinstance(s, jax.NamedSharding) else jax.P() for s in shardings))
+
+
+def named_digests(tree, sums: np.ndarray) -> dict[str, str]:
+    """{path of an array: its digests, 16 hex digits for each index of its stack dims}, of `content_sums(tree)`.
+
+    tree: its arrays, or what has their shapes.
+    """
+    digests, at = {}, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name, size = jax.tree_util.keystr(path, simple=True, separator="."), math.prod(_stack(leaf.shape))
+        digests[name] = sums[at : at + size].astype(">u4").tobytes().hex()
+        at += size
+    return digests
+
+
+def content_problems(tree, expected: dict[str, str]) -> list[str]:
+    """All places where the content of `tree` is not that of the digests `expected`, which may be of a larger tree."""
+    problems = []
+    for (name, found), leaf in zip(
+        named_digests(tree, np.asarray(jax.device_get(content_sums(tree)))).items(), jax.tree.leaves(tree), strict=True
+    ):
+        want = expected.get(name, "")
+        if found == want:
+            continue
+        stack = _stack(leaf.shape)
+        parts = [i for i in range(math.prod(stack)) if found[16 * i : 16 * i + 16] != want[16 * i : 16 * i + 16]]
+        places = [str(list(map(int, np.unravel_index(i, stack)))) if stack else "" for i in parts]
+        problems.append(f"{name}{' and '.join(places[:4])}: is not what was saved, in {len(parts)} of {math.prod(stack)} parts")
+    return problems

@@ -1,0 +1,108 @@
+"""Many processes train one run as one process does, bit for bit, and stop and fail together."""
+
+import os
+from pathlib import Path
+
+import many
+import pytest
+
+from k2jax.data.text.prepare import prepare
+
+pytestmark = pytest.mark.slow
+MESHES = {
+    "fsdp 2 x expert 2 x tensor 2": ("--mesh.fsdp", "2", "--mesh.expert", "2", "--mesh.tensor", "2"),
+    "expert 4 x fsdp 2": ("--mesh.expert", "4", "--mesh.fsdp", "2"),
+    "context 2 x expert 4": ("--mesh.context", "2", "--mesh.expert", "4"),
+    "stage 2 x fsdp 4": ("--mesh.stage", "2", "--mesh.fsdp", "4", "--model.num-hidden-layers", "3"),
+}
+SHORT = {"num-steps": 10, "compile-cache": "../compiled", "self-check": "off"}
+
+
+def options(name: str, **changes: object) -> list[str]:
+    """Of the run directory `name`: a short run, but for `changes` of section train."""
+    values = SHORT | {"run-dir": name} | {key.replace("_", "-"): value for key, value in changes.items()}
+    return [text for key, value in values.items() for text in (f"--train.{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("many")
+    source = Path(os.__file__).parent / "json"
+    prepare(str(source), str(folder / "store"), "byte", pattern="*.py", validation_fraction=0.5)
+    return folder
+
+
+def trained(place: Path, name: str, count: int, devices: int, *arguments: str, **changes: object) -> Path:
+    ended = many.train(place, count, devices, *options(name, **changes), *arguments)
+    assert ended.codes == [0] * max(count, 1), "\n".join(ended.outputs)
+    return place / name
+
+
+def same(one: Path, other: Path) -> None:
+    """Every field of every record but the clock's, and every digest of the last checkpoint."""
+    clock = ("seconds", "tokens_per_second", "crc32")
+    a, b = ([{k: v for k, v in r.items() if k not in clock} for r in many.records(run)] for run in (one, other))
+    assert len(a) == 10 and a == b and many.content(one, 10) == many.content(other, 10)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "counts"),
+    [
+        ("fsdp 2 x expert 2 x tensor 2", (4,)),
+        ("context 2 x expert 4", (2,)),
+        pytest.param("fsdp 2 x expert 2 x tensor 2", (2, 8), marks=pytest.mark.grid),
+        pytest.param("expert 4 x fsdp 2", (2, 4), marks=pytest.mark.grid),
+        pytest.param("context 2 x expert 4", (4,), marks=pytest.mark.grid),
+        pytest.param("stage 2 x fsdp 4", (2, 4), marks=pytest.mark.grid),
+    ],
+)
+def test_many_processes_train_as_one(place, mesh, counts):
+    """One process that uses the same collectives: equal in every bit. One that uses XLA's own: within 1e-6."""
+    axes, name = (*MESHES[mesh], "--optim.ns-dtype", "float32"), mesh.replace(" ", "") + str(counts[0])
+    one = trained(place, f"{name}-1", 1, 8, *axes)
+    for count in counts:
+        same(one, trained(place, f"{name}-{count}", count, 8 // count, *axes))
+    alone = trained(place, f"{name}-alone", 0, 8, *axes)
+    pairs = zip(many.records(alone), many.records(one), strict=True)
+    worst = max(abs(a["loss"] / b["loss"] - 1) for a, b in pairs)
+    print(f"{mesh}: {worst:.1e} from one process without jax.distributed")
+    assert worst <= 1e-6
+
+
+def test_other_counts_and_meshes_go_on_exactly(place):
+    """4 -> 2 -> 1 -> 4 processes, another mesh each time: every restore proves the content, rows come once."""
+    plan = [
+        (4, 2, 3, MESHES["fsdp 2 x expert 2 x tensor 2"]),
+        (2, 2, 5, ("--mesh.fsdp", "4")),
+        (1, 8, 7, MESHES["context 2 x expert 4"]),
+        (4, 2, 10, MESHES["expert 4 x fsdp 2"]),
+    ]
+    for count, devices, steps, axes in plan:
+        trained(place, "moved", count, devices, "--optim.ns-dtype", "float32", *axes, num_steps=steps)
+    one = trained(place, "unmoved", 1, 8, "--optim.ns-dtype", "float32", *MESHES["fsdp 2 x expert 2 x tensor 2"])
+    a, b = many.records(place / "moved"), many.records(one)
+    assert [r["tokens"] for r in a] == [r["tokens"] for r in b] and len(a) == 10
+    assert max(abs(x["loss"] / y["loss"] - 1) for x, y in zip(a, b, strict=True)) <= 1e-6
+
+
+@pytest.mark.parametrize("moment", ["4", "save", pytest.param("eval", marks=pytest.mark.grid)])
+def test_sigterm_to_one_stops_all_after_the_same_step(place, moment):
+    name = f"term-{moment}"
+    ended = many.train(place, 4, 1, *options(name, num_steps=400, eval_every=4), "--mesh.expert", "4", event=f"term:2:{moment}")
+    assert ended.codes == [143] * 4, "\n".join(ended.outputs)
+    step = len(many.records(place / name))
+    assert 4 < step < 20 and f"stopped after step {step}, saved" in ended.outputs[0]
+    assert max(int(p.stem) for p in (place / name / "checkpoints").glob("*.json")) == step and ended.seconds < 15
+
+
+@pytest.mark.parametrize("event", ["raise:1:3", pytest.param("full:0:3", marks=pytest.mark.grid)])
+def test_what_one_fails_with_ends_all_by_its_name(place, event):
+    name = event.replace(":", "-")
+    ended = many.train(place, 2, 2, *options(name, num_steps=400), "--mesh.expert", "4", event=event)
+    kind, process, _ = event.split(":")
+    why = {"raise": "ZeroDivisionError: as the test wants it", "full": "No space left on device"}[kind]
+    assert ended.codes == [1, 1] and ended.seconds < 10, ended
+    other = 1 - int(process)
+    assert why in ended.outputs[int(process)] and f"process {process} failed: " in ended.outputs[other]
+    words = (place / name / "ranks" / f"{process}.failed").read_text()
+    assert why in words and f"process {process} of 2" in words
