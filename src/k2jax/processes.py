@@ -122,6 +122,8 @@ def _end(code: int) -> NoReturn:
     """End without Python's and jax's clean-up, which would wait for processes that hang."""
     sys.stdout.flush()
     sys.stderr.flush()
+    if is_first():
+        time.sleep(2)  # the store lives here: without it the others abort before they have read why
     os._exit(code)
 
 
@@ -162,8 +164,6 @@ def fail(error: BaseException) -> NoReturn:
     _write_last_words(text)
     with contextlib.suppress(Exception):  # another was first
         _client.key_value_set(_FAILURE, json.dumps({"process": _index, "why": why, "code": code}))
-        if is_first():
-            time.sleep(2)  # the store lives here: let the others read
     _end(code)
 
 

@@ -16,7 +16,7 @@ ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "
 
 @dataclass(frozen=True)
 class Ended:
-    """How the processes of a run ended. codes, outputs: in their order. seconds: from the first end to the last."""
+    """The end of a run's processes. codes, outputs: in their order. seconds: from the first end to the last."""
 
     codes: list[int]
     outputs: list[str]

@@ -106,3 +106,43 @@ def test_what_one_fails_with_ends_all_by_its_name(place, event):
     assert why in ended.outputs[int(process)] and f"process {process} failed: " in ended.outputs[other]
     words = (place / name / "ranks" / f"{process}.failed").read_text()
     assert why in words and f"process {process} of 2" in words
+
+
+def doubled(lines):
+    lines[2][lines[2].index("--process-id") + 1] = "1"
+
+
+def missing(lines):
+    del lines[2]
+    for line in lines:
+        line += ["--join-timeout", "3"]
+
+
+def another_config(lines):
+    lines[2] += ["--data.seed", "5"]
+
+
+def another_count(lines):
+    lines[2][lines[2].index("--num-processes") + 1] = "4"
+
+
+def another_store(lines):
+    lines[2] += ["--data.path", "other"]
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (doubled, "process id 1 was given twice: process 1 on "),
+        (missing, "after 3 s these processes have not come: 2 (of 3)"),
+        (another_config, "config data.seed: must be the same in all processes; 0 in processes 0"),
+        pytest.param(another_count, "was told of 4 processes, process 0 of 3", marks=pytest.mark.grid),
+        pytest.param(another_store, "config data.path: must be the same in all processes", marks=pytest.mark.grid),
+    ],
+)
+def test_processes_that_do_not_fit_all_say_so(place, change, rule):
+    lines = many.commands(3, 1, *options(f"unfit-{change.__name__}"), "--mesh.fsdp", "3")
+    change(lines)
+    ended = many.run(place, lines, 60)
+    assert ended.codes == [2] * len(lines) and all(rule in text for text in ended.outputs), ended
+    assert not (place / f"unfit-{change.__name__}" / "checkpoints").exists()

@@ -64,7 +64,8 @@ def _hear(connection: socket.socket) -> Caller | None:
     """The caller at the other end; None if it is no process of ours."""
     try:
         connection.settimeout(5)
-        value = json.loads(connection.makefile("rb").readline(_LINE))
+        with connection.makefile("rb") as file:
+            value = json.loads(file.readline(_LINE))
         if value.pop("greeting") != _GREETING:
             return None
         caller = Caller(**value)
@@ -105,7 +106,9 @@ def _collect(server: socket.socket, me: Caller, deadline: float, seconds: float,
     waiting: list[tuple[socket.socket, Caller]] = []
     notice = time.monotonic() + _NOTICE
     while True:
-        waiting = [entry for entry in waiting if not _is_gone(entry[0])]  # one that was restarted comes again
+        for entry in [entry for entry in waiting if _is_gone(entry[0])]:  # one that is restarted comes again
+            entry[0].close()
+            waiting.remove(entry)
         callers = [me, *(caller for _, caller in waiting)]
         present = {caller.index for caller in callers}
         if problems := _problems(callers, me.count):

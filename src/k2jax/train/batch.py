@@ -33,22 +33,27 @@ class BatchLayout:
     length: int
 
     @functools.cached_property
-    def _parts(self) -> dict[jax.Device, tuple]:
-        """For each device of this process the rows [m, b] and the positions of its part."""
+    def parts(self) -> dict[jax.Device, tuple[np.ndarray, slice]]:
+        """For each device of the mesh the rows [m, b] and the positions of its part."""
         numbers = np.arange(self.num_rows).reshape(self.num_microbatches, -1)
         sharding = jax.NamedSharding(self.mesh, spec("MBT"))
-        parts = sharding.addressable_devices_indices_map((*numbers.shape, self.length))
-        return {device: (numbers[index[:2]], index[2]) for device, index in parts.items()}
+        found = sharding.devices_indices_map((*numbers.shape, self.length))
+        return {device: (numbers[index[:2]], index[2]) for device, index in found.items()}
+
+    def places_for(self, devices: list[jax.Device]) -> np.ndarray:
+        """int64, sorted: rows of the batch of which any of these devices has a part."""
+        return np.unique(np.concatenate([self.parts[device][0].ravel() for device in devices]))
 
     @functools.cached_property
     def places(self) -> np.ndarray:
-        """int64, sorted: rows of the batch of which this process's devices have a part."""
-        return np.unique(np.concatenate([rows.ravel() for rows, _ in self._parts.values()]))
+        """The rows that this process needs, as `places_for` its devices."""
+        return self.places_for(list(self.mesh.local_devices))
 
     def _on_mesh(self, values: np.ndarray) -> jax.Array:
-        pieces = [values[np.searchsorted(self.places, rows), positions] for rows, positions in self._parts.values()]
+        own = {device: self.parts[device] for device in self.mesh.local_devices}
+        pieces = [values[np.searchsorted(self.places, rows), positions] for rows, positions in own.values()]
         # Explicit copies, which the loop's transfer guard allows; jax's own helpers for many processes make implicit ones.
-        arrays = jax.device_put([piece.astype(np.int32) for piece in pieces], list(self._parts))
+        arrays = jax.device_put([piece.astype(np.int32) for piece in pieces], list(own))
         shape = self.num_microbatches, self.num_rows // self.num_microbatches, self.length
         return jax.make_array_from_single_device_arrays(shape, jax.NamedSharding(self.mesh, spec("MBT")), arrays)
 

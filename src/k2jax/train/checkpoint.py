@@ -21,6 +21,7 @@ from k2jax.runs.commits import commit, committed_steps, file_digests, read_recor
 from k2jax.train.content import content_problems, content_sums, named_digests
 from k2jax.train.state import TrainState
 
+READ_BYTES = 2**30  # most that a process reads at a time, beside the arrays that it fills
 CHUNK_BYTES = 2**26  # an export reads parameters matrix by matrix, and a chunk is the least that can be read
 
 
@@ -161,7 +162,10 @@ class Saver:
 def _restore(folder: Path, step: int, items: dict) -> dict:
     """The items of `step`, laid out as these say. RunFailed if their content is not that of the commit record."""
     expected = read_record(folder, step)["content"]
-    restored = ocp.load_checkpointables((folder / str(step)).resolve(), items)
+    context = ocp.Context()
+    context.memory.read_concurrent_bytes = READ_BYTES
+    with context:
+        restored = ocp.load_checkpointables((folder / str(step)).resolve(), items)
     if problems := content_problems(restored, expected):
         # The files were sound: what read them, or what they passed through, is not.
         where = f"{folder / str(step)}: read back with another content"

@@ -1,0 +1,46 @@
+"""Processes that tell one another things over loopback, without a model."""
+
+import sys
+from pathlib import Path
+
+import many
+import pytest
+
+from k2jax import processes
+
+TOY = Path(__file__).parent / "toy_process.py"
+
+
+def together(folder: Path, count: int, work: str) -> many.Ended:
+    address = f"127.0.0.1:{many.free_port()}"
+    return many.run(folder, [[sys.executable, str(TOY), address, str(count), str(i), work] for i in range(count)], 60)
+
+
+def test_alone_everything_returns_at_once():
+    assert (processes.index(), processes.count(), processes.is_first(), processes.is_joined()) == (0, 1, True, False)
+    assert processes.gather("x", [1]) == [[1]] and processes.on_first("x", lambda: 5) == 5
+    processes.barrier("x", 0)
+    processes.leave()
+
+
+@pytest.mark.slow
+def test_three_processes_talk(tmp_path):
+    ended = together(tmp_path, 3, "talk")
+    assert ended.codes == [0, 0, 0], ended.outputs
+
+
+@pytest.mark.slow
+def test_one_that_fails_ends_all_with_its_code_and_words(tmp_path):
+    ended = together(tmp_path, 3, "one_fails")
+    assert ended.codes == [2, 2, 2] and ended.seconds < 5, ended
+    assert all("process 1 failed: field: 3: must be 4\nother: 5: must be 6" in ended.outputs[i] for i in (0, 2))
+    assert "k2jax: process 1: field: 3: must be 4" in ended.outputs[1]
+    words = {path.name: path.read_text() for path in (tmp_path / "ranks").iterdir()}
+    assert {*words} == {"0.failed", "1.failed", "2.failed"} and "process 1 of 3: field: 3" in words["1.failed"]
+
+
+@pytest.mark.slow
+def test_one_that_does_not_come_is_named(tmp_path):
+    ended = together(tmp_path, 3, "one_is_late")
+    assert ended.codes[0] == ended.codes[2] == 1
+    assert "here: not every process came within 2 s" in ended.outputs[0] and "task names: 1" in ended.outputs[0].replace("\n", " "), ended.outputs[0]

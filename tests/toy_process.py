@@ -1,0 +1,48 @@
+"""A process without a model, for tests of k2jax.processes: toy_process.py ADDRESS COUNT INDEX WORK."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from k2jax import processes
+from k2jax.errors import RunFailed, UserError
+from k2jax.launch import distributed
+
+
+def talk() -> None:
+    for turn in range(3):  # the names may be used again
+        assert processes.gather("letters", chr(97 + processes.index()) * turn) == [chr(97 + i) * turn for i in range(processes.count())]
+    assert processes.on_first("first", lambda: {"pid": os.getpid()})["pid"] == processes.gather("pid", os.getpid())[0]
+    for kind in (UserError, RunFailed):
+        try:
+            processes.on_first("wrong", lambda kind=kind: (_ for _ in ()).throw(kind("a, b")))
+        except kind as error:
+            assert str(error) == "a, b"
+        else:
+            raise AssertionError(kind)
+    processes.leave()
+    assert processes.count() == 1 and processes.gather("alone", 3) == [3]
+
+
+def one_fails() -> None:
+    processes.keep_last_words(Path("ranks"))
+    if processes.index() == 1:
+        processes.fail(UserError("field: 3: must be 4", "other: 5: must be 6"))
+    time.sleep(60)
+
+
+def one_is_late() -> None:
+    if processes.index() != 1:
+        processes.barrier("here", 2)
+
+
+if __name__ == "__main__":
+    address, count, index, work = sys.argv[1:]
+    distributed.use_cpu_devices(1)
+    options = {"K2JAX_COORDINATOR": address, "K2JAX_NUM_PROCESSES": count, "K2JAX_PROCESS_ID": index}
+    distributed.join(options, {}, print)
+    try:
+        globals()[work]()
+    except Exception as error:
+        processes.fail(error)
