@@ -46,6 +46,20 @@ def test_plan_of_a_small_model(tiny):
     assert exchanges == aot.expected_exchanges(config, mesh.shape) > 0
     text = "\n".join(aot.plan_lines(found))
     assert "fsdp 2 x expert 2;" in text and "all-to-all and nothing else" in text
+    assert (set(found["slices"].values()), found["hosts"]) == ({1}, [])
+    text = "\n".join(aot.plan_lines(found | {"hosts": ["slice 0  replica 0"], "optimizer_beyond_exchanges": None}))
+    assert "\nslice 0  replica 0\n" in text and "matrices: not told for several slices: plan one" in text
+
+
+def test_a_program_that_jax_cannot_read_is_said():
+    """As of libtpu 0.0.52 by jax 0.10.2."""
+
+    class Compiled:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update\nstack")
+
+    with pytest.raises(RunFailed, match=r"cannot read the program .*async-update\); jax 0.11.2 can: use Python 3.12$"):
+        aot.program_text(Compiled())
 
 
 def test_what_does_not_fit_is_said(monkeypatch):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from k2jax.plan.aot import beyond_exchanges
-from k2jax.plan.hlo import _first_group, collectives
+from k2jax.plan.hlo import _first_group, collectives, slice_exchanges
 
 MODULE = """\
 %body.1 (p: (s32[], f32[2])) -> (s32[], f32[2]) {
@@ -54,6 +54,38 @@ def test_reading_by_hand():
     assert len(found) == 4
     problems = beyond_exchanges([numbers, matrix, gather], 1)
     assert [problem.split(" ")[0] for problem in problems] == ["all-reduce", "all-gather", "0"]
+
+
+SLICES = """\
+%body.1 (p: (s32[], f32[2])) -> (s32[], f32[2]) {
+  %send.1 = (f32[64,8,128]{2,1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%x, %after), channel_id=6, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_reduce_operation="SUM",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.1 = (f32[64,8,128]{2,1,0:T(8,128)}, u32[]{:S(2)}, token[]) recv(%after), channel_id=5, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_reduce_operation="SUM",_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %send.2 = (bf16[2,128]{1,0:T(2,128)(2,1)}, u32[], token[]) send(%y, %after), \
+frontend_attributes={_xla_megascale_transfer_type="ALL_GATHER"}, metadata={op_name="jit(f)/jvp(layers)"}
+  %other = (f32[4]{0}, u32[], token[]) send(%y, %after), channel_id=9, is_host_transfer=true
+  %w = (s32[], f32[2]) while(%t), condition=%cond.2, body=%body.1, \
+backend_config={"known_trip_count":{"n":"5"}}
+}
+
+%cond.2 (p: (s32[], f32[2])) -> pred[] {
+}
+"""
+
+
+def test_exchanges_between_slices():
+    """An all-reduce in a loop of five turns, a gather, and a transfer to the host that is neither."""
+    reduced, gathered = sorted(slice_exchanges(SLICES, ("replica",)))[::-1]
+    assert (reduced.kind, reduced.axes, reduced.runs, reduced.num_bytes, reduced.repeated) == (
+        "all-reduce between slices", ("replica",), 5, 64 * 8 * 128 * 4, True,
+    )  # fmt: skip
+    assert (gathered.kind, gathered.runs, gathered.num_bytes) == ("all-gather between slices", 1, 512)
+    assert gathered.op_name == "jit(f)/jvp(layers)"
+    assert collectives(SLICES, {"replica": 1}) == []
 
 
 @pytest.mark.parametrize(

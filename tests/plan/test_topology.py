@@ -24,6 +24,10 @@ def refusal(function, *arguments) -> str:
         ("v5p", "v5p:4x4x4"),
         ("v5:8x8", "v5"),
         ("v6e:4x", "v6e:2x2"),
+        ("2xv5p:4x4", "2xv5p:2x2x4"),
+        ("2xv5q:4x4x4", "v5p"),
+        ("0xv5p:4x4x4", "v5p"),
+        ("2x2xv5p:4x4x4", "v5p"),
     ],
 )
 def test_a_wrong_name(name, near):
@@ -45,6 +49,27 @@ def test_a_mesh_of_another_size(monkeypatch):
     )
     message = refusal(topology.topology_mesh, MeshConfig(expert=3), "v5p:4x4x4")
     assert "--topology v5p:1x1x3" in message and "mesh.fsdp" not in message
+
+
+def test_a_mesh_of_another_size_than_two_slices(monkeypatch):
+    monkeypatch.setattr(topology, "topology_devices", lambda name: [None] * 128)
+    message = refusal(topology.topology_mesh, MeshConfig(replica=4, expert=64), "2xv5p:4x4x4")
+    assert message == (
+        "mesh.replica = 4 * mesh.expert = 64: needs 256 devices, --topology 2xv5p:4x4x4 has 128; "
+        "nearest: mesh.replica = 2 or --topology 4xv5p:4x4x4"
+    )
+    message = refusal(topology.topology_mesh, MeshConfig(replica=2, fsdp=16), "2xv5p:4x4x4")
+    assert message.endswith("nearest: mesh.replica = 8 or --topology 2xv5p:2x2x4")
+    message = refusal(topology.topology_mesh, MeshConfig(expert=64), "2xv5p:4x4x4")
+    assert message.endswith("nearest: mesh.replica = 2 or --topology v5p:4x4x4")
+    message = refusal(topology.topology_mesh, MeshConfig(replica=2, expert=128), "2xv5p:4x4x4")
+    assert message.endswith("nearest: --topology 4xv5p:4x4x4")  # one replica would cross
+    assert "nearest" not in refusal(topology.topology_mesh, MeshConfig(expert=3), "2xv5p:4x4x4")
+
+
+@pytest.mark.parametrize(("name", "parts"), [("v5p:4x4x4", (1, "v5p:4x4x4")), ("12xv6e:4x4", (12, "v6e:4x4"))])
+def test_names_of_several_slices(name, parts):
+    assert topology.split_name(name) == parts and topology.join_name(*parts) == name
 
 
 def test_the_command_says_it_all_at_once(capsys, monkeypatch):

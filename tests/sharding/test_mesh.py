@@ -59,7 +59,7 @@ def test_a_mesh_that_no_torus_has(monkeypatch):
     """As jax says it of 1,024 TPUs, here of two devices that stand beside each other."""
 
     class Device:
-        coords = (1, 0, 0)
+        coords, platform, slice_index, process_index, id = (1, 0, 0), "tpu", 0, 0, 0
 
     def refuse(*arguments, **options):
         raise NotImplementedError("Failed to find assignment for logical_axis_index 1")

@@ -3,6 +3,7 @@
 The compiler is the real one, so the figures are evidence and no estimate; nothing is run, and no weight is made.
 """
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -11,9 +12,11 @@ import jax
 from k2jax.config import Config
 from k2jax.errors import RunFailed
 from k2jax.optim.spread import chunks
-from k2jax.plan.hlo import Collective, collectives
+from k2jax.plan.hlo import Collective, collectives, slice_exchanges
 from k2jax.plan.muon_work import muon_assignments
 from k2jax.plan.topology import MEMORY_GIB
+from k2jax.sharding.device_order import domain_counts, fast_domains
+from k2jax.sharding.host_picture import picture_hosts
 from k2jax.sharding.rules import spec
 from k2jax.tables import aligned
 from k2jax.train.banner import bytes_per_device
@@ -129,6 +132,31 @@ def compile_step(lowered: jax.stages.Lowered, options: Mapping[str, str] | None 
         raise RunFailed(f"does not fit: {error}") from None
 
 
+def program_text(compiled: jax.stages.Compiled) -> str:
+    """The HLO of a compiled step. Raises RunFailed where this jaxlib is older than what libtpu writes."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise RunFailed(
+            f"compiled, but jax {jax.__version__} cannot read the program that libtpu wrote ({reason}); "
+            f"jax 0.11.2 can: use Python 3.12"
+        ) from None
+
+
+def slices_along(mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """The number of slices along each axis; their product is that of the slices."""
+    return domain_counts(dict(mesh.shape), fast_domains(mesh.devices.ravel().tolist()))
+
+
+def step_collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
+    """All collectives of a step's HLO, those between slices too."""
+    slices = slices_along(mesh)
+    inside = {axis: size // slices[axis] for axis, size in mesh.shape.items()}
+    crossed = tuple(axis for axis, count in slices.items() if count > 1)
+    return collectives(text, inside) + slice_exchanges(text, crossed)
+
+
 def describe_step(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str, str] | None = None) -> dict:
     """JSON values: what `k2jax plan` prints. Raises RunFailed if the step does not fit a device of `mesh`."""
     started = time.monotonic()
@@ -136,22 +164,27 @@ def describe_step(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str,
     lower_seconds = time.monotonic() - started
     compiled = compile_step(lowered, options)
     compile_seconds = time.monotonic() - started - lower_seconds
-    found = collectives(compiled.as_text(), mesh.shape)
+    found = step_collectives(program_text(compiled), mesh)
+    slices = slices_along(mesh)
+    beyond = None  # libtpu does not say whence the collectives of several slices come
+    if math.prod(slices.values()) == 1:
+        optimizer = [one for one in found if part_of(one) == "optimizer"]
+        beyond = beyond_exchanges(optimizer, expected_exchanges(config, mesh.shape))
     kind = mesh.devices.flat[0].device_kind
     tokens = config.batch_tokens // config.train.num_microbatches // (mesh.size // mesh.shape["stage"])
     return {
         "device_kind": kind,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
+        "slices": slices,
+        "hosts": picture_hosts(mesh),
         "tokens_per_device_and_microbatch": tokens,
         "lower_seconds": lower_seconds,
         "compile_seconds": compile_seconds,
         "memory": memory_by_kind(state, abstract_batch(config, mesh), compiled),
         "memory_of_device": MEMORY_GIB.get(kind, 0) * GIB or None,
         "communication": communication(found),
-        "optimizer_beyond_exchanges": beyond_exchanges(
-            [one for one in found if part_of(one) == "optimizer"], expected_exchanges(config, mesh.shape)
-        ),
+        "optimizer_beyond_exchanges": beyond,
     }
 
 
@@ -194,14 +227,16 @@ def plan_lines(found: dict) -> list[str]:
             )
         )
     beyond = found["optimizer_beyond_exchanges"]
+    matrices = "not told for several slices: plan one" if beyond is None else "; ".join(beyond) or "all-to-all and nothing else"
     return [
         f"{found['devices']:,} x {found['device_kind']}, {mesh or 'one device'}; "
         f"{found['tokens_per_device_and_microbatch']:,} tokens per device and microbatch",
+        *found["hosts"],
         f"lowered in {found['lower_seconds']:.1f} s, compiled in {found['compile_seconds']:.0f} s",
         "",
         *aligned(memory),
         "",
         *aligned(traffic),
         "",
-        "the optimizer's matrices: " + ("; ".join(beyond) or "all-to-all and nothing else"),
+        f"the optimizer's matrices: {matrices}",
     ]

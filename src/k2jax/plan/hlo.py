@@ -20,6 +20,9 @@ MESH_GROUPS = re.compile(
 IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 PAIRS = re.compile(r"source_target_pairs=\{\{(.*?)\}\}")
+# libtpu's exchange between slices, by the hosts' runtime: %send = (f32[64,8,128]{2,1,0}, u32[], token[]) send(%x, ...),
+# frontend_attributes={...,_xla_megascale_transfer_type="ALL_REDUCE"}. All other collectives stay in their slice.
+BETWEEN_SLICES = re.compile(r" = \((\w+\[[\d,]*\]).* send\(.*_xla_megascale_transfer_type=\"(\w+)\"")
 
 
 class Collective(NamedTuple):
@@ -177,7 +180,10 @@ def _calls(computations: dict[str, list[str]]) -> dict[str, _Call]:
 
 
 def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
-    """All of an HLO module that was compiled for a mesh with axes of these sizes."""
+    """All of an HLO module that was compiled for a mesh with axes of these sizes.
+
+    A module for several TPU slices is the program of one: sizes are those inside it, and what crosses is not here.
+    """
     computations = _computations(text)
     found = []
     for name, call in _calls(computations).items():
@@ -190,3 +196,24 @@ def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
                     Collective(kind, match[1], _axes(line, sizes), call.repeated, call.runs, origin, bool(match[3]))
                 )
     return found
+
+
+def slice_exchanges(text: str, axes: tuple[str, ...]) -> list[Collective]:
+    """All that crosses between the TPU slices of an HLO module; the slices are counted along these mesh axes.
+
+    Kinds are "all-reduce between slices" and the like; their bytes are what a device sends of its own.
+    """
+    computations = _computations(text)
+    return [
+        Collective(
+            f"{match[2].lower().replace('_', '-')} between slices",
+            match[1],
+            axes,
+            call.repeated,
+            call.runs,
+            _op_name(line) or call.op_name,
+        )
+        for name, call in _calls(computations).items()
+        for line in computations[name]
+        if (match := BETWEEN_SLICES.search(line))
+    ]

@@ -35,10 +35,22 @@ def _cube(num_chips: int, num_dims: int) -> str:
     return f"{side}x{_cube(num_chips // side, num_dims - 1)}"
 
 
-def _check_name(name: str) -> str:
-    """The generation of a topology's name. Raises UserError for what is none."""
-    generation, _, dims = name.partition(":")
-    problem = f"--topology {name}: must be GENERATION:AxBxC"
+def split_name(name: str) -> tuple[int, str]:
+    """Number of slices and the topology of each: 2xv5p:4x4x4 -> 2, v5p:4x4x4; v5p:4x4x4 -> 1, itself."""
+    match = re.match(r"([1-9]\d*)x(?=[a-z])", name)
+    return (int(match[1]), name[match.end() :]) if match else (1, name)
+
+
+def join_name(num_slices: int, slice_name: str) -> str:
+    """The inverse of `split_name`."""
+    return f"{num_slices}x{slice_name}" if num_slices > 1 else slice_name
+
+
+def _check_name(name: str) -> None:
+    """Raises UserError for what is not the name of a topology."""
+    num_slices, slice_name = split_name(name)
+    generation, _, dims = slice_name.partition(":")
+    problem = f"--topology {name}: must be GENERATION:AxBxC, or NxGENERATION:AxBxC for N slices,"
     if generation not in GENERATIONS:
         near = difflib.get_close_matches(generation, GENERATIONS, n=1, cutoff=0.5)
         raise UserError(f"{problem} with one of {', '.join(GENERATIONS)}" + "; nearest: " * bool(near) + "".join(near))
@@ -46,12 +58,12 @@ def _check_name(name: str) -> str:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", dims) or len(dims.split("x")) != count:
         numbers = [max(int(n), 1) for n in re.findall(r"\d+", dims)]
         near = _cube(math.prod(numbers), count) if numbers else "x".join(["4"] * count)
-        raise UserError(f"{problem}, {count} numbers for {generation}; nearest: {generation}:{near}")
-    return generation
+        near = join_name(num_slices, f"{generation}:{near}")
+        raise UserError(f"{problem} {count} numbers for {generation}; nearest: {near}")
 
 
 def topology_devices(name: str) -> list:
-    """The devices of a topology such as v5p:8x8x16, for compiling alone.
+    """The devices of a topology such as v5p:8x8x16, or of two slices 2xv5p:8x8x16, for compiling alone.
 
     Raises UserError for a name that libtpu does not know, and where it is not installed.
     """
@@ -60,8 +72,10 @@ def topology_devices(name: str) -> list:
         raise UserError("libtpu, which compiles for TPUs, is not installed: pip install 'k2jax[tpu-compiler]'")
     for key, value in NO_TPU_HERE.items():
         os.environ.setdefault(key, value)
+    num_slices, slice_name = split_name(name)
+    options = {"num_slices": num_slices} if num_slices > 1 else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=slice_name, **options).devices)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topology {name}: libtpu refuses it: {str(error).splitlines()[0]}") from None
 
@@ -70,15 +84,23 @@ def _mismatch(config: MeshConfig, name: str, num_devices: int) -> str:
     sizes = {axis: getattr(config, axis) for axis in AXES}
     needed = math.prod(sizes.values())
     product = " * ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items() if size > 1)
-    generation, rest = name.split(":")[0], needed // config.fsdp
-    count = num_devices // math.prod(int(d) for d in name.split(":")[1].split("x"))  # devices of a chip
+    num_slices, slice_name = split_name(name)
+    generation, dims = slice_name.split(":")
+    of_slice = num_devices // num_slices
+    of_chip = of_slice // math.prod(int(d) for d in dims.split("x"))
+    axis = "replica" if num_slices > 1 else "fsdp"
+    fitting, rest = divmod(num_devices, needed // sizes[axis])
     near = []
-    if num_devices % rest == 0:
-        near.append(f"mesh.fsdp = {num_devices // rest}")
-    if needed % count == 0:
-        near.append(f"--topology {generation}:{_cube(needed // count, GENERATIONS[generation])}")
+    if not rest and (axis == "fsdp" or fitting * config.stage % num_slices == 0):
+        near.append(f"mesh.{axis} = {fitting}")
+    if num_slices > 1 and needed % of_slice == 0:
+        near.append(f"--topology {join_name(needed // of_slice, slice_name)}")
+    elif needed % (of_chip * num_slices) == 0:
+        cube = _cube(needed // (of_chip * num_slices), GENERATIONS[generation])
+        near.append(f"--topology {join_name(num_slices, f'{generation}:{cube}')}")
     has = f"--topology {name} has {num_devices}"
-    return f"{product or 'the mesh (all axes 1)'}: needs {needed} devices, {has}; nearest: {' or '.join(near)}"
+    nearest = "; nearest: " * bool(near) + " or ".join(near)
+    return f"{product or 'the mesh (all axes 1)'}: needs {needed} devices, {has}{nearest}"
 
 
 def topology_mesh(config: MeshConfig, name: str) -> jax.sharding.Mesh:

@@ -8,6 +8,7 @@ from jax.sharding import AxisType
 
 from k2jax.config import MeshConfig
 from k2jax.errors import UserError
+from k2jax.sharding.device_order import domain_counts, fast_domains, order_domains
 from k2jax.sharding.names import AXES
 
 
@@ -24,36 +25,46 @@ def nearest_on_torus(sizes: dict[str, int], torus: tuple[int, ...]) -> dict[str,
     return min(found, key=lambda entry: entry[0])[1]
 
 
-def _off_torus(sizes: dict[str, int], devices: list) -> UserError:
-    """The message for a mesh whose axes would have to share a dim of the torus that TPUs stand in."""
+def _off_torus(sizes: dict[str, int], outer: dict[str, int], devices: list) -> UserError:
+    """The message for a mesh whose axes would have to share a dim of the torus that TPUs stand in.
+
+    outer: of each axis, the factor that counts slices; devices: those of one slice.
+    """
     torus = tuple(max(at) + 1 for at in zip(*(device.coords for device in devices), strict=True))
     given = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items() if size > 1)
-    near = ", ".join(f"mesh.{axis} = {size}" for axis, size in nearest_on_torus(sizes, torus).items())
-    rule = f"each must be a product of some of the dims of the torus, {' x '.join(map(str, torus))}"
-    return UserError(f"{given}: {rule}, or neighbours in the mesh would not be neighbours; nearest: {near}")
+    inner = nearest_on_torus({axis: size // outer[axis] for axis, size in sizes.items()}, torus)
+    near = {axis: inner.get(axis, 1) * outer[axis] for axis in sizes}
+    nearest = ", ".join(f"mesh.{axis} = {size}" for axis, size in near.items() if axis in inner or size > 1)
+    whose = "its factor inside a slice" if math.prod(outer.values()) > 1 else "each"
+    rule = f"{whose} must be a product of some of the dims of the torus, {' x '.join(map(str, torus))}"
+    return UserError(f"{given}: {rule}, or neighbours in the mesh would not be neighbours; nearest: {nearest}")
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
     """The mesh of `config` over `devices` (all there are, by default).
 
-    Raises UserError if the axis sizes are below 1, do not multiply to the number of devices, or do not fit the torus
-    that TPUs stand in.
+    Raises UserError if the axis sizes are below 1, do not multiply to the number of devices, do not fit the torus that
+    TPUs stand in, or would have an axis cross the slow network that must not (`device_order`).
     """
     devices = jax.devices() if devices is None else devices
-    shape = tuple(getattr(config, axis) for axis in AXES)
-    if min(shape) < 1:
-        wrong = [axis for axis, size in zip(AXES, shape, strict=True) if size < 1]
-        raise UserError(*(f"mesh.{axis} = {getattr(config, axis)}: must be at least 1" for axis in wrong))
-    if math.prod(shape) != len(devices):
-        product = " * ".join(f"mesh.{axis} = {size}" for axis, size in zip(AXES, shape, strict=True) if size > 1)
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    if wrong := [axis for axis, size in sizes.items() if size < 1]:
+        raise UserError(*(f"mesh.{axis} = {sizes[axis]}: must be at least 1" for axis in wrong))
+    if (needed := math.prod(sizes.values())) != len(devices):
+        product = " * ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items() if size > 1)
         raise UserError(
-            f"{product or 'the mesh (all axes 1)'}: needs {math.prod(shape)} devices, there are {len(devices)}; "
-            f"change the axes, or on a CPU give --simulate {math.prod(shape)}"
+            f"{product or 'the mesh (all axes 1)'}: needs {needed} devices, there are {len(devices)}; "
+            f"change the axes, or on a CPU give --simulate {needed}"
         )
+    types, outer = (AxisType.Explicit,) * len(AXES), dict.fromkeys(AXES, 1)
+    domains = fast_domains(devices)
     try:
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+        if len(domains) == 1:
+            return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=domains[0])
+        outer = domain_counts(sizes, domains)
+        return jax.sharding.Mesh(order_domains(sizes, outer, domains), AXES, axis_types=types)
     except NotImplementedError:  # jax's, for a torus alone
-        raise _off_torus(dict(zip(AXES, shape, strict=True)), devices) from None
+        raise _off_torus(sizes, outer, domains[0]) from None
 
 
 def mesh_of(**sizes: int) -> jax.sharding.Mesh:

@@ -11,6 +11,7 @@ from k2jax.model.flops import count_parameters, flops_per_token
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import weight_leaves
 from k2jax.preflight.ranks import versions
+from k2jax.sharding.host_picture import picture_hosts
 from k2jax.train.state import TrainState
 
 SHOWN = ("k2jax", "jax", "flax", "optax", "python")
@@ -34,7 +35,7 @@ def total_bytes(tree) -> int:
 
 
 def banner(config: Config, abstract: TrainState, mesh: jax.sharding.Mesh) -> str:
-    """Versions, devices, mesh, parameters, bytes per device, FLOPs per token, optimizer groups."""
+    """Versions, devices, mesh and its hosts, parameters, bytes per device, FLOPs per token, optimizer groups."""
     leaves, optimizer_groups = weight_leaves(declarations(config.model)), Counter()
     for weight in leaves:
         optimizer_groups[weight.group] += weight.size
@@ -48,6 +49,7 @@ def banner(config: Config, abstract: TrainState, mesh: jax.sharding.Mesh) -> str
         ("versions", "  ".join(f"{name} {library[name]}" for name in SHOWN)),
         ("devices", f"{mesh.size} x {device.device_kind} ({device.platform})"),
         ("mesh", "  ".join(f"{axis} {size}" for axis, size in mesh.shape.items())),
+        *(("", line) for line in picture_hosts(mesh)),
         ("parameters", f"{_si(total)} total, {_si(active)} activated per token ({total:,} / {active:,})"),
         ("", ", ".join(f"{name} {_si(c[0])}" for name, c in counts.items())),
         ("pipeline", describe_pipeline(config)),
