@@ -58,9 +58,9 @@ def test_reading_by_hand():
 
 SLICES = """\
 %body.1 (p: (s32[], f32[2])) -> (s32[], f32[2]) {
-  %send.1 = (f32[64,8,128]{2,1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%x, %after), channel_id=6, is_host_transfer=true, \
+  %send.1 = (f32[64,8,128]{2,1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%x, %after), channel_id=6, \
 frontend_attributes={_xla_megascale_reduce_operation="SUM",_xla_megascale_transfer_type="ALL_REDUCE"}
-  %recv.1 = (f32[64,8,128]{2,1,0:T(8,128)}, u32[]{:S(2)}, token[]) recv(%after), channel_id=5, is_host_transfer=true, \
+  %recv.1 = (f32[64,8,128]{2,1,0:T(8,128)}, u32[]{:S(2)}, token[]) recv(%after), channel_id=5, \
 frontend_attributes={_xla_megascale_reduce_operation="SUM",_xla_megascale_transfer_type="ALL_REDUCE"}
 }
 

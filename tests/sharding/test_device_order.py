@@ -1,9 +1,9 @@
 """Meshes over slices, hosts and NVLink domains that are not here: simulated devices, and counts of what crosses."""
 
+import dataclasses
 import itertools
 import math
 import random
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from k2jax.sharding.names import AXES
 CHIPS_PER_HOST = 4  # of a TPU: 2 x 2 x 1 of the torus
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Device:
     id: int
     process_index: int
@@ -46,15 +46,15 @@ def meshes_of_simulated_devices(monkeypatch):
     monkeypatch.setattr(sharding_impls, "Mesh", lambda devices, names, axis_types: FakeMesh(devices, names, axis_types))
 
 
-def tpu_slices(num_slices, torus):
-    """v4 chips; a process for each 2 x 2 x 1 of them."""
+def tpu_slices(num_slices, torus, kind="TPU v4"):
+    """Chips; a process for each 2 x 2 x 1 of them."""
     x, y, z = torus
     devices = []
     for s in range(num_slices):
         for number, (k, j, i) in enumerate(itertools.product(range(z), range(y), range(x))):
             host = (k * (y // 2) + j // 2) * (x // 2) + i // 2
             process = s * (x * y * z // CHIPS_PER_HOST) + host
-            devices.append(Device((s + 1) * 100_000 + number, process, s, "tpu", "TPU v4", (i, j, k)))
+            devices.append(Device((s + 1) * 100_000 + number, process, s, "tpu", kind, (i, j, k)))
     return devices
 
 
@@ -109,22 +109,24 @@ TOPOLOGIES = {
     "2 hosts, a process per GPU": (gpu_hosts(2, processes_per_host=8), ("replica", "stage", "fsdp", "expert")),
 }
 MESHES = [
-    {"replica": 2}, {"replica": 4}, {"stage": 2}, {"stage": 4}, {"replica": 2, "stage": 2}, {"replica": 8}, {"replica": 3},
-    {"replica": 1}, {"replica": 2, "expert": 4}, {"replica": 2, "tensor": 2}, {"replica": 4, "tensor": 4, "context": 2},
-    {"stage": 4, "context": 4}, {"expert": 4}, {"tensor": 4}, {"tensor": 16}, {"expert": 16, "context": 2}, {"context": 16},
+    {"replica": 2}, {"replica": 4}, {"stage": 2}, {"stage": 4}, {"replica": 2, "stage": 2}, {"replica": 8},
+    {"replica": 1},
+    {"replica": 2, "expert": 4}, {"replica": 2, "tensor": 2}, {"replica": 4, "tensor": 4, "context": 2}, {"tensor": 4},
+    {"stage": 4, "context": 4}, {"expert": 4}, {"tensor": 16}, {"expert": 16, "context": 2}, {"context": 16},
 ]  # fmt: skip
+GRID = [
+    pytest.param(name, sizes | {"fsdp": len(devices) // math.prod(sizes.values())}, id=f"{name}-{sizes}")
+    for (name, (devices, _)), sizes in itertools.product(TOPOLOGIES.items(), MESHES)
+    if len(devices) % math.prod(sizes.values()) == 0
+]
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize(("name", "sizes"), GRID)
 def test_what_crosses(name, sizes):
-    """A mesh is refused, or all devices are in it once, only the allowed axes cross, whatever the order of the devices."""
+    """A mesh is refused, or has all devices once and only allowed axes cross, whatever the order of the devices."""
     devices, allowed = TOPOLOGIES[name]
     number = len({domain(d) for d in devices})
-    fsdp, rest = divmod(len(devices), math.prod(sizes.values()))
-    if rest:
-        pytest.skip("other number of devices")
-    config = MeshConfig(**sizes, fsdp=fsdp)
+    config = MeshConfig(**sizes)
     fits = math.prod(getattr(config, axis) for axis in allowed) % number == 0
     try:
         mesh = make_mesh(config, devices)
@@ -153,14 +155,13 @@ def test_what_crosses(name, sizes):
 def test_every_case_is_met():
     """Of the grid above: meshes that cross by each allowed axis, and refusals, on TPUs and GPUs."""
     met = set()
-    for (devices, allowed), sizes in itertools.product(TOPOLOGIES.values(), MESHES):
-        fsdp, rest = divmod(len(devices), math.prod(sizes.values()))
-        if not rest:
-            try:
-                axes = crossing(make_mesh(MeshConfig(**sizes, fsdp=fsdp), devices), domain)
-                met |= {(devices[0].platform, axis) for axis in axes}
-            except UserError as error:
-                met.add((devices[0].platform, "torus" if "of the torus" in str(error) else "refused"))
+    for name, sizes in (case.values for case in GRID):
+        devices = TOPOLOGIES[name][0]
+        try:
+            axes = crossing(make_mesh(MeshConfig(**sizes), devices), domain)
+            met |= {(devices[0].platform, axis) for axis in axes}
+        except UserError as error:
+            met.add((devices[0].platform, "torus" if "of the torus" in str(error) else "refused"))
     assert met >= {("tpu", "replica"), ("tpu", "stage"), ("tpu", "refused"), ("tpu", "torus"), ("gpu", "refused")}
     assert met >= {("gpu", axis) for axis in ("replica", "stage", "fsdp", "expert")}
 
@@ -194,13 +195,30 @@ def test_a_torus_of_several_slices_names_the_whole_mesh():
     assert "its factor inside a slice must be a product of some of the dims of the torus, 4 x 4 x 4" in message
     near = dict(part.removeprefix("mesh.").split(" = ") for part in message.split("nearest: ")[1].split(", "))
     make_mesh(MeshConfig(**{axis: int(size) for axis, size in near.items()}), tpu_slices(2, (4, 4, 4)))
+    assert near["replica"] == "2"  # which is not of the torus
+
+
+def test_dims_that_jax_splits_in_one_slice_it_splits_in_two():
+    """A torus of 4 x 4: v5e's dims may be shared between axes, as jax.make_mesh has it."""
+    sizes = {"fsdp": 2, "expert": 8}
+    make_mesh(MeshConfig(**sizes), tpu_slices(1, (4, 4, 1), "TPU v5 lite"))
+    mesh = make_mesh(MeshConfig(replica=2, **sizes), tpu_slices(2, (4, 4, 1), "TPU v5 lite"))
+    assert crossing(mesh, domain) == {"replica"}
+    assert "of the torus, 4 x 4 x 1" in refusal({"replica": 2, **sizes}, tpu_slices(2, (4, 4, 1)))
+
+
+def test_tpus_without_slices_are_one():
+    """As those of a topology of one slice, compiled for: hosts of it are no domains."""
+    devices = [dataclasses.replace(device, slice_index=None) for device in tpu_slices(1, (2, 2, 2))]
+    assert crossing(make_mesh(MeshConfig(tensor=8), devices), lambda d: d.process_index) == {"tensor"}
 
 
 def test_gpus_refuse_tensor_and_context_between_hosts():
     message = refusal({"tensor": 16}, gpu_hosts(2))
     assert message == (
-        "mesh.replica = 1 * mesh.stage = 1 * mesh.fsdp = 1 * mesh.expert = 1: must be a multiple of the 2 NVLink domains, "
-        "or tensor, context would cross the slow network between them; nearest: mesh.fsdp = 2, mesh.tensor = 8. "
+        "mesh.replica = 1 * mesh.stage = 1 * mesh.fsdp = 1 * mesh.expert = 1: must be a multiple of the 2 NVLink "
+        "domains, or tensor, context would cross the slow network between them; "
+        "nearest: mesh.fsdp = 2, mesh.tensor = 8. "
         "Hosts whose GPUs one NVLink domain joins count as one if JAX_PARTITION_INDEX is the same on them"
     )
     assert crossing(make_mesh(MeshConfig(tensor=16), gpu_hosts(4, 4, 4)), lambda d: d.process_index) == {"tensor"}
@@ -229,7 +247,9 @@ def test_outer_sizes_take_the_first_axis_first():
     assert outer_sizes(sizes, 16, ("replica", "stage")) is None
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"tensor": 2, "expert": 4}, {"context": 8}, {"fsdp": 3, "tensor": 4}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 8}, {"tensor": 2, "expert": 4}, {"context": 8}, {"fsdp": 5, "tensor": 4}], ids=str
+)
 def test_nearest_mesh_is_the_nearest(sizes):
     """Against all meshes of as many devices, listed by another loop."""
     sizes = dict.fromkeys(AXES, 1) | sizes

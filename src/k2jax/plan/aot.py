@@ -227,7 +227,9 @@ def plan_lines(found: dict) -> list[str]:
             )
         )
     beyond = found["optimizer_beyond_exchanges"]
-    matrices = "not told for several slices: plan one" if beyond is None else "; ".join(beyond) or "all-to-all and nothing else"
+    matrices = "not told for several slices: plan one"
+    if beyond is not None:
+        matrices = "; ".join(beyond) or "all-to-all and nothing else"
     return [
         f"{found['devices']:,} x {found['device_kind']}, {mesh or 'one device'}; "
         f"{found['tokens_per_device_and_microbatch']:,} tokens per device and microbatch",

@@ -13,8 +13,8 @@ from jax.experimental import mesh_utils
 from k2jax.errors import UserError
 from k2jax.sharding.names import AXES
 
-# Axes that may cross the slow network, the first ones rather. Between TPU slices it is the data centre's, a few per cent
-# of the torus; GPUs have a network card each, so matrices and tokens may be exchanged over it, if need be.
+# Axes that may cross the slow network, the first ones rather. Between TPU slices it is the data centre's, far slower
+# than the torus; GPUs have a network card each, so matrices and tokens may be exchanged over it, if need be.
 SLOW_AXES = ("replica", "stage")
 SLOW_AXES_OF_GPUS = ("replica", "stage", "fsdp", "expert")
 # jax splits a dim of the torus between axes only where it is asked, and asks for these kinds itself in jax.make_mesh.
@@ -111,11 +111,11 @@ def _not_a_multiple(sizes: dict[str, int], domains: list[list]) -> UserError:
 
 
 def fast_domains(devices: list) -> list[list]:
-    """The devices of each fast domain, the domains by their numbers; the order of `devices` does not matter."""
+    """The devices of each fast domain, in the order of their processes; the order of `devices` does not matter."""
     domains = defaultdict(list)
     for device in sorted(devices, key=lambda device: (device.process_index, device.id)):
         domains[domain_of(device)].append(device)
-    return [domains[number] for number in sorted(domains)]
+    return list(domains.values())
 
 
 def domain_counts(sizes: dict[str, int], domains: list[list]) -> dict[str, int]:

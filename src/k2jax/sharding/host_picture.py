@@ -1,4 +1,4 @@
-"""The mesh over hosts as a small picture: the part of each axis that a host or slice has, and what crosses between them."""
+"""The mesh over hosts as a small picture: the part of each axis that a host or slice has, and the axes that cross."""
 
 from collections import defaultdict
 from collections.abc import Callable
