@@ -21,7 +21,7 @@ from k2jax.runs.commits import commit, committed_steps, file_digests, read_recor
 from k2jax.train.content import content_problems, content_sums, named_digests
 from k2jax.train.state import TrainState
 
-READ_BYTES = 2**30  # most that a process reads at a time, beside the arrays that it fills
+READ_BYTES = 2**28  # most that a process reads at a time, beside the arrays that it fills
 CHUNK_BYTES = 2**26  # an export reads parameters matrix by matrix, and a chunk is the least that can be read
 
 

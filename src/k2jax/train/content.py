@@ -1,7 +1,7 @@
 """Digests of a state's content, computed on the devices that hold it: the same on any mesh and number of processes.
 
 Of each element the bits and the place are mixed to 32 bits, and these are summed as integers, once as they are and once
-weighted by the place, so neither the order of the sum nor the cut of the array matters. The mix is a bijection of the bits: one changed element always changes the
+each row weighted by its place, so neither the order of the sum nor the cut of the array matters. The mix is a bijection of the bits: one changed element always changes the
 sum. A weighted sum of the bits themselves would miss every pair of flipped signs, as 2^31 times anything odd is 2^31.
 """
 
@@ -38,16 +38,34 @@ def _bits(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
 
 
+def _places(shape: tuple[int, ...], firsts: list[jax.Array], odd: tuple[int, ...]) -> jax.Array:
+    """uint32 of `shape`: each element's place in the whole array, as one number. firsts: where the part begins."""
+    at = jnp.zeros(shape, jnp.uint32)
+    for dim in range(len(shape)):
+        at += (lax.broadcasted_iota(jnp.uint32, shape, dim) + firsts[dim]) * jnp.uint32(odd[dim])
+    return at
+
+
 def _local_sums(x: jax.Array, whole: tuple[int, ...], firsts: list[jax.Array]) -> jax.Array:
     """uint32 [prod(_stack(whole)), 2] of the part `x` of an array of shape `whole`, whose first element stands at `firsts`."""
-    at = jnp.zeros(x.shape, jnp.uint32)
-    for dim, (first, odd) in enumerate(zip(firsts, _ODD, strict=False)):
-        at += (lax.broadcasted_iota(jnp.uint32, x.shape, dim) + first) * jnp.uint32(odd)
-    mixed, stack = _mix(_bits(x) + _mix(at)), _stack(whole)
-    rest = tuple(range(len(stack), x.ndim))
-    sums = jnp.stack([v.sum(rest, dtype=jnp.uint32) for v in (mixed, mixed * (at | jnp.uint32(1)))], -1)
+    if not whole:
+        return _local_sums(x[None], (1,), [jnp.uint32(0)])
+    stack = _stack(whole)
+    dims = len(stack)
+    mine, shape = x.shape[:dims], x.shape[dims:]
+    place = _places(shape, firsts[dims:], _ODD[dims:])
+    row = _places(shape[:-1], firsts[dims:], _ODD[dims:])
+
+    def sums_of(one: tuple[jax.Array, jax.Array]) -> jax.Array:
+        part, at = one
+        rows = _mix(_bits(part) + _mix(at + place)).sum(-1, dtype=jnp.uint32)
+        return jnp.stack([rows.sum(dtype=jnp.uint32), (rows * (at + row | jnp.uint32(1))).sum(dtype=jnp.uint32)])
+
+    # One at a time: XLA's CPU backend keeps all mixed elements of a large sum, which would be a second state.
+    ats = _places(mine, firsts[:dims], _ODD).reshape(-1)
+    sums = lax.map(sums_of, (x.reshape(-1, *shape), ats)).reshape(*mine, 2)
     own = jnp.zeros((*stack, 2), jnp.uint32)
-    return lax.dynamic_update_slice(own, sums, (*firsts[: len(stack)], jnp.uint32(0))).reshape(-1, 2)
+    return lax.dynamic_update_slice(own, sums, (*firsts[:dims], jnp.uint32(0))).reshape(-1, 2)
 
 
 def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
