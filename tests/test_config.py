@@ -3,10 +3,23 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from k2jax.cli.overrides import print_fields
-from k2jax.config import Config, Free, OrZero, TrainConfig, differences, field_rules, field_types, flatten
+from k2jax.config import (
+    Config,
+    Free,
+    ModelConfig,
+    OptimConfig,
+    OrZero,
+    RopeConfig,
+    TrainConfig,
+    differences,
+    field_rules,
+    field_types,
+    flatten,
+)
 from k2jax.errors import UserError
 
 
@@ -137,6 +150,80 @@ def test_json_with_unknown_and_missing_fields():
         "checkpoint\n"
         "optim.learning_rate: is missing"
     )
+
+
+def test_a_section_of_another_type():
+    """A dict is answered with the call to write, also of sections in it; all at once, also where one replaces."""
+    rope = {"model": {"hidden_size": 64, "rope": {"factor": None}}, "train": None}
+    whole = Config()
+    for refused in (lambda: Config(**rope), lambda: whole.replace(rope), lambda: dataclasses.replace(whole, **rope)):
+        assert error_of(refused).split("\n") == [
+            "model = {'hidden_size': 64, 'rope': {'factor': None}}: must be a ModelConfig; "
+            "write ModelConfig(hidden_size=64, rope=RopeConfig(factor=None))",
+            "train = None: must be a TrainConfig; write TrainConfig(run_dir='runs/k2'), say",
+        ]
+    assert eval("ModelConfig(hidden_size=64, rope=RopeConfig(factor=None))").rope == RopeConfig(factor=None)
+    for value in (3, RopeConfig, {4: 5}, OptimConfig()):
+        inner = f"model.rope = {value!r}: must be a RopeConfig; write RopeConfig(rope_theta=50000.0), say"
+        assert error_of(lambda: ModelConfig(rope=value)) == inner  # noqa: B023
+        assert error_of(lambda: Config().replace({"model.rope": value})) == inner  # noqa: B023
+    assert error_of(lambda: MyConfig(train=TrainConfig())).startswith("train = TrainConfig(run_dir='runs/k2', ")
+    assert error_of(lambda: MyConfig(train=TrainConfig())).endswith(
+        "must be a MyTrainConfig; write MyTrainConfig(run_dir='runs/k2'), say"
+    )
+
+
+def test_fields_that_are_not_there_are_not_replaced():
+    changes = {"train.num_step": 3, "modl": 1, "train.seed.x": 2, "train.seed": 1, "zebra.stripes": 2}
+    sections = "sections are model, optim, guard, phases, kernels, data, mixture, mesh, train, checkpoint"
+    assert error_of(lambda: Config().replace(changes)).split("\n") == [
+        "train.num_step: no such field; did you mean train.num_steps?",
+        "modl: no such field; did you mean model?",
+        "train.seed.x: no such field; did you mean train.seed?",
+        f"zebra.stripes: no such field; {sections}",
+    ]
+    both = {"model.rope.factor": 2.0, "model": ModelConfig(hidden_size=64), "model.rope": RopeConfig(rope_theta=1.0)}
+    model = Config().replace(both).model
+    assert (model.hidden_size, model.rope.factor, model.rope.rope_theta) == (64, 2.0, 1.0)
+    assert MyConfig().replace({"train.warm_restarts": 5}).train.warm_restarts == 5
+
+
+def test_a_section_where_a_field_is_due():
+    values = dataclasses.asdict(Config())
+    values["model"]["rope"] = 3
+    assert error_of(lambda: Config.from_json("x", values)).startswith(
+        "model.rope: is a section; give its fields, such as model.rope.rope_theta\nmodel.rope.rope_theta: is missing\n"
+    )
+    config = Config().replace({"model.hidden_size": {"a": 1}, "optim.learning_rate": RopeConfig()})
+    assert error_of(config.validate).split("\n") == [
+        "model.hidden_size = {'a': 1}: must be an integer",
+        f"optim.learning_rate = {RopeConfig()!r}: must be a finite number",
+    ]
+
+
+def test_numbers_too_large_for_their_type():
+    huge = 10**400
+    config = Config().replace(
+        {
+            "optim.learning_rate": huge,
+            "optim.momentum": -huge,
+            "phases.balance_alpha": (0.1, huge),
+            "optim.weight_decay": np.float64(-1),
+            "model.hidden_size": 7 * huge,
+            "train.num_steps": 2**63,
+            "train.num_microbatches": 10**5000,
+        }
+    )
+    assert error_of(config.validate).split("\n") == [
+        f"model.hidden_size = {7 * huge}: must be below 2**63, as in 64 bits",
+        f"optim.learning_rate = {huge}: must be a finite number",
+        f"optim.weight_decay = {np.float64(-1)!r}: must be at least 0",
+        f"optim.momentum = {-huge}: must be a finite number",
+        f"phases.balance_alpha = (0.1, {huge}): must be a list, each a finite number",
+        f"train.num_steps = {2**63}: must be below 2**63, as in 64 bits",
+        "train.num_microbatches = an integer of more than 4300 digits: must be below 2**63, as in 64 bits",
+    ]
+    Config().replace({"train.num_steps": 2**63 - 1, "optim.adam_eps": 1}).validate()
 
 
 @pytest.mark.parametrize("value", [[], 3, None, {"model": 3}, {"model": [1]}])

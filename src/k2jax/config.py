@@ -30,6 +30,42 @@ Window = Annotated[int, Rule(least=(2, "since one step has no deviation"))]
 Remat = Literal["none", "k2", "k2-offload", "layer", "offload"]
 
 
+@functools.cache
+def _sections(cls: type) -> dict[str, type]:
+    """{name: class} of the sections that a section has."""
+    return {name: kind for name, kind in typing.get_type_hints(cls).items() if dataclasses.is_dataclass(kind)}
+
+
+def _as_call(cls: type, value: object) -> str:
+    """The expression to write for a section that was given as `value`: with the same fields, if they were in a dict."""
+    if not isinstance(value, dict) or not all(isinstance(name, str) and name.isidentifier() for name in value):
+        example = dataclasses.fields(cls)[0]
+        return f"{cls.__name__}({example.name}={example.default!r}), say"
+    inner = _sections(cls)
+    texts = {
+        name: _as_call(inner[name], part) if name in inner and isinstance(part, dict) else repr(part)
+        for name, part in value.items()
+    }
+    return f"{cls.__name__}({', '.join(f'{name}={text}' for name, text in texts.items())})"
+
+
+class _Section:
+    """A dataclass some of whose fields may be sections. One of another type would fail wherever it is read first."""
+
+    def __post_init__(self):
+        wrong = {
+            name: kind for name, kind in _sections(type(self)).items() if not isinstance(getattr(self, name), kind)
+        }
+        prefix = next((f"{name}." for name, kind in _sections(Config).items() if isinstance(self, kind)), "")
+        problems = []
+        for name, kind in wrong.items():
+            value = getattr(self, name)
+            rule = f"must be a {kind.__name__}; write {_as_call(kind, value)}"
+            problems.append(f"{prefix}{name} = {value!r}: {rule}")
+        if problems:
+            raise UserError(*problems)
+
+
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary positions, and how YaRN stretches them (k2-facts 3.3; arXiv 2309.00071). `factor` None: it never does."""
@@ -44,7 +80,7 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Section):
     """Shape of the network (K2's `config.json`)."""
 
     vocab_size: int = 163_840
@@ -203,7 +239,7 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(_Section):
     """One run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -230,8 +266,9 @@ class Config:
 
     def problems(self) -> list[str]:
         """Every violated rule."""
-        values, cls = flatten(dataclasses.asdict(self)), type(self)
-        return list(config_rules.problems(values, field_types(cls), field_rules(cls)))
+        kinds, rules = field_types(type(self)), field_rules(type(self))
+        values = {name: functools.reduce(getattr, name.split("."), self) for name in kinds}
+        return list(config_rules.problems(values, kinds, rules))
 
     def to_json(self) -> dict:
         """The sections as JSON values."""
@@ -252,7 +289,10 @@ class Config:
         return Config().replace(values).validate()
 
     def replace(self, values: dict[str, object]) -> "Config":
-        """A copy with `{"section.field": value}` set; the names must exist."""
+        """A copy with `{"section.field": value}` set, or `{"section": value}`. UserError for unknown names."""
+        known = field_types(type(self)).keys() | section_names(type(self))
+        if problems := [unknown_field(name, type(self)) for name in values if name not in known]:
+            raise UserError(*problems)
         return _replace(self, values)
 
 
@@ -264,8 +304,8 @@ def _replace(part, values: dict[str, object]):
             inner.setdefault(key, {})[rest] = value
         else:
             own[key] = value
-    own |= {key: _replace(getattr(part, key), keys) for key, keys in inner.items()}
-    return dataclasses.replace(part, **own)
+    part = dataclasses.replace(part, **own)  # sections first, then fields of them
+    return dataclasses.replace(part, **{key: _replace(getattr(part, key), keys) for key, keys in inner.items()})
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, object]:
@@ -301,12 +341,22 @@ def field_rules(cls: type | None = None) -> dict[str, Rule]:
     return {name: rule for name, _, rule in _fields(cls or Config)}
 
 
-def unknown_field(name: str) -> str:
+def section_names(cls: type | None = None, prefix: str = "") -> dict[str, type]:
+    """{"section" or "section.section": its class} of Config, or of a class derived from it."""
+    names = {}
+    for name, kind in _sections(cls or Config).items():
+        names |= {prefix + name: kind} | section_names(kind, f"{prefix}{name}.")
+    return names
+
+
+def unknown_field(name: str, cls: type | None = None) -> str:
     """The message for a field that does not exist, with the nearest that do."""
-    names = list(field_types())
+    names = list(field_types(cls))
+    if name in section_names(cls):
+        return f"{name}: is a section; give its fields, such as {next(n for n in names if n.startswith(name + '.'))}"
     near = [known for known in names if known.split(".")[-1] == name.split(".")[-1]]
-    near = near or difflib.get_close_matches(name, names, n=2, cutoff=0.75)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"sections are {', '.join(typing.get_type_hints(Config))}"
+    near = near or difflib.get_close_matches(name, [*names, *section_names(cls)], n=2, cutoff=0.75)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"sections are {', '.join(_sections(cls or Config))}"
     return f"{name}: no such field; {hint}"
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -14,6 +15,17 @@ from k2jax.files import is_url
 UNIONS = types.UnionType, typing.Union  # of `X | None`; the second where X is Annotated
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python refuses to print more than 4300 digits
+        return "an integer of more than 4300 digits"
+
+
 def _fits(value: object, kind: object) -> bool:
     origin = typing.get_origin(kind)
     if origin in UNIONS:
@@ -22,8 +34,8 @@ def _fits(value: object, kind: object) -> bool:
         return isinstance(value, str) and value in typing.get_args(kind)
     if origin is tuple:
         return isinstance(value, tuple) and value != () and all(_fits(v, typing.get_args(kind)[0]) for v in value)
-    if kind is float:  # an int is a fine float; a bool is neither
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is float:  # an int is a fine float, unless no float is as large; a bool is neither
+        return _is_number(value) and -sys.float_info.max <= value <= sys.float_info.max
     return type(value) is kind
 
 
@@ -90,13 +102,15 @@ def home_problem(paths: str) -> str | None:
 
 
 def _number_problem(value: object, rule: Rule) -> str | None:
-    numbers = [v for v in (value if isinstance(value, tuple) else [value]) if type(v) in (int, float)]
+    numbers = [v for v in (value if isinstance(value, tuple) else [value]) if _is_number(v)]
     if any(v < 0 or (v == 0 and not rule.zero) for v in numbers):
         return f"must be {'at least 0' if rule.zero else 'greater than 0'}"
     if rule.least is not None and any(v < rule.least[0] for v in numbers):
         return "must be at least {}, {}".format(*rule.least)
     if rule.below is not None and any(v >= rule.below for v in numbers):
         return f"must be below {rule.below}"
+    if any(isinstance(v, int) and v >= 2**63 for v in numbers):
+        return "must be below 2**63, as in 64 bits"
     return None
 
 
@@ -116,7 +130,7 @@ def _own_problems(values: dict, kinds: dict, rules: dict[str, Rule]) -> dict[str
             problems[name] = home
         elif rule.folder and value is not None and is_url(value):
             problems[name] = "must be a folder, not a URL; copy it there when the run is done, or mount the bucket"
-    return {name: f"{name} = {values[name]!r}: {problem}" for name, problem in problems.items()}
+    return {name: f"{name} = {_shown(values[name])}: {problem}" for name, problem in problems.items()}
 
 
 # (a field, the fields whose product must divide it). Explicit shardings need every cut dim to divide evenly.
@@ -264,7 +278,7 @@ def _data_problems(values: dict):
 
 
 def problems(values: dict[str, object], kinds: dict[str, object], rules: dict[str, Rule]) -> Iterator[str]:
-    """Every violated rule of the values of all fields, whose types are `kinds`."""
+    """Every violated rule of the fields' values, whose types are `kinds`."""
     own = _own_problems(values, kinds, rules)
     yield from own.values()
     yield from _fit_problems({name: value for name, value in values.items() if name not in own})

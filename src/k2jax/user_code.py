@@ -37,10 +37,14 @@ def call_beside(path: str, function) -> object:
         return function()
 
 
+def error_line(path: str, error: Exception) -> str:
+    """"FILE:LINE" of the last line of a user's file that took part in an exception; "FILE" if none did."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == Path(path).name]
+    return f"{path}:{lines[-1]}" if lines else path
+
+
 def describe_error(path: str, error: Exception) -> str:
     """An exception of a user's file, with the last line of that file that took part in it."""
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == Path(path).name]
-    at = f"{path}:{lines[-1]}" if lines else path
     if isinstance(error, SyntaxError) and error.filename == path:
         return f"{path}:{error.lineno}: SyntaxError: {error.msg}"
-    return f"{at}: {type(error).__name__}: {error}"
+    return f"{error_line(path, error)}: {type(error).__name__}: {error}"

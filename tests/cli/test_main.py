@@ -212,16 +212,22 @@ def test_a_config_imports_the_file_beside_it_and_the_next_one_its_own(place, cap
 
 
 def test_mistakes_in_a_config_file_name_the_line_and_the_field(place, capsys):
-    head = "from k2jax.config import Config, ModelConfig\ndef config():\n    return "
+    head = "from k2jax.config import *\ndef config():\n    return "
+    line, misspelled = "^  c.py:3: ", "no such field; did you mean"
     cases = {
-        head + "Config(model=ModelConfig(hiden_size=3))": "c.py:3: TypeError: .*hiden_size'; did you mean model.hidden_size\\?",
-        head + "1 / 0": "c.py:3: ZeroDivisionError: division by zero",
-        head + ")": "c.py:3: SyntaxError: unmatched",
-        "import nothing_of_that_name": "c.py:1: ModuleNotFoundError",
+        head + "Config(model=ModelConfig(hiden_size=3))": f"{line}model.hiden_size: {misspelled} model.hidden_size\\?",
+        head + "ModelConfig(rope=RopeConfig(facto=3))": f"{line}model.rope.facto: {misspelled} model.rope.factor",
+        head + "Config(modl=3)": f"{line}modl: {misspelled} model\\?",
+        head + "Config().replace({'train.num_step': 3})": f"{line}train.num_step: {misspelled} train.num_steps\\?",
+        head + "Config(model={'rope': 3}, mesh=8)": f"{line}model = .*\n{line[1:]}mesh = 8: must be a MeshConfig",
+        head + "Config(train=TrainConfig(num_steps=0)).validate()": f"{line}train.num_steps = 0: must be greater",
+        head + "1 / 0": f"{line}ZeroDivisionError: division by zero",
+        head + ")": f"{line}SyntaxError: unmatched",
+        "import nothing_of_that_name": "^  c.py:1: ModuleNotFoundError",
     }
     for text, rule in cases.items():
         (place / "c.py").write_text(text)
-        assert re.search(rule, refusal(capsys, "train", "c.py")), text
+        assert re.search(rule, refusal(capsys, "train", "c.py"), re.MULTILINE), text
 
 
 def test_paths_that_begin_with_a_tilde_or_go_up(place, capsys):

@@ -7,17 +7,21 @@ import typing
 from pathlib import Path
 from types import NoneType
 
-from k2jax.config import Config, field_types, unknown_field
+from k2jax.config import Config, field_types, section_names, unknown_field
 from k2jax.config_rules import describe_type
 from k2jax.errors import UserError
-from k2jax.user_code import call_beside, describe_error, run_file
+from k2jax.user_code import call_beside, describe_error, error_line, run_file
 
 
-def _field_hint(error: Exception) -> str:
-    """For a section that was given a field that it does not have: the fields that were meant."""
+def _describe(path: str, error: Exception) -> list[str]:
+    """Problems of a config file that raised, with its line; for a field that does not exist, the one that was meant."""
+    if isinstance(error, UserError):
+        return [f"{error_line(path, error)}: {problem}" for problem in error.problems]
     match = re.fullmatch(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    section = match and next((n for n, kind in typing.get_type_hints(Config).items() if kind.__name__ == match[1]), None)
-    return f"; {unknown_field(f'{section}.{match[2]}').partition('; ')[2]}" if section else ""
+    sections = {kind.__name__: f"{name}." for name, kind in section_names().items()} | {"Config": ""}
+    if isinstance(error, TypeError) and match and match[1] in sections:
+        return [f"{error_line(path, error)}: {unknown_field(sections[match[1]] + match[2])}"]
+    return [describe_error(path, error)]
 
 
 def load_config(path: str) -> Config:
@@ -28,10 +32,8 @@ def load_config(path: str) -> Config:
     try:
         names = run_file(path)
         config = call_beside(path, names["config"]) if callable(names.get("config")) else None
-    except UserError:
-        raise
     except Exception as error:  # the file is the user's code: whatever it raises is theirs to correct
-        raise UserError(describe_error(path, error) + _field_hint(error)) from None
+        raise UserError(*_describe(path, error)) from None
     if not isinstance(config, Config):
         raise UserError(f"{path}: must define config() and return a k2jax.config.Config, got {type(config).__name__}")
     return config
