@@ -10,7 +10,7 @@ from k2jax.train.display import Display, describe, short
 
 RECORD = {
     "step": 9, "loss": 4.6522, "max_logit": 13.37, "grad_norm": 0.279, "learning_rate": 2e-2, "tokens_per_second": 12_345.6,
-    "heads_clipped": 5, "clipped_heads": ["L1H0", "L1H1", "L2H0", "L2H1", "L3H3"], "seconds": 2.0, "rows_dropped": 0,
+    "matmul_share": 0.3712, "heads_clipped": 5, "clipped_heads": ["L1H0", "L1H1", "L2H0", "L2H1", "L3H3"], "seconds": 2.0, "rows_dropped": 0,
     "skipped": False, "skipped_so_far": 0, "skip_reasons": [],
 }  # fmt: skip
 
@@ -35,9 +35,13 @@ def test_short_units(value, text):
 def test_the_least_useful_fields_go_first():
     full = describe(RECORD, 1000)
     assert full == (
-        "loss 4.6522  grad  0.279  lr 2.00e-02  12.3k tok/s  max logit  13.37  clipped 5  (L1H0, L1H1, L2H0, L2H1, ...)"
+        "loss 4.6522  grad  0.279  lr 2.00e-02  12.3k tok/s  37% mm  max logit  13.37  clipped 5"
+        "  (L1H0, L1H1, L2H0, L2H1, ...)"
     )
-    assert describe(RECORD, 80).endswith("clipped 5") and len(describe(RECORD, 80)) <= 80
+    assert describe(RECORD, 87).endswith("37% mm  max logit  13.37  clipped 5") and len(describe(RECORD, 87)) == 87
+    assert describe(RECORD, 80) == "loss 4.6522  grad  0.279  lr 2.00e-02  12.3k tok/s  37% mm  max logit  13.37"
+    assert describe(RECORD, 70) == "loss 4.6522  grad  0.279  12.3k tok/s  37% mm  max logit  13.37"
+    assert describe(RECORD, 60) == "loss 4.6522  grad  0.279  12.3k tok/s  max logit  13.37"
     assert describe(RECORD, 45) == "loss 4.6522  12.3k tok/s  max logit  13.37"
     assert describe(RECORD, 30) == "loss 4.6522  12.3k tok/s"
     assert describe(RECORD, 5) == "loss 4.6522"
@@ -52,6 +56,7 @@ def test_a_terminal_of_any_width_keeps_the_rate_in_one_line(width):
     line = [line for line in re.split(r"[\r\n]+", text) if line.strip()][-1]
     assert len(line) <= width
     assert "10/300" in line and "12.3k tok/s" in line and ("━" in line) == (width >= 80) and "9:40" in line
+    assert ("37% mm" in line) == (width >= 100)
 
 
 def test_remaining_time_is_of_the_steps_alone():

@@ -10,12 +10,13 @@ import pytest
 
 from k2jax.data.text.prepare import prepare
 from k2jax.errors import UserError
-from k2jax.runs.records import RecordFile
+from k2jax.runs.records import RecordFile, read_records
 from k2jax.sharding.mesh import single_device_mesh
 from k2jax.train import loop
 from k2jax.train import start as start_module
 from k2jax.train.batch import BatchLayout
 from k2jax.train.display import Display
+from k2jax.train.metrics import WALL_CLOCK
 from k2jax.train.start import check_source
 
 BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
@@ -82,6 +83,16 @@ def test_one_compile_a_run(starts):
         settled = events.index(steps[3])
         assert not [e for e in events[settled:] if isinstance(e, str)], events
         assert [e for e in events[:settled] if isinstance(e, str)]
+
+
+def test_the_share_of_the_matmul_rate_is_of_the_same_work_each_step(config, starts):
+    """In every record, and a number for TensorBoard: share times seconds are the model FLOPs at one start's rate."""
+    records = read_records(Path(config.train.run_dir) / "metrics.jsonl")
+    work = [record["matmul_share"] * record["seconds"] for record in records]
+    assert len(work) == 10 and 0 < max(record["matmul_share"] for record in records) < 2
+    for one_start in (work[:5], work[5:]):
+        assert one_start == pytest.approx([one_start[0]] * 5)
+    assert "matmul_share" in WALL_CLOCK
 
 
 def test_second_start_finds_the_compiled_step(config, starts):

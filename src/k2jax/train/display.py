@@ -26,11 +26,12 @@ def describe(record: dict, width: int) -> str:
     fields = [  # (text, how soon it is dropped)
         (f"loss {loss:6.4f}", 0),
         (f"grad {grad:6.3f}", 3),
-        (f"lr {record['learning_rate']:.2e}", 4),
+        (f"lr {record['learning_rate']:.2e}", 5),
         (f"{short(record['tokens_per_second']):>5} tok/s", 1),
+        (f"{record['matmul_share']:3.0%} mm", 4),
         (f"max logit {logit:6.2f}", 2),
-        (f"clipped {record['heads_clipped']}", 5),
-        (f"({heads})", 6) if heads else ("", 7),
+        (f"clipped {record['heads_clipped']}", 6),
+        (f"({heads})", 7) if heads else ("", 8),
     ]
     while len(fields) > 1 and (not fields[-1][0] or len("  ".join(text for text, _ in fields)) > width):
         fields.remove(max(fields, key=lambda field: field[1]))

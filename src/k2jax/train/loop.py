@@ -14,6 +14,7 @@ from k2jax.processes import barrier, count, fail, is_joined, stop_is_due
 from k2jax.train.batch import BatchLayout
 from k2jax.train.compile_cache import cache_notes, compile_cache
 from k2jax.train.ledger import Ledger
+from k2jax.train.matmul_rate import matmul_seconds
 from k2jax.train.recorder import Recorder
 from k2jax.train.start import Run, open_run, start_state
 from k2jax.train.state import TrainState
@@ -117,7 +118,7 @@ def train(run: Run, state: TrainState, stop: StopRequest) -> Result:
                 compiled = jax.jit(make_train_step(config, run.tx), donate_argnums=0).lower(state, batch).compile()
             said += notes
         barrier("compile", COMPILE_SECONDS)  # the first collective of a process waits 30 s for the others, not more
-        recorder.start_clock()
+        recorder.start_clock(matmul_seconds(config, run.mesh.size))
     with jax.transfer_guard("disallow"):
         while step < num_steps and not stopped:
             if step > first:

@@ -10,7 +10,7 @@ from k2jax.errors import RunFailed
 from k2jax.train.guard import skip_reasons
 from k2jax.train.step import Metrics
 
-WALL_CLOCK = ("seconds", "tokens_per_second")  # the only fields that a repeated run need not reproduce
+WALL_CLOCK = ("seconds", "tokens_per_second", "matmul_share")  # the only fields that a repeated run need not reproduce
 
 
 def _number(value: np.ndarray | float) -> float | None:
@@ -18,8 +18,10 @@ def _number(value: np.ndarray | float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def make_record(step: int, metrics: Metrics, config: Config, seconds: float) -> dict:
+def make_record(step: int, metrics: Metrics, config: Config, seconds: float, matmul_seconds: float) -> dict:
     """Record of one step. `metrics` as NumPy arrays; `seconds`: wall clock since the step before.
+
+    matmul_seconds: those of the step's model FLOPs, at the rate of matmuls on this machine.
 
     None stands for numbers that are not finite, and for what a skipped step did not do.
     """
@@ -60,6 +62,7 @@ def make_record(step: int, metrics: Metrics, config: Config, seconds: float) -> 
         **lost,
         "seconds": seconds,
         "tokens_per_second": config.batch_tokens / seconds,
+        "matmul_share": matmul_seconds / seconds,
     }
 
 

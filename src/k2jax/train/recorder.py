@@ -1,6 +1,7 @@
 """Records of the steps: held until the next step has begun, so that the device never waits for the host."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 
@@ -20,11 +21,11 @@ class Recorder:
 
     def __init__(self, config: Config, outputs: Outputs):
         self._config, self._outputs, self._held = config, outputs, None
-        self.start_clock()
+        self.start_clock(math.nan)
 
-    def start_clock(self) -> None:
-        """Restart the step timer."""
-        self._last_time = time.monotonic()
+    def start_clock(self, matmul_seconds: float) -> None:
+        """Start the step timer. matmul_seconds: of a step, if all of it were matmuls at the machine's rate."""
+        self._matmul_seconds, self._last_time = matmul_seconds, time.monotonic()
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
@@ -44,7 +45,7 @@ class Recorder:
         step, metrics, extra = self._held
         metrics = jax.device_get(metrics)
         now = time.monotonic()
-        record = make_record(step, metrics, self._config, now - self._last_time) | extra
+        record = make_record(step, metrics, self._config, now - self._last_time, self._matmul_seconds) | extra
         self._held, self._last_time = None, now
         self._outputs.record(record)
         check_health(record, self._config)
