@@ -12,6 +12,7 @@ from k2jax.cli.main import main
 from k2jax.cli.overrides import load_config, read_overrides
 from k2jax.data.store.reader import TokenStore
 from k2jax.data.text.prepare import prepare
+from k2jax.runs.folder import write_config
 
 MICRO = str(Path(__file__).parents[1] / "train" / "micro.py")
 ON_EIGHT = ("--mesh.fsdp", "2", "--mesh.expert", "2", "--mesh.tensor", "2")  # the test process has 8 devices
@@ -144,6 +145,21 @@ def test_nothing_is_written_over(place, capsys):
 def test_no_run_to_show(place, capsys):
     assert "absent: no such folder" in refusal(capsys, "plot", "absent", "--out", "x.png")
     assert list(place.iterdir()) == []
+
+
+def test_a_folder_where_a_config_is_due(place, capsys):
+    """inspect shows a run's own config, with options over it; train needs the file."""
+    (place / "run").mkdir()
+    assert "run: is not a run directory (no config.json)" in refusal(capsys, "inspect", "run")
+    assert "run: is a folder, not a config file" in refusal(capsys, "train", "run")
+    write_config(place / "run", load_config(MICRO))
+    shown = []
+    for source in (MICRO, "run"):
+        for options in ((), ("--model.vocab-size", "300")):
+            assert main(["inspect", source, "--json", *options]) == 0
+            shown.append(capsys.readouterr().out)
+    assert shown[:2] == shown[2:] and shown[0] != shown[1]
+    assert "model.vocab_siz: no such field" in refusal(capsys, "inspect", "run", "--model.vocab-siz", "3")
 
 
 def test_help_is_quick():

@@ -26,6 +26,8 @@ def _describe(path: str, error: Exception) -> list[str]:
 
 def load_config(path: str) -> Config:
     """The value of config() in a Python file. Raises UserError if there is no such file, function or value."""
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder, not a config file; give the file that the run was started with")
     if not Path(path).is_file():
         near = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py")))
         raise UserError(f"{path}: no such config file" + (f"; there are {near}" if near else ""))

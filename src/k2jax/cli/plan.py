@@ -2,14 +2,22 @@
 
 import json
 import shutil
+from pathlib import Path
 
 from k2jax.cli.overrides import load_config, override
+from k2jax.config import Config
 from k2jax.launch.distributed import use_cpu_devices
+from k2jax.runs.folder import read_config
+
+
+def _open_config(source: str, rest: list[str]) -> Config:
+    """The config of a file or of a run directory, with the options."""
+    return override(read_config(Path(source)) if Path(source).is_dir() else load_config(source), rest)
 
 
 def inspect(args, rest: list[str]) -> int:
     """Print what a config means, from abstract shapes."""
-    config = override(load_config(args.config), rest)
+    config = _open_config(args.config, rest)
     from k2jax.plan.mesh_picture import draw_mesh, plot_mesh
     from k2jax.plan.parameters import describe, tables
 
@@ -26,7 +34,7 @@ def inspect(args, rest: list[str]) -> int:
 
 def plan(args, rest: list[str]) -> int:
     """Compile the step of a config for a topology, and print what it needs."""
-    config = override(load_config(args.config), rest)
+    config = _open_config(args.config, rest)
     use_cpu_devices(1)  # whatever is here takes no part
     from k2jax.plan.aot import describe_step, plan_lines
     from k2jax.plan.topology import topology_mesh
