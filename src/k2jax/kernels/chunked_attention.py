@@ -58,7 +58,11 @@ def _turns(q_at: TokenIndex, k_at: TokenIndex, chunks: tuple[int, int]) -> tuple
     seen_BIJ = q_index_BIS.max(-1)[:, :, None] >= k_index_BJZ.min(-1)[:, None]
     seen_BIJ &= q_segment_BIS.max(-1)[:, :, None] >= k_segment_BJZ.min(-1)[:, None]
     seen_BIJ &= q_segment_BIS.min(-1)[:, :, None] <= k_segment_BJZ.max(-1)[:, None]
-    seen_IJ = seen_BIJ.any(0)
+    # Bounds of chunks, not tokens: I * J comparisons, and never a false "no". With chunks of 2 and documents aabbbb the
+    # chunks aa and bb skip each other by their segments, and the first bb the keys of the second by their indices.
+    seen_IJ = seen_BIJ.any(0)  # one loop serves the batch, so a chunk that any row needs is done for all of them
+    # A range per key chunk and not a list: what lies between, seen or not, is right in any case, for _logits masks it.
+    # argmax finds the first True, from the other end the last; it is 0 for a chunk without one, hence some_J.
     some_J, num = seen_IJ.any(0), seen_IJ.shape[0]
     first_J = jnp.where(some_J, jnp.argmax(seen_IJ, 0), num)
     return first_J, jnp.where(some_J, num - jnp.argmax(seen_IJ[::-1], 0), num)

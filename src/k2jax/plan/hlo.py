@@ -7,18 +7,28 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Above each: lines, or parts of lines, that it reads.
+# %ag = f32[4,16]{1,0} all-gather(%p), ...     %ar = (f32[], f32[1]) all-reduce-start(%x, %y), ...
 COLLECTIVE = re.compile(
     r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all)(-start)?\("
 )
 # What an instruction may run besides itself: a loop's body, a branch, a fusion, an asynchronous operation.
+# %w = (s32[], f32[2]) while(%t), condition=%cond.3, body=%body.1     fusion(%p), kind=kLoop, calls=%fused.2
 CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
+# conditional(%i, %a, %b), branch_computations={%one.4, %two.5}
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+# bf16[4,16]{1,0}     f8e4m3fn[8]     s32[]
 ARRAY = re.compile(r"([a-z]+)(\d+)\w*\[([\d,]*)\]")
+# replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'a','b':(2)2}: over a, and over a part of b: two groups
+# of devices before it, 2 in it
 MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
 )
+# replica_groups=[4,2]<=[2,2,2]T(1,2,0): 0 to 7 as [2,2,2], its dims transposed, then cut into 4 groups of 2
 IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+# replica_groups={{0,1},{2,3}}, of which the first group tells the axes
 LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+# source_target_pairs={{0,1},{1,0}}
 PAIRS = re.compile(r"source_target_pairs=\{\{(.*?)\}\}")
 # libtpu's exchange between slices, by the hosts' runtime: %send = (f32[64,8,128]{2,1,0}, u32[], token[]) send(%x, ...),
 # frontend_attributes={...,_xla_megascale_transfer_type="ALL_REDUCE"}. All other collectives stay in their slice.

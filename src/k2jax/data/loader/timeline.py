@@ -71,6 +71,9 @@ class _Block:
     def __init__(self, start: int, weights: np.ndarray, before: np.ndarray):
         self.start, self.weights, self.before = start, weights, before  # before: rows that each source had by `start`
         # Source s has its k-th row of the pattern at (2k + 1) / 2w of it; of those that meet, the first source leads.
+        # Weights 3 and 1: a at 1/6, 3/6, 5/6 and b at 1/2, so a a b a. Any stretch of the pattern is then within a row
+        # or so of its weights, and `source`, `rank` and `slots` (3 and 1: 0 0 1 0, 0 1 0 2, [0 1 3] and [2]) turn row
+        # numbers into counts and back by a division and a lookup, however many turns the block has run.
         source = np.repeat(np.arange(len(weights)), weights)
         rank = np.concatenate([np.arange(w) for w in weights])
         order = np.argsort((2 * rank + 1) / (2 * weights[source]), kind="stable")

@@ -169,7 +169,10 @@ class Stream:
         return first, np.concatenate(starts)
 
     def first_tokens(self, ranges: list[tuple[int, int, int]]) -> np.ndarray:
-        """int64: where ranges (start, stop, place), and the documents in them, begin, when token `start` is at `place`."""
+        """int64: the places where ranges and the documents in them begin.
+
+        ranges: (start, stop, place), tokens of the stream, of which token `start` is at `place`.
+        """
         pieces = [
             (number, a, b, place - start)
             for start, stop, place in ranges
@@ -180,6 +183,9 @@ class Stream:
         found = [low + shift]
         for part in np.unique(number).tolist():
             borders, mine = self._recent.borders(self.parts[part]), number == part
+            # All ranges of a part in one search: a batch has thousands. borders[first:end] begin inside (low, high); a
+            # document that begins at low itself is in `found` already. For firsts 3, 9 and counts 2, 3 `inside` is
+            # 3, 4, 9, 10, 11: arange(5) plus each first less the counts before it.
             needles = np.stack([low[mine] + 1, high[mine]]).astype(np.uint64)
             first, end = np.searchsorted(borders, needles)
             counts = end - first
