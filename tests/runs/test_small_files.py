@@ -15,7 +15,7 @@ from k2jax.data.tokenizer import load_tokenizer, train_bpe
 from k2jax.errors import UserError
 from k2jax.files import locked, naming, read_json, write_atomic, write_sealed
 from k2jax.runs.commits import committed_steps, damage, held_parts, newest_step, not_ours, remove_leftovers
-from k2jax.runs.folder import lock_run, path_problem, read_config, write_config
+from k2jax.runs.folder import RunFolder, lock_run, path_problem, read_config, write_config
 from k2jax.runs.records import RecordFile, read_records
 
 RECORD = {"step": 4, "holds": ["model", "optimizer"], "files": {}, "content": {}, "run": None, "data_position": {"row": 12}}
@@ -48,7 +48,10 @@ def write_receipt(folder):
 
 FILES = {
     "config.json": (lambda folder: write_config(folder, Config()), read_config),
-    "timeline.json": (lambda folder: write_segments(folder, [{"from_step": 0, "path": "a"}]), read_segments),
+    "timeline.json": (
+        lambda folder: write_segments(RunFolder(folder).timeline, [{"from_step": 0, "path": "a"}]),
+        lambda folder: read_segments(RunFolder(folder).timeline),
+    ),
     "tokenizer_info.json": (write_tokenizer, lambda folder: open_tokenizer(folder).digest),
     "tokenizer.json": (write_tokenizer, lambda folder: open_tokenizer(folder).digest),
     "4.json": (write_commit, lambda folder: (held_parts(folder, 4), refuse(damage(folder, 4)))),

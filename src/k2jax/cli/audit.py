@@ -29,10 +29,11 @@ def _open_audit(args, rest: list[str]):
     from k2jax.data.loader.rows import RowReader
     from k2jax.data.loader.segments import read_segments, segment_paths, settle_timeline
     from k2jax.data.loader.timeline import make_timeline
+    from k2jax.runs.folder import RunFolder
 
     is_run = Path(args.run).is_dir()
     config = _config_of_run(Path(args.run), rest) if is_run else override(load_config(args.run), rest)
-    segments = read_segments(Path(args.run) if is_run else Path(config.train.run_dir))
+    segments = read_segments(RunFolder(Path(args.run if is_run else config.train.run_dir)).timeline)
     if args.data is None and not segments:
         corpus = open_data(config)
     else:

@@ -7,7 +7,7 @@ from k2jax.cli.overrides import read_overrides
 from k2jax.config import Config
 from k2jax.errors import UserError
 from k2jax.launch.distributed import use_cpu_devices
-from k2jax.runs.folder import is_published
+from k2jax.runs.folder import RunFolder, is_published
 
 
 def _load(source: str, step: int | None):
@@ -80,7 +80,7 @@ def import_(args, rest: list[str]) -> int:
 
     to = args.to or str(Path("runs") / Path(args.folder).resolve().name)
     import_hf(args.folder, to, make_mesh(mesh) if rest or args.simulate else single_device_mesh(), args.drop_mtp)
-    known = (Path(to) / "tokenizer").is_dir()
+    known = RunFolder(Path(to)).tokenizer.is_dir()
     use = f"continue a text with: k2jax generate {to} PROMPT" if known else "it brought no tokenizer, so no text"
     print(f"{to}: imported; {use}")
     return 0
@@ -91,6 +91,6 @@ def export(args, rest: list[str]) -> int:
     from k2jax.interop.export import export_run
 
     step = export_run(args.run, args.to, args.dtype, args.step, args.rope)
-    known = (Path(args.run) / "tokenizer").is_dir()
+    known = RunFolder(Path(args.run)).tokenizer.is_dir()
     print(f"{args.to}: step {step} of {args.run}, {args.dtype}{'' if known else '; without a tokenizer, as the run'}")
     return 0

@@ -69,20 +69,21 @@ def _show_result(folder: Path, result, with_sample: bool) -> None:
     from k2jax.inference.generate import generate
     from k2jax.inference.load import load_run
     from k2jax.report.curves import plot_runs
-    from k2jax.runs.folder import checkpoints_of
+    from k2jax.runs.folder import RunFolder
 
+    files = RunFolder(folder)
     print(f"done: step {result.step}")
     if result.validation_bits_per_byte is not None:
         print(f"validation: {result.validation_bits_per_byte:.4f} bits per byte")
     try:
-        plot_runs([str(folder)], str(folder / "curves.png"))
-        print(f"curves: {folder / 'curves.png'}")
+        plot_runs([str(folder)], str(files.curves))
+        print(f"curves: {files.curves}")
     except UserError as missing:  # the picture is an extra, the run is not
         print(f"no picture: {missing}")
-    print(f"metrics: {folder / 'metrics.jsonl'}\ncheckpoints: {checkpoints_of(folder)}\nTensorBoard: {folder / 'tb'}")
+    print(f"metrics: {files.metrics}\ncheckpoints: {files.checkpoints}\nTensorBoard: {files.tensorboard}")
     if not with_sample:  # this process has no longer the devices that the model may need
         print(f"a sample: k2jax generate {folder} PROMPT")
         return
     text = generate(load_run(folder), [""], num_tokens=400, temperature=0.7, seed=0)[0]
-    write_atomic(folder / "sample.txt", text)
-    print(f"sample ({folder / 'sample.txt'}; more with: k2jax generate {folder} PROMPT):\n{text}")
+    write_atomic(files.sample, text)
+    print(f"sample ({files.sample}; more with: k2jax generate {folder} PROMPT):\n{text}")

@@ -10,7 +10,7 @@ from k2jax.data.saved_tokenizer import open_tokenizer
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import UserError
 from k2jax.runs.commits import sound_step
-from k2jax.runs.folder import checkpoints_of, read_config
+from k2jax.runs.folder import RunFolder, read_config
 from k2jax.train.checkpoint import model_part, restore_model
 from k2jax.train.state import TrainState, abstract_model
 
@@ -45,8 +45,9 @@ def load_run(run_dir: str | Path, step: int | None = None) -> LoadedModel:
     """
     folder = Path(run_dir)
     config = read_config(folder)
-    step = sound_step(checkpoints_of(folder), step)
-    model = restore_model(checkpoints_of(folder), step, model_part(*abstract_model(config)))
+    files = RunFolder(folder)
+    step = sound_step(files.checkpoints, step)
+    model = restore_model(files.checkpoints, step, model_part(*abstract_model(config)))
     state = TrainState(jax.numpy.int32(step), model["params"], model["router_bias"], None, None)
-    tokenizer = open_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
+    tokenizer = open_tokenizer(files.tokenizer) if files.tokenizer.is_dir() else None
     return LoadedModel(str(run_dir), config, state, tokenizer)

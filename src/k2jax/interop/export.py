@@ -17,7 +17,7 @@ from k2jax.interop.safetensor_files import NewTensor, write_tensors
 from k2jax.interop.tokenizer_files import tokenizer_files
 from k2jax.model.weights import Weight
 from k2jax.runs.commits import sound_step
-from k2jax.runs.folder import checkpoints_of, read_config
+from k2jax.runs.folder import RunFolder, read_config
 from k2jax.train.checkpoint import open_array
 from k2jax.train.phases import rope_after
 
@@ -61,16 +61,17 @@ def export_run(
     must_be_new(to)  # before the checkpoint's files are looked through
     run_dir, to = Path(run_dir), Path(to)
     config = read_config(run_dir)
-    step = sound_step(checkpoints_of(run_dir), step)
+    files = RunFolder(run_dir)
+    step = sound_step(files.checkpoints, step)
     rope = rope or rope_after(config, step)
     if rope == "yarn" and config.model.rope.factor is None:
         raise UserError("--rope yarn: needs model.rope.factor, which is None in this run; must be plain")
-    tokenizer = open_tokenizer(run_dir / "tokenizer") if (run_dir / "tokenizer").is_dir() else None
+    tokenizer = open_tokenizer(files.tokenizer) if files.tokenizer.is_dir() else None
     ids = (tokenizer.bos, tokenizer.eos) if tokenizer else (None, None)
     stored, torch_name = DTYPES[dtype]
     values = hf_config(config.model, rope, config.data.sequence_length, torch_name, *ids)
     with whole_folder(to, "exporting") as aside:
-        write_tensors(aside, _new_tensors(checkpoints_of(run_dir), step, config.model, stored), file_bytes)
+        write_tensors(aside, _new_tensors(files.checkpoints, step, config.model, stored), file_bytes)
         for name, content in (tokenizer_files(tokenizer) if tokenizer else {}).items():
             write_atomic(aside / name, content)
         write_atomic(aside / "config.json", json.dumps(values, indent=2) + "\n")

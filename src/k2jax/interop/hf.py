@@ -23,7 +23,7 @@ from k2jax.interop.published_tokenizer import published_tokenizer
 from k2jax.interop.safetensor_files import StoredTensor, find_tensors
 from k2jax.model.transformer import Transformer, build_model
 from k2jax.model.weights import Weight, weight_leaves
-from k2jax.runs.folder import checkpoints_of, path_problem, write_config
+from k2jax.runs.folder import RunFolder, path_problem, write_config
 from k2jax.runs.identity import make_identity
 from k2jax.sharding.names import AXES
 from k2jax.train.checkpoint import save_model
@@ -258,7 +258,7 @@ def import_hf(directory: str | Path, run_dir: str | Path, mesh: jax.sharding.Mes
     with whole_folder(run_dir, "importing") as aside:
         write_config(aside, config)
         make_identity(aside)
-        save_model(checkpoints_of(aside), load_values(found, jnp.dtype(jnp.float32), mesh))
+        save_model(RunFolder(aside).checkpoints, load_values(found, jnp.dtype(jnp.float32), mesh))
         if tokenizer is not None:
-            save_tokenizer(tokenizer, aside / "tokenizer")
+            save_tokenizer(tokenizer, RunFolder(aside).tokenizer)
     return config

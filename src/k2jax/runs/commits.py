@@ -12,12 +12,8 @@ from pathlib import Path
 
 from k2jax.errors import UserError
 from k2jax.files import read_sealed, sha256_of, sync_file, write_sealed
+from k2jax.runs.folder import RunFolder
 from k2jax.runs.identity import identity
-
-
-def damaged_of(folder: Path) -> Path:
-    """The folder, beside the one of the committed steps, to which damaged ones are moved."""
-    return folder.parent / "damaged"
 
 
 def _remove(entry: Path) -> None:
@@ -131,7 +127,7 @@ def find_damaged(folder: Path, find: Callable[[Path, int], list[str]] = damage) 
 
 def set_aside(folder: Path, steps: list[int], problems: list[str]) -> None:
     """Move these steps to ../damaged. UserError, with what is wrong with them, if that does not take them."""
-    aside = damaged_of(folder)
+    aside = RunFolder(folder.parent).damaged
     for step in steps:
         try:
             aside.mkdir(exist_ok=True)

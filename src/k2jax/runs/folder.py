@@ -1,8 +1,9 @@
-"""The run directory: its config, and the lock that keeps other processes out."""
+"""The run directory: the names of what is in it, its config, and the lock that keeps other processes out."""
 
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from k2jax.config import Config
@@ -12,9 +13,36 @@ from k2jax.files import locked, read_json, read_small, unsealed, write_sealed
 _EDITED = "give changes as options of `k2jax train`, and restore the file from a copy"
 
 
-def checkpoints_of(run_dir: Path) -> Path:
-    """The folder of a run's committed steps."""
-    return run_dir / "checkpoints"
+class _Inside:
+    """An attribute of a RunFolder: the path of this name in it."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, folder: "RunFolder", owner: type) -> Path:
+        return folder.path / self.name
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run directory, with the paths of everything that a run leaves there. None of them need exist."""
+
+    path: Path
+
+    config = _Inside("config.json")  # makes a folder a run directory
+    run = _Inside("run.json")  # its number: runs/identity.py
+    lock = _Inside("lock")
+    timeline = _Inside("timeline.json")  # its segments: data/loader/timeline.py
+    tokenizer = _Inside("tokenizer")  # folder; absent where no tokenizer is known
+    env = _Inside("env.txt")  # versions
+    checkpoints = _Inside("checkpoints")  # folder of the committed steps: runs/commits.py
+    damaged = _Inside("damaged")  # folder to which damaged ones are moved
+    metrics = _Inside("metrics.jsonl")  # a record per step: runs/records.py
+    ledger = _Inside("ledger.jsonl")  # a record per replaced row
+    tensorboard = _Inside("tb")  # folder
+    ranks = _Inside("ranks")  # folder of the processes' logs and last words
+    curves = _Inside("curves.png")
+    sample = _Inside("sample.txt")
 
 
 def path_problem(folder: Path) -> str | None:
@@ -31,12 +59,12 @@ def path_problem(folder: Path) -> str | None:
 
 def write_config(folder: Path, config: Config) -> None:
     """Write config.json, which makes `folder` a run directory."""
-    write_sealed(folder / "config.json", config.to_json())
+    write_sealed(RunFolder(folder).config, config.to_json())
 
 
 def is_published(folder: Path) -> bool:
     """True if `folder` is a published checkpoint: its config.json has a model_type, which a run's never has."""
-    path = folder / "config.json"
+    path = RunFolder(folder).config
     if not path.is_file():
         return False
     value = read_json(path, follow_links=True)  # a hub's cache is made of links
@@ -45,7 +73,7 @@ def is_published(folder: Path) -> bool:
 
 def read_config(folder: Path) -> Config:
     """The config that a run was made with. UserError if `folder` is not a run directory, or the file was changed."""
-    path = folder / "config.json"
+    path = RunFolder(folder).config
     if not os.path.lexists(path):
         what = "is not a run directory (no config.json)" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: {what}")
@@ -60,7 +88,7 @@ def lock_run(run_dir: Path) -> Iterator[None]:
 
     Raises UserError if another process holds it, or if the directory cannot be written.
     """
-    path = run_dir / "lock"
+    path = RunFolder(run_dir).lock
     with contextlib.ExitStack() as stack:
         try:
             descriptor = stack.enter_context(locked(path, os.O_RDWR | os.O_CREAT))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from k2jax.config import Config, field_rules, flatten
 from k2jax.files import read_sealed, write_sealed
-from k2jax.runs.folder import read_config
+from k2jax.runs.folder import RunFolder, read_config
 
 
 def config_digest(config: Config) -> str:
@@ -25,8 +25,8 @@ def config_digest(config: Config) -> str:
 
 def make_identity(folder: Path) -> None:
     """Give the run in `folder` its number, if it has none yet."""
-    if not os.path.lexists(folder / "run.json"):
-        write_sealed(folder / "run.json", {"id": secrets.token_hex(16)})
+    if not os.path.lexists(RunFolder(folder).run):
+        write_sealed(RunFolder(folder).run, {"id": secrets.token_hex(16)})
 
 
 def identity(folder: Path) -> dict[str, str] | None:
@@ -34,7 +34,8 @@ def identity(folder: Path) -> dict[str, str] | None:
 
     Raises UserError if one of its files is missing or was changed.
     """
-    if not any(os.path.lexists(folder / name) for name in ("run.json", "config.json")):
+    path = RunFolder(folder).run
+    if not os.path.lexists(path) and not os.path.lexists(RunFolder(folder).config):
         return None
-    number = read_sealed(folder / "run.json", "without it no checkpoint is known to be this run's; restore it from a copy")
+    number = read_sealed(path, "without it no checkpoint is known to be this run's; restore it from a copy")
     return {"id": number["id"], "config": config_digest(read_config(folder))}

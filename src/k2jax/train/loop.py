@@ -93,7 +93,7 @@ def train(run: Run, state: TrainState, stop: StopRequest) -> Result:
     recorder, evaluate = Recorder(config, outputs), make_evaluator(config, run.corpus, run.mesh)
     layout = BatchLayout(run.mesh, config.train.num_microbatches, config.data.batch_sequences, config.data.sequence_length)
     reader = RowReader(run.corpus, run.timeline, config)
-    ledger = Ledger(run.folder / "ledger.jsonl", reader, config, first, layout.places)
+    ledger = Ledger(run.folder.ledger, reader, config, first, layout.places)
     batches, validation = train_batches(run.corpus, run.timeline, config, first, layout.places), None
 
     def save():

@@ -1,7 +1,6 @@
 """Everything that a run shows and writes beside its checkpoints, in one value with one owner: the first process."""
 
 import contextlib
-from pathlib import Path
 
 from rich.console import Console
 
@@ -10,23 +9,23 @@ from k2jax.data.loader.segments import write_segments
 from k2jax.data.saved_tokenizer import save_tokenizer
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.files import write_atomic
+from k2jax.preflight.ranks import versions
 from k2jax.processes import index, is_first
-from k2jax.runs.folder import write_config
+from k2jax.runs.folder import RunFolder, write_config
 from k2jax.runs.identity import make_identity
 from k2jax.runs.records import RecordFile
-from k2jax.preflight.ranks import versions
 from k2jax.train.display import Display
 from k2jax.train.metrics import TensorBoard
 
 
-def describe_run(folder: Path, config: Config, segments: list[dict], tokenizer: Tokenizer | None) -> None:
+def describe_run(folder: RunFolder, config: Config, segments: list[dict], tokenizer: Tokenizer | None) -> None:
     """Write config.json, run.json, timeline.json, tokenizer/ and env.txt. In the first process alone."""
-    write_config(folder, config)  # first: a folder without it is not a run
-    make_identity(folder)
-    write_segments(folder, segments)
+    write_config(folder.path, config)  # first: a folder without it is not a run
+    make_identity(folder.path)
+    write_segments(folder.timeline, segments)
     if tokenizer is not None:
-        save_tokenizer(tokenizer, folder / "tokenizer")
-    write_atomic(folder / "env.txt", "".join(f"{name} {version}\n" for name, version in versions().items()))
+        save_tokenizer(tokenizer, folder.tokenizer)
+    write_atomic(folder.env, "".join(f"{name} {version}\n" for name, version in versions().items()))
 
 
 class Outputs:
@@ -35,13 +34,13 @@ class Outputs:
     The other processes write nothing, or with train.log_ranks what the first displays, as they see it, in ranks/N.log.
     """
 
-    def __init__(self, folder: Path, config: Config, first_step: int):
+    def __init__(self, folder: RunFolder, config: Config, first_step: int):
         self._folder, self._first_step = folder, first_step
         self._files, self._records = contextlib.ExitStack(), ()
         console = None if is_first() else Console(quiet=True)
         if not is_first() and config.train.log_ranks:
-            (folder / "ranks").mkdir(exist_ok=True)
-            log = self._files.enter_context(open(folder / "ranks" / f"{index()}.log", "a", encoding="utf-8", buffering=1))
+            folder.ranks.mkdir(exist_ok=True)
+            log = self._files.enter_context(open(folder.ranks / f"{index()}.log", "a", encoding="utf-8", buffering=1))
             console = Console(file=log, soft_wrap=True, highlight=False)
         self.display = Display(first_step, config.train.num_steps, config.train.log_every, console)
         self._files.callback(self.display.close)
@@ -56,8 +55,8 @@ class Outputs:
     def open_records(self) -> None:
         """Open metrics.jsonl and TensorBoard, dropping the records of steps that a resumed run repeats."""
         if is_first():
-            metrics = RecordFile(self._folder / "metrics.jsonl", self._first_step)
-            self._records = metrics, TensorBoard(self._folder / "tb", self._first_step)
+            metrics = RecordFile(self._folder.metrics, self._first_step)
+            self._records = metrics, TensorBoard(self._folder.tensorboard, self._first_step)
             for file in self._records:
                 self._files.callback(file.close)
 

@@ -22,7 +22,6 @@ from k2jax.processes import count, gather, index, keep_last_words, on_first
 from k2jax.runs.commits import (
     committed_steps,
     damage,
-    damaged_of,
     find_damaged,
     is_model_alone,
     newest_step,
@@ -31,7 +30,7 @@ from k2jax.runs.commits import (
     remove_leftovers,
     set_aside,
 )
-from k2jax.runs.folder import checkpoints_of, lock_run, path_problem, read_config
+from k2jax.runs.folder import RunFolder, lock_run, path_problem, read_config
 from k2jax.sharding.mesh import make_mesh
 from k2jax.train.banner import banner, total_bytes
 from k2jax.train.checkpoint import Saver, parts, restore_model, restore_state
@@ -48,9 +47,10 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
     folder = Path(config.train.run_dir)
     if rule := path_problem(folder):
         raise UserError(f"train.run_dir = {config.train.run_dir!r}: {rule}; give another")
-    if not (folder / "config.json").exists():
+    files = RunFolder(folder)
+    if not files.config.exists():
         strangers = (
-            [e.name for e in folder.glob("*") if not e.name.startswith(("config.json", "lock"))]
+            [e.name for e in folder.glob("*") if not e.name.startswith((files.config.name, files.lock.name))]
             if folder.exists()
             else []
         )
@@ -59,8 +59,8 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
                 f"{folder}: is not a run directory (no config.json) and is not empty: {', '.join(sorted(strangers)[:5])}"
             )
         return {}
-    steps = committed_steps(checkpoints_of(folder))
-    if is_model_alone(checkpoints_of(folder)):
+    steps = committed_steps(files.checkpoints)
+    if is_model_alone(files.checkpoints):
         raise UserError(
             f"{folder}: holds an imported model without an optimizer's state; begin a training with it by "
             f"--train.init-from {folder} and another train.run_dir"
@@ -88,10 +88,10 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
 def check_source(config: Config, corpus: Corpus) -> None:
     """Raise UserError if train.init_from is no run with a sound model of the same shape and tokenizer."""
     source = config.train.init_from
-    if source is None or newest_step(checkpoints_of(Path(config.train.run_dir))) is not None:  # needed no more
+    if source is None or newest_step(RunFolder(Path(config.train.run_dir)).checkpoints) is not None:  # needed no more
         return
-    folder = Path(source)
-    other, step = read_config(folder), newest_step(checkpoints_of(folder))
+    files = RunFolder(Path(source))
+    other, step = read_config(files.path), newest_step(files.checkpoints)
     if step is None:
         raise UserError(f"train.init_from = {source!r}: has no committed checkpoint")
     free = ("model.initializer_range", *(f"model.rope.{f.name}" for f in dataclasses.fields(config.model.rope)))
@@ -100,9 +100,9 @@ def check_source(config: Config, corpus: Corpus) -> None:
         for name, (old, new) in differences(other, config).items()
         if name == "model.rope.rope_theta" or (name.startswith("model.") and name not in free)  # YaRN may come later
     ]
-    if (folder / "tokenizer").is_dir() and not writes_alike(open_tokenizer(folder / "tokenizer"), corpus):
+    if files.tokenizer.is_dir() and not writes_alike(open_tokenizer(files.tokenizer), corpus):
         problems.append(f"data.path = {corpus.path!r}: was written by another tokenizer than that of {source!r}")
-    if problems := problems + damage(checkpoints_of(folder), step):
+    if problems := problems + damage(files.checkpoints, step):
         raise UserError(*problems)
 
 
@@ -118,7 +118,8 @@ def find_step(config: Config) -> tuple[int | None, list[str]]:
 
     In all processes at once, which share the reading. Raises UserError if steps are there, and none is sound.
     """
-    folder = checkpoints_of(Path(config.train.run_dir))
+    files = RunFolder(Path(config.train.run_dir))
+    folder = files.checkpoints
 
     def wrong(folder: Path, step: int) -> list[str]:
         return [problem for part in gather("damage", damage(folder, step, index(), count())) for problem in part]
@@ -129,24 +130,24 @@ def find_step(config: Config) -> tuple[int | None, list[str]]:
         set_aside(folder, bad, problems)
         return newest_step(folder)
 
-    return on_first("newest step", settle), [*problems, *([f"moved to {damaged_of(folder)}"] if problems else [])]
+    return on_first("newest step", settle), [*problems, *([f"moved to {files.damaged}"] if problems else [])]
 
 
 def check_resume(config: Config, corpus: Corpus, step: int | None, change_mixture: bool) -> tuple[Timeline, list[str]]:
     """The timeline of the run that goes on from `step`, and what to tell its user. UserError if it may not go on."""
-    folder = Path(config.train.run_dir)
+    files = RunFolder(Path(config.train.run_dir))
     notes = [
         f"changed since the run began: {name} {old!r} -> {new!r}" for name, (old, new) in check_run_dir(config).items()
     ]
-    timeline, changed = settle_timeline(corpus, config, read_segments(folder), step or 0, change_mixture)
+    timeline, changed = settle_timeline(corpus, config, read_segments(files.timeline), step or 0, change_mixture)
     if step is not None:
-        check_position(read_record(checkpoints_of(folder), step)["data_position"], timeline, config, step)
+        check_position(read_record(files.checkpoints, step)["data_position"], timeline, config, step)
     return timeline, notes + changed
 
 
 def with_model_of(source: str, state: TrainState) -> TrainState:
     """`state` with the newest model of another run, on whatever mesh that was."""
-    folder = checkpoints_of(Path(source))
+    folder = RunFolder(Path(source)).checkpoints
     layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts(state)["model"])
     return dataclasses.replace(state, **restore_model(folder, newest_step(folder), layout))
 
@@ -159,7 +160,7 @@ class Run:
     """
 
     config: Config
-    folder: Path
+    folder: RunFolder
     mesh: jax.sharding.Mesh
     tx: optax.GradientTransformation
     corpus: Corpus
@@ -171,8 +172,8 @@ class Run:
 
 def _check_before(config: Config, corpus: Corpus, change_mixture: bool) -> None:
     """All that can be wrong with the run directory and the stores, before anything is written."""
-    folder = Path(config.train.run_dir)
-    settle_timeline(corpus, config, read_segments(folder), newest_step(checkpoints_of(folder)) or 0, change_mixture)
+    files = RunFolder(Path(config.train.run_dir))
+    settle_timeline(corpus, config, read_segments(files.timeline), newest_step(files.checkpoints) or 0, change_mixture)
     check_source(config, corpus)
 
 
@@ -194,19 +195,19 @@ def open_run(config: Config, change_mixture: bool) -> Iterator[Run]:
     mesh = make_mesh(config.mesh)
     check_kernels(config, mesh)
     on_first("run directory", lambda: check_run_dir(config) and None)  # and again below, under the lock
-    corpus, folder = _open_data(config), Path(config.train.run_dir)
+    corpus, folder = _open_data(config), RunFolder(Path(config.train.run_dir))
     on_first("check", lambda: _check_before(config, corpus, change_mixture))
     tx = make_optimizer(config, mesh)
     with contextlib.ExitStack() as held, jax.set_mesh(mesh):
 
         def lock() -> None:
-            make_run_dir(folder)
-            held.enter_context(lock_run(folder))
+            make_run_dir(folder.path)
+            held.enter_context(lock_run(folder.path))
 
         on_first("lock", lock)
-        keep_last_words(folder / "ranks")
+        keep_last_words(folder.ranks)
         abstract = abstract_state(config, tx, mesh)
-        check_storage(folder, {"digest of data.path": corpus.digest}, total_bytes(abstract))
+        check_storage(folder.path, {"digest of data.path": corpus.digest}, total_bytes(abstract))
         step, damaged = find_step(config)
 
         def describe() -> tuple[list[dict], list[str]]:
@@ -216,7 +217,7 @@ def open_run(config: Config, change_mixture: bool) -> Iterator[Run]:
 
         segments, notes = on_first("describe", describe)
         outputs = Outputs(folder, config, step or 0)
-        saver = Saver(checkpoints_of(folder), config.checkpoint)
+        saver = Saver(folder.checkpoints, config.checkpoint)
         run = Run(config, folder, mesh, tx, corpus, make_timeline(segments, config), step, saver, outputs)
         outputs.say("\n".join([banner(config, abstract, mesh),
                                describe_mixture(run.timeline, config), *damaged, *notes]))  # fmt: skip
@@ -231,7 +232,7 @@ def open_run(config: Config, change_mixture: bool) -> Iterator[Run]:
 
 def start_state(run: Run) -> TrainState:
     """The state committed at `run.resumed_step`, or for a new run the initial one, committed as step 0."""
-    folder = checkpoints_of(run.folder)
+    folder = run.folder.checkpoints
     removed, strangers = on_first("leftovers", lambda: (remove_leftovers(folder), not_ours(folder)))
     if removed:
         run.outputs.say(f"removed unfinished saves: {', '.join(removed)}")

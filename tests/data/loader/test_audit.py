@@ -15,7 +15,7 @@ from k2jax.data.loader.corpus import open_data
 from k2jax.data.loader.segments import read_segments, settle_timeline, write_segments
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import UserError
-from k2jax.runs.folder import write_config
+from k2jax.runs.folder import RunFolder, write_config
 
 STEPS = 12
 
@@ -31,7 +31,7 @@ def run(request, tmp_path_factory):
     timeline, _ = settle_timeline(corpus, config)
     (folder / "run").mkdir()
     write_config(folder / "run", config)
-    write_segments(folder / "run", timeline.segments)
+    write_segments(RunFolder(folder / "run").timeline, timeline.segments)
     return folder / "run", corpus, list(itertools.islice(train_batches(corpus, timeline, config, 0), STEPS))
 
 
@@ -111,7 +111,7 @@ def test_held_out_elsewhere_and_names_that_look_like_a_sha256(run, capsys, tmp_p
 
 def test_the_account(run, capsys):
     folder, corpus, _ = run
-    windows = {name: entry["windows"] for name, entry in read_segments(folder)[0]["sources"].items()}
+    windows = {name: entry["windows"] for name, entry in read_segments(RunFolder(folder).timeline)[0]["sources"].items()}
     for until in (1, 6, STEPS):
         listed = [row["source"] for step in range(until) for row in audit(capsys, folder, "--step", str(step))]
         account = {e["source"]: e for e in audit(capsys, folder, "--tokens", "--until", str(until))}
@@ -173,7 +173,7 @@ def test_arrays_are_not_needed_to_find_rows(run):
     from k2jax.data.loader.timeline import make_timeline
     from k2jax.runs.folder import read_config
     folder, corpus, _ = run
-    timeline = make_timeline(read_segments(folder), read_config(folder))
+    timeline = make_timeline(read_segments(RunFolder(folder).timeline), read_config(folder))
     place = timeline.locate(timeline.step_rows(5))
     assert np.array_equal(place.window, settle_timeline(corpus, read_config(folder))[0].locate(timeline.step_rows(5)).window)
 

@@ -222,14 +222,13 @@ def describe_mixture(timeline: Timeline, config: Config) -> str:
     return "mixture    " + ", ".join(f"{name} {share:.2%}, {passes:.3g} passes" for name, passes, share in used)
 
 
-def read_segments(folder: Path) -> list[dict]:
-    """The segments (data/loader/timeline.py) of the run in `folder`; [] for one that has not begun."""
-    path = folder / "timeline.json"
+def read_segments(path: Path) -> list[dict]:
+    """The segments (data/loader/timeline.py) of a run, from its timeline.json; [] for one that has not begun."""
     return read_sealed(path)["segments"] if os.path.lexists(path) else []
 
 
-def write_segments(folder: Path, segments: list[dict]) -> None:
-    write_sealed(folder / "timeline.json", {"segments": segments})
+def write_segments(path: Path, segments: list[dict]) -> None:
+    write_sealed(path, {"segments": segments})
 
 
 def segment_paths(segments: list[dict]) -> str:
