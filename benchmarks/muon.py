@@ -47,7 +47,9 @@ def main() -> int:
     far = [np.linalg.norm(r * (size / np.linalg.norm(r)) - polar) / size for r in results]
     held = [
         report("Muon, optax.contrib's time over ours", f"{ratio:.2f}", f"at least {FASTER}", ratio >= FASTER),
-        report("Muon, share of the matmul rate for its own FLOPs", f"{share:.0%}", f"at least {RATE:.0%}", share >= RATE),
+        report(
+            "Muon, share of the matmul rate for its own FLOPs", f"{share:.0%}", f"at least {RATE:.0%}", share >= RATE
+        ),
         report(
             "Muon, distance from the polar factor",
             f"{far[0]:.6f}, optax's {far[1]:.6f}",

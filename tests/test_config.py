@@ -273,10 +273,17 @@ def test_mixture_and_data_rules():
         "data.fim_tokens = (1, 1, 999): must be three different ids, before prefix, suffix and middle",
         "data.fim_tokens: 999 must be below model.vocab_size = 500",
     ]
-    one = {name: value[:1] for name, value in flatten(dataclasses.asdict(Config())).items() if name.startswith("phases.")}
+    one = {
+        name: value[:1] for name, value in flatten(dataclasses.asdict(Config())).items() if name.startswith("phases.")
+    }
     config = Config().replace(one | {"mixture.weights": ("a=1", "b=1")})
     assert "has 2 entries, must have 1, one per" in error_of(config.validate)
-    good = {"mixture.weights": ("a=1", "natural"), "data.fim_rate": 0.1, "data.fim_tokens": (0, 1, 2), "data.skip_steps": ("3-3",)}
+    good = {
+        "mixture.weights": ("a=1", "natural"),
+        "data.fim_rate": 0.1,
+        "data.fim_tokens": (0, 1, 2),
+        "data.skip_steps": ("3-3",),
+    }
     assert Config.from_json("x", Config().replace(good).to_json()) == Config().replace(good)
 
 
@@ -370,11 +377,19 @@ def test_a_field_is_declared_once(capsys):
 def test_what_a_resumed_run_may_change():
     """The list as it was before the rules stood at the fields."""
     free = {name for name, rule in field_rules().items() if rule.resume}
-    assert {name.split(".")[0] for name in free} == {"mesh", "kernels", "checkpoint", "mixture", "train", "data", "guard"}
+    assert {name.split(".")[0] for name in free} == {
+        "mesh",
+        "kernels",
+        "checkpoint",
+        "mixture",
+        "train",
+        "data",
+        "guard",
+    }
     assert {n for n in free if n.startswith(("train.", "data.", "guard."))} == {
         "train.run_dir", "data.path", "data.validation_path", "data.read_threads", "data.prefetch_sequences",
         "data.index_dir", "data.skip_steps", "data.max_bad_rows", "train.num_steps", "guard.loss_zscore",
         "guard.grad_norm_zscore", "guard.max_skips", "train.log_every", "train.eval_every", "train.eval_sequences",
         "train.remat", "train.self_check", "train.compile_cache", "train.num_microbatches",
-        "train.microbatches_together",
+        "train.microbatches_together", "train.log_ranks",
     }  # fmt: skip

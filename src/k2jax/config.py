@@ -181,7 +181,7 @@ class DataConfig:
     fim_rate: Share | None = None  # share of documents shown as prefix, suffix, middle; DeepSeek-V3: 0.1
     fim_tokens: OrZero[tuple[int, ...] | None] = None  # the ids that stand before prefix, suffix and middle
     skip_steps: Free[tuple[str, ...] | None] = None  # steps of data never to be read: "1200-1219", both ends included
-    max_bad_rows: Free[OrZero[int]] = 0  # rows of the run that may be replaced for damage or unknown ids; each is in ledger.jsonl
+    max_bad_rows: Free[OrZero[int]] = 0  # rows of a run that may be replaced for damage or unknown ids: ledger.jsonl
     index_dir: Free[Folder[str]] = "data/indexes"  # what is computed once for a store: packings, digests of .idx files
     read_threads: Free[OrZero[int]] = 4
     prefetch_sequences: Free[int] = 256
@@ -216,13 +216,13 @@ class TrainConfig:
     run_dir: Free[Folder[str]] = "runs/k2"
     num_steps: Free[int] = 230_968
     num_microbatches: Free[int] = 1
-    microbatches_together: Free[int | None] = None  # that pass through the pipeline's stages in one go; None: all of a step
+    microbatches_together: Free[int | None] = None  # that pass the pipeline's stages in one go; None: all of a step
     init_from: Paths[str | None] = None  # another run, or an imported one, whose newest model is the start
     seed: Seed = 0
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Free[Remat] = "layer"  # what the backward pass does not make again: docs/memory.md
-    compile_cache: Free[Folder[str | None]] = "compiled"  # folder of compiled programs, seen from run_dir; None: none is kept
-    self_check: Free[Literal["auto", "on", "off"]] = "auto"  # kernels and exchange, at the start; auto: if many processes
+    compile_cache: Free[Folder[str | None]] = "compiled"  # compiled programs, seen from run_dir; None: none is kept
+    self_check: Free[Literal["auto", "on", "off"]] = "auto"  # kernels, exchange, at the start; auto: if many processes
     log_every: Free[int] = 1  # steps between plain progress lines; metrics.jsonl has every step
     log_ranks: Free[bool] = False  # processes other than the first log to ranks/N.log of the run directory
     eval_every: Free[int | None] = None  # steps between validations; the end is always validated
@@ -276,7 +276,7 @@ class Config(_Section):
 
     @staticmethod
     def from_json(where: str | Path, sections: object) -> "Config":
-        """Inverse of `to_json`, of values read from `where`; UserError for unknown, missing or ill-typed fields, all."""
+        """Inverse of `to_json`, of values read from `where`; UserError with all unknown, missing or ill-typed fields."""
         if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
             raise UserError(f"{where}: must be an object whose values, the sections, are objects")
         values = flatten(sections)

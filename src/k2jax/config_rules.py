@@ -98,7 +98,9 @@ def home_problem(paths: str) -> str | None:
     """The rule that one of these paths, joined by commas, breaks by beginning with ~: a folder of that name."""
     if not any(path.startswith("~") for path in paths.split(",")):
         return None
-    return f"must not begin with ~, which is not expanded here; nearest: {','.join(map(expanduser, paths.split(',')))!r}"
+    return (
+        f"must not begin with ~, which is not expanded here; nearest: {','.join(map(expanduser, paths.split(',')))!r}"
+    )
 
 
 def _number_problem(value: object, rule: Rule) -> str | None:

@@ -39,7 +39,10 @@ def test_a_script_that_breaks_is_a_row(driver, tmp_path, monkeypatch):
     (tmp_path / "missed.py").write_text("print('FAIL  a: 1 (at least 2)')\nraise SystemExit(1)\n")
     monkeypatch.setattr(driver, "HERE", tmp_path)
     for name, want in (
-        ("broken.py", ["| `broken.py` | a | 1 \\| 2 |  |", "| `broken.py` | the script itself | ended with 3 | FAIL |"]),
+        (
+            "broken.py",
+            ["| `broken.py` | a | 1 \\| 2 |  |", "| `broken.py` | the script itself | ended with 3 | FAIL |"],
+        ),
         ("missed.py", ["| `missed.py` | a | 1 (at least 2) | FAIL |"]),
     ):
         benchmark = driver.Benchmark(name)

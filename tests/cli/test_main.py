@@ -137,7 +137,9 @@ def test_nothing_is_written_over(place, capsys):
     assert "exists already" in refusal(capsys, "prepare", source, "--out", "store", "--tokenizer", "byte")
     (place / "run").mkdir()
     (place / "run" / "notes.txt").write_text("mine")
-    assert "is not a run directory (no config.json) and is not empty: notes.txt" in refusal(capsys, "train", MICRO, *ON_EIGHT)
+    assert "is not a run directory (no config.json) and is not empty: notes.txt" in refusal(
+        capsys, "train", MICRO, *ON_EIGHT
+    )
     assert {p: p.read_bytes() for p in Path("store").rglob("*") if p.is_file()} == before
     assert [p.name for p in (place / "run").iterdir()] == ["notes.txt"]
 

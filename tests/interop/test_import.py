@@ -163,7 +163,9 @@ def test_all_wrong_config_fields_at_once(tmp_path, capsys, tensors):
 def test_multi_token_prediction_is_left_out_only_when_asked(tmp_path, tensors):
     tensors["model.layers.3.enorm.weight"] = np.ones(32, np.float32)
     folder = write(tmp_path, tensors, K2 | {"num_nextn_predict_layers": 1})
-    with pytest.raises(UserError, match="1 tensors of layer 3, after the 3 of config.json, are for multi-token prediction"):
+    with pytest.raises(
+        UserError, match="1 tensors of layer 3, after the 3 of config.json, are for multi-token prediction"
+    ):
         open_published(folder)
     assert "model.layers.3.enorm.weight" not in open_published(folder, drop_mtp=True).tensors
 

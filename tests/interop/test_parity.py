@@ -43,7 +43,9 @@ def test_logits_maxima_and_loss(case, model):
     np.testing.assert_allclose(out.report.max_logits, golden["max_logits"], rtol=2e-5)
     loss = optax.softmax_cross_entropy_with_integer_labels(out.logits[:, :-1], given["tokens"][:, 1:]).mean()
     assert float(loss) == pytest.approx(float(golden["loss"]), rel=1e-5)
-    counts = np.stack([np.bincount(layer.ravel(), minlength=out.report.expert_load.shape[1]) for layer in golden["choices"]])
+    counts = np.stack(
+        [np.bincount(layer.ravel(), minlength=out.report.expert_load.shape[1]) for layer in golden["choices"]]
+    )
     np.testing.assert_array_equal(out.report.expert_load, counts)
 
 

@@ -108,7 +108,9 @@ def test_attention_agrees_with_chunks(on_this_cpu, mesh_shape, monkeypatch):
     """Output, largest logits and all gradients of documents in rows, as `model/attention.py` calls it, on a mesh too."""
     (q, latent, rope, key, value, dout), at = attention_values(2)
     monkeypatch.setattr(model_attention, "library_attention", on_this_cpu)
-    mesh = make_mesh(MeshConfig(fsdp=mesh_shape[0], tensor=mesh_shape[1]), jax.devices()[: mesh_shape[0] * mesh_shape[1]])
+    mesh = make_mesh(
+        MeshConfig(fsdp=mesh_shape[0], tensor=mesh_shape[1]), jax.devices()[: mesh_shape[0] * mesh_shape[1]]
+    )
 
     def run(kernels):
         def layer(q, latent, rope, key, value):
@@ -118,7 +120,9 @@ def test_attention_agrees_with_chunks(on_this_cpu, mesh_shape, monkeypatch):
         dims = "BHSK", "BT", "BT", "CHN", "CHN"
         with jax.set_mesh(mesh):
             put = jax.device_put((q, latent, rope, key, value), tuple(jax.NamedSharding(mesh, spec(d)) for d in dims))
-            q_at, k_at = (TokenIndex(*jax.device_put(tuple(at), jax.NamedSharding(mesh, spec(d)))) for d in ("BS", "BZ"))
+            q_at, k_at = (
+                TokenIndex(*jax.device_put(tuple(at), jax.NamedSharding(mesh, spec(d)))) for d in ("BS", "BZ")
+            )
             dout_here = jax.device_put(dout, jax.NamedSharding(mesh, spec("BHSU")))
 
             @jax.jit

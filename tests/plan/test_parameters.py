@@ -112,7 +112,8 @@ def test_work_of_muon_is_that_of_the_chain(tiny, tmp_path):
     assert none["optimizer_assignment"]["leaves"] == [] and none["optimizer_assignment"]["temp_bytes"] == 0
     assert "Newton-Schulz" not in tables(none) and expected_exchanges(config, SIZES) == 0
     half, whole = (
-        describe(config_of(tiny, tmp_path, chain))["optimizer_assignment"]["leaves"] for chain in ("half_muon", "muonclip")
+        describe(config_of(tiny, tmp_path, chain))["optimizer_assignment"]["leaves"]
+        for chain in ("half_muon", "muonclip")
     )
     assert half == [leaf for leaf in whole if leaf["name"].startswith("params.moe.")] and len(half) < len(whole)
 

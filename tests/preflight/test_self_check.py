@@ -92,7 +92,10 @@ def test_kernels_that_a_cpu_lacks_are_the_users_to_mend(tiny, mesh_of):
     with pytest.raises(UserError) as error:
         check_kernels(config, mesh_of(expert=2, context=2))
     fields = ["exchange", "grouped_matmul", "attention", "attention"]
-    assert [p.split(" =")[0] for p in error.value.problems] == [*(f"kernels.{f}" for f in fields), "data.sequence_length"]
+    assert [p.split(" =")[0] for p in error.value.problems] == [
+        *(f"kernels.{f}" for f in fields),
+        "data.sequence_length",
+    ]
     assert "such as 256" in error.value.problems[-1]
     check_kernels(config_of(tiny, exchange="ragged"), mesh_of(fsdp=2))  # nothing to exchange
 

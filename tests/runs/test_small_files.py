@@ -18,7 +18,14 @@ from k2jax.runs.commits import committed_steps, damage, held_parts, newest_step,
 from k2jax.runs.folder import RunFolder, lock_run, path_problem, read_config, write_config
 from k2jax.runs.records import RecordFile, read_records
 
-RECORD = {"step": 4, "holds": ["model", "optimizer"], "files": {}, "content": {}, "run": None, "data_position": {"row": 12}}
+RECORD = {
+    "step": 4,
+    "holds": ["model", "optimizer"],
+    "files": {},
+    "content": {},
+    "run": None,
+    "data_position": {"row": 12},
+}
 DEEP = b"[" * 100_000
 OTHERS = [b"", b"null", b"[]", b"[1]", b"3", b'"x"', b"{}", DEEP, b'{"a":' * 50_000, b"9" * 5000, b"\xff\xfe{}", b"NaN",
           b'{"sha256": "0"}', b'{"sha256": 3}', b'{"step": ' + b"9" * 5000 + b"}", b'{"step": 1e999}', b"\x00" * 9]  # fmt: skip

@@ -224,7 +224,9 @@ def test_model_dispatches_every_token_once(tiny, mesh_of):
         too_many = np.maximum(load_LE.reshape(2, 4, 2).sum(-1) - 4 * 8 * 2 // 4, 0).sum(1)
         assert load_LE.sum(1).tolist() == [4 * 8 * 2] * 2  # what the router chose, whatever was dropped
         assert (too_many > 0).all() and (out.report.rows_dropped >= too_many).all()
-        assert (out.report.rows_dropped < too_many + 4 * 8).all()  # the cut is even: less than one row per sender and expert more
+        assert (
+            out.report.rows_dropped < too_many + 4 * 8
+        ).all()  # the cut is even: less than one row per sender and expert more
     np.testing.assert_array_equal(bounded[0].report.rows_dropped, bounded[1].report.rows_dropped)
     np.testing.assert_allclose(bounded[0].logits, bounded[1].logits, atol=2e-6 * np.abs(alone.logits).max())
     assert np.abs(bounded[0].logits - alone.logits).max() > 1e-3 * np.abs(alone.logits).max()

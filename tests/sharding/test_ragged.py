@@ -101,7 +101,8 @@ def test_rows_stand_by_expert_then_sender_then_token():
     operand = np.array(sent)
     fields = [np.stack([np.asarray(getattr(out, f)) for out, _ in plans]) for f in ("start", "size", "place")]
     owned = [
-        receive(h, operand, np.full((1000, 3), -1), *fields, np.asarray(plans[h][0].received)) for h in range(num_shards)
+        receive(h, operand, np.full((1000, 3), -1), *fields, np.asarray(plans[h][0].received))
+        for h in range(num_shards)
     ]
     for h, rows in enumerate(owned):
         mine = [row for row in np.concatenate(operand).tolist() if row[0] // per_shard == h]

@@ -75,7 +75,9 @@ def test_every_file_is_in_a_room():
     assert len(FILES) > 100
     assert {room_of(p)[0] for p in FILES} == set(LEVEL)
     flat = {p.stem for p in (ROOT / "data").glob("*.py")} - {"__init__"}
-    assert flat == {"saved_tokenizer", "splitmix", "tokenizer"} and {room_of(p)[1] for p in FILES} - {None} == set(DATA_LEVEL)
+    assert flat == {"saved_tokenizer", "splitmix", "tokenizer"} and {room_of(p)[1] for p in FILES} - {None} == set(
+        DATA_LEVEL
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ def _config_of_run(folder: Path, rest: list[str]) -> Config:
     config = override(stored, rest)
     rule = f"an audit answers for the run as it is; leave it out, or give {' or '.join(_OF_PLACES)}"
     if changed := {n: pair for n, pair in differences(stored, config).items() if n not in _OF_PLACES}:
-        raise UserError(*(f"{n} = {new!r}: the run in {folder} has {old!r}; {rule}" for n, (old, new) in changed.items()))
+        raise UserError(
+            *(f"{n} = {new!r}: the run in {folder} has {old!r}; {rule}" for n, (old, new) in changed.items())
+        )
     return config
 
 

@@ -51,7 +51,10 @@ def _preparing_commands(command) -> None:
     sub.add_argument("--url", required=True, help="URL of the endpoint, such as http://localhost:8000/v1")
     sub.add_argument("--model", required=True, help="name of the model at the endpoint")
     sub.add_argument(
-        "--key-from", default="OPENAI_API_KEY", metavar="VARIABLE", help="environment variable with the key (default: %(default)s)"
+        "--key-from",
+        default="OPENAI_API_KEY",
+        metavar="VARIABLE",
+        help="environment variable with the key (default: %(default)s)",
     )
     sub.add_argument("--variants", type=int, default=2, help="at most, per document (default: %(default)s)")
     sub.add_argument("--styles", metavar="FILE", help="JSON list of names and prompts (default: five of ours)")
@@ -134,7 +137,7 @@ def _model_commands(command) -> None:
     sub = command("export", model.export, "Write a checkpoint as safetensors that other libraries read.")
     sub.add_argument("run", metavar="RUN", help="run directory")
     sub.add_argument("--to", metavar="DIR", required=True, help="new folder")
-    sub.add_argument("--dtype", choices=("bf16", "f32"), default="bf16", help="dtype of the weights (default: %(default)s)")
+    sub.add_argument("--dtype", choices=("bf16", "f32"), default="bf16", help="of the weights (default: %(default)s)")
     sub.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     sub.add_argument("--rope", choices=("plain", "yarn"), help="RoPE to write (default: as the step was trained)")
 
@@ -175,7 +178,7 @@ def _report(command: str, error: BaseException) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 the run failed, 2 the user can correct it, 128 + n on signal n."""
+    """Run one command; returns the exit code: 0 done, 1 run failed, 2 the user can correct it, 128 + n on signal n."""
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
     if (name := getattr(args, "more", None)) and not any(argument.startswith("-") for argument in rest):

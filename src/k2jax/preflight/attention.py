@@ -71,7 +71,9 @@ def check_attention(config: Config, mesh: jax.sharding.Mesh) -> CheckResult:
 
     got = jax.device_get(jax.jit(chosen_path)(at, arguments, dout_BHSU))
     want = on_one_device(plain_path, at, arguments, dout_BHSU)
-    gradients = [f"gradient of {name}" for name in ("queries", "latents", "rotary keys", "key weights", "value weights")]
+    gradients = [
+        f"gradient of {name}" for name in ("queries", "latents", "rotary keys", "key weights", "value weights")
+    ]
     names = ["attention's output", "largest logits", *gradients]
     remedy = "set kernels.attention = 'chunked'" if kernels.attention == "tokamax" else "try another mesh"
     found = [difference(name, g, w) for name, g, w in zip(names, got, want, strict=True)]

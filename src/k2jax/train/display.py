@@ -91,7 +91,9 @@ class Display:
                 f"step {done}/{self._num_steps}  validation {record['validation_bits_per_byte']:.4f} bits per byte"
             )
         if record["rows_dropped"]:
-            self.say(f"step {done}/{self._num_steps}  {record['rows_dropped']:,} rows dropped, the expert buffer was full")
+            self.say(
+                f"step {done}/{self._num_steps}  {record['rows_dropped']:,} rows dropped, the expert buffer was full"
+            )
         if record["skipped"]:
             self.say(
                 f"step {done}/{self._num_steps}  SKIPPED, {record['skipped_so_far']} so far: "

@@ -69,7 +69,8 @@ def make_record(step: int, metrics: Metrics, config: Config, seconds: float, mat
 
 def check_health(record: dict, config: Config) -> None:
     """Raise RunFailed if new parameters are not numbers, or too many steps in a row were skipped."""
-    end = f"the newest good state is in {RunFolder(Path(config.train.run_dir)).checkpoints}, and the same command continues from there"
+    folder = RunFolder(Path(config.train.run_dir)).checkpoints
+    end = f"the newest good state is in {folder}, and the same command continues from there"
     if record["param_norm"] is None:
         raise RunFailed(
             f"step {record['step']}: its gradient is finite, but the parameters after it are not; they are not saved, "
@@ -79,7 +80,8 @@ def check_health(record: dict, config: Config) -> None:
         raise RunFailed(
             f"step {record['step']}: {record['skipped_in_a_row']} steps in a row were skipped (here "
             f"{'; '.join(record['skip_reasons'])}), and guard.max_skips = {config.guard.max_skips}; {end} to the "
-            "same steps: look at the data, give other guard.* values, or begin a new train.run_dir with another optim.learning_rate"
+            "same steps: look at the data, give other guard.* values, or begin a new train.run_dir with another "
+            "optim.learning_rate"
         )
 
 

@@ -62,7 +62,9 @@ def test_every_sighting_of_a_document(run, capsys):
     folder, corpus, batches = run
     listed = {step: audit(capsys, folder, "--step", str(step)) for step in range(STEPS)}
     for name in ("web-0-17", "wiki-1-8", "code-0-3"):
-        expected = {(s, row["place"]) for s in listed for row in listed[s] for d in row["documents"] if d["name"] == name}
+        expected = {
+            (s, row["place"]) for s in listed for row in listed[s] for d in row["documents"] if d["name"] == name
+        }
         seen = audit(capsys, folder, "--document", name)
         assert {(entry["step"], entry["place"]) for entry in seen if entry["step"] is not None} == expected
         assert expected or name == "code-0-3"
@@ -91,7 +93,11 @@ def test_options_do_not_change_what_a_run_has_read(run, capsys):
     folder, *_ = run
     assert main(["audit", str(folder), "--step", "2", "--data.seed", "4", "--mixture.weights", "web=1"]) == 2
     said = capsys.readouterr().err
-    for field in ("data.seed = 4: the run in", "mixture.weights = ('web=1',): the run in", "or give data.validation_path"):
+    for field in (
+        "data.seed = 4: the run in",
+        "mixture.weights = ('web=1',): the run in",
+        "or give data.validation_path",
+    ):
         assert field in said
 
 
@@ -111,7 +117,9 @@ def test_held_out_elsewhere_and_names_that_look_like_a_sha256(run, capsys, tmp_p
 
 def test_the_account(run, capsys):
     folder, corpus, _ = run
-    windows = {name: entry["windows"] for name, entry in read_segments(RunFolder(folder).timeline)[0]["sources"].items()}
+    windows = {
+        name: entry["windows"] for name, entry in read_segments(RunFolder(folder).timeline)[0]["sources"].items()
+    }
     for until in (1, 6, STEPS):
         listed = [row["source"] for step in range(until) for row in audit(capsys, folder, "--step", str(step))]
         account = {e["source"]: e for e in audit(capsys, folder, "--tokens", "--until", str(until))}
@@ -125,7 +133,9 @@ def test_the_account(run, capsys):
         for name, entry in account.items():
             assert entry["share"] == pytest.approx(listed.count(name) / len(listed))
             assert entry["epochs"] * windows[name] == pytest.approx(listed.count(name))
-            assert abs(entry["share"] - entry["planned_share"]) * until * B < 3  # one row at each border of what is read
+            assert (
+                abs(entry["share"] - entry["planned_share"]) * until * B < 3
+            )  # one row at each border of what is read
 
 
 def test_before_the_run_and_from_another_machine(run, capsys, tmp_path):
@@ -172,10 +182,13 @@ def test_arrays_are_not_needed_to_find_rows(run):
     """Row ids come from timeline.json alone: no store is opened."""
     from k2jax.data.loader.timeline import make_timeline
     from k2jax.runs.folder import read_config
+
     folder, corpus, _ = run
     timeline = make_timeline(read_segments(RunFolder(folder).timeline), read_config(folder))
     place = timeline.locate(timeline.step_rows(5))
-    assert np.array_equal(place.window, settle_timeline(corpus, read_config(folder))[0].locate(timeline.step_rows(5)).window)
+    assert np.array_equal(
+        place.window, settle_timeline(corpus, read_config(folder))[0].locate(timeline.step_rows(5)).window
+    )
 
 
 def test_user_errors_of_a_lost_store(run):

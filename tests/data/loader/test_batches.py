@@ -76,7 +76,9 @@ def naive_batch(stream, step, seed):
     rows = []
     for row in range(step * B, step * B + B):
         epoch = row // count
-        rows.append(naive_row(stream, permute(np.arange(count), count, permutation_key(seed, epoch, "train/text"))[row % count]))
+        rows.append(
+            naive_row(stream, permute(np.arange(count), count, permutation_key(seed, epoch, "train/text"))[row % count])
+        )
     return dict(zip(("tokens", "segment_ids", "positions"), map(np.array, zip(*rows))))
 
 
@@ -167,7 +169,7 @@ def test_validation_is_fixed(store):
     count = (len(stream) - 1) // T
     order = permute(np.arange(count), count, permutation_key(0, 0, "validation"))
     for seed in (5, 6):
-        batches = list(validation_batches(store, config(**{'data.seed': seed}), 7, 3))
+        batches = list(validation_batches(store, config(**{"data.seed": seed}), 7, 3))
         assert [len(batch["tokens"]) for batch in batches] == [3, 3, 1]
         expected = [np.array(field) for field in zip(*(naive_row(stream, window) for window in order[:7]))]
         for name, field in zip(("tokens", "segment_ids", "positions"), expected, strict=True):

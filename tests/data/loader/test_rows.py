@@ -148,7 +148,9 @@ def test_without_masks_a_sequence_is_one_document(place):
 def test_packing_loses_and_repeats_nothing(lengths):
     borders, size = np.cumsum([0, *lengths]), 17
     pieces, rows = pack(borders.astype(np.uint64), size)
-    tokens = [[t for start, length in pieces[a:b] for t in range(start, start + length)] for a, b in itertools.pairwise(rows)]
+    tokens = [
+        [t for start, length in pieces[a:b] for t in range(start, start + length)] for a, b in itertools.pairwise(rows)
+    ]
     assert all(len(row) == size for row in tokens)
     flat = [t for row in tokens for t in row]
     assert len({*flat}) == len(flat) == sum(lengths) // size * size or sum(lengths) - len(flat) < size
@@ -231,7 +233,9 @@ def damaged(tmp_path, **changes):
 
 
 def test_an_unknown_id_stops_the_run_with_its_place(tmp_path):
-    with pytest.raises(BadRow, match=r"row \d+: source web, window \d+, .* 'the bad one': .*tokens/c/\d, .*: id 7777 is not"):
+    with pytest.raises(
+        BadRow, match=r"row \d+: source web, window \d+, .* 'the bad one': .*tokens/c/\d, .*: id 7777 is not"
+    ):
         take(damaged(tmp_path), 20)
 
 

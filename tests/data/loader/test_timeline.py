@@ -46,7 +46,9 @@ def naive(timeline, plan, rows, skips=()):
         if (part["from_step"], stage) != block:
             block, turn = (part["from_step"], stage), []
         if not turn:
-            slots = [((2 * k + 1) / (2 * shares[n]), timeline.names.index(n), n) for n in shares for k in range(shares[n])]
+            slots = [
+                ((2 * k + 1) / (2 * shares[n]), timeline.names.index(n), n) for n in shares for k in range(shares[n])
+            ]
             turn = [name for *_, name in sorted(slots)]
         name = turn.pop(0)
         size = part["sources"][name]["windows"]
@@ -134,7 +136,9 @@ def test_skipping_moves_the_rest_and_not_the_past():
         if step <= 3:
             check_position(saved, skipping, config, step)
         else:
-            with pytest.raises(UserError, match=r"skipped is .* in the checkpoint and \[\[3, \d\]\] now; data.skip_steps may"):
+            with pytest.raises(
+                UserError, match=r"skipped is .* in the checkpoint and \[\[3, \d\]\] now; data.skip_steps may"
+            ):
                 check_position(saved, skipping, config, step)
 
 
@@ -165,7 +169,12 @@ class Sources:
 def problems(steps, max_repeats=None, windows=WINDOWS, **epochs):
     plan = [segment([[0, {"web": 7, "code": 2, "wiki": 1}]], windows, **epochs)]
     config = Config().replace(
-        {"data.sequence_length": T, "data.batch_sequences": B, "train.num_steps": steps, "mixture.max_repeats": max_repeats}
+        {
+            "data.sequence_length": T,
+            "data.batch_sequences": B,
+            "train.num_steps": steps,
+            "mixture.max_repeats": max_repeats,
+        }
     )
     return list(mixture_problems(make_timeline(plan, config), Sources, config))
 

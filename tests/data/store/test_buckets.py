@@ -119,7 +119,9 @@ def test_what_cannot_be_opened_is_the_users_to_mend(store, s3, gcs, place, messa
 
 def test_a_bucket_whose_files_can_be_read_and_not_listed(store, url):
     shutil.move(store.parent, store.parent.with_name("unlisted"))
-    with pytest.raises(UserError, match="unlisted/a%20store/?: (PERMISSION_DENIED|its files cannot be listed)") as error:
+    with pytest.raises(
+        UserError, match="unlisted/a%20store/?: (PERMISSION_DENIED|its files cannot be listed)"
+    ) as error:
         TokenStore(url.replace("bucket", "unlisted"))
     assert len(error.value.problems) == 1
 

@@ -95,7 +95,9 @@ def test_the_training_text_is_not_held_out_text(tmp_path):
     copied = write(tmp_path / "copied", *example(), "uint16")
     for held_out in (path, str(tmp_path / "x/../web.idx"), copied):
         (tmp_path / "x").mkdir(exist_ok=True)
-        with pytest.raises(UserError, match=r"data.validation_path: .*idx: its source .* training text of .*web.idx; give"):
+        with pytest.raises(
+            UserError, match=r"data.validation_path: .*idx: its source .* training text of .*web.idx; give"
+        ):
             open_data(config_of(tmp_path, f"{path},{other}", data__validation_path=held_out))
     open_data(config_of(tmp_path, path, data__validation_path=other))
 
@@ -107,7 +109,9 @@ def test_held_out_ids_outside_the_vocabulary_are_named(tmp_path):
     config = config_of(tmp_path, path, data__validation_path=held_out)
     corpus = open_data(config)
     settle_timeline(corpus, config)
-    with pytest.raises(UserError, match="held-out text, source held: .*held.bin, byte 4: id 300 is not below model.voc"):
+    with pytest.raises(
+        UserError, match="held-out text, source held: .*held.bin, byte 4: id 300 is not below model.voc"
+    ):
         list(validation_batches(corpus, config, 6, 2))
 
 

@@ -49,7 +49,9 @@ def test_round_trip(folder):
     store, tokenizer = TokenStore(folder), load_tokenizer("byte")
     for split in ("train", "validation"):
         expected = plain(split, tokenizer)
-        assert store.streams[split]["text"].num_tokens == len(expected) and store.streams[split]["text"].num_documents == len(texts(split))
+        assert store.streams[split]["text"].num_tokens == len(expected) and store.streams[split][
+            "text"
+        ].num_documents == len(texts(split))
         assert store.streams[split]["text"].text_bytes == sum(len(text.encode()) for text in texts(split))
         found = store.streams[split]["text"].read(0, len(expected))
         assert found.dtype == np.uint32
@@ -57,7 +59,9 @@ def test_round_trip(folder):
         borders = store.streams[split]["text"].borders(0, len(texts(split)))
         assert borders.dtype == np.int64
         np.testing.assert_array_equal(borders, [*np.flatnonzero(expected == tokenizer.bos), len(expected)])
-    assert store.streams["train"]["text"].num_tokens > 4 * SHARD and store.streams["train"]["text"].num_tokens % SHARD  # the last shard is not full
+    assert (
+        store.streams["train"]["text"].num_tokens > 4 * SHARD and store.streams["train"]["text"].num_tokens % SHARD
+    )  # the last shard is not full
 
 
 def test_every_range_across_a_shard_border(folder):
@@ -77,7 +81,9 @@ def test_shards_that_end_exactly_and_zeros_are_stored(tmp_path):
     writer.finish()
     store = TokenStore(tmp_path / "store")
     assert store.streams["train"]["text"].read(1, 2 * SHARD - 1).tolist() == [0] * (2 * SHARD - 2)
-    assert store.streams["validation"]["text"].num_tokens == 0 and store.streams["validation"]["text"].borders(0, 0).tolist() == [0]
+    assert store.streams["validation"]["text"].num_tokens == 0 and store.streams["validation"]["text"].borders(
+        0, 0
+    ).tolist() == [0]
     assert store.streams["validation"]["text"].read(0, 0).shape == (0,)
     assert [name for name in store.manifest["files"] if "tokens/c/" in name] == [
         f"train/text/00000/tokens/c/{i}" for i in (0, 1)
@@ -98,7 +104,9 @@ def test_tokenizer_travels_with_the_store(tmp_path):
     trained = train_bpe(iter(["abab ab"] * 9), 270)
     store = TokenStore(write(tmp_path / "store", trained))
     assert store.tokenizer().encode("abab").tolist() == trained.encode("abab").tolist()
-    np.testing.assert_array_equal(store.streams["train"]["text"].read(0, store.streams["train"]["text"].num_tokens), plain("train", trained))
+    np.testing.assert_array_equal(
+        store.streams["train"]["text"].read(0, store.streams["train"]["text"].num_tokens), plain("train", trained)
+    )
     path = tmp_path / "store/tokenizer.json"
     path.write_bytes(path.read_bytes().replace(b"<|bos|>", b"<|b0s|>"))
     with pytest.raises(CorruptStore, match="tokenizer.json: sha256 is"):

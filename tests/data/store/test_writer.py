@@ -89,7 +89,9 @@ def test_a_variant_is_on_the_side_of_its_origin_and_found_by_it(tmp_path):
         hashes = [record["sha256"] for record in originals.records(range(originals.num_documents))]
         for number, record in enumerate(variants.records(range(variants.num_documents))):
             assert record["origin"]["sha256"] in hashes
-            assert number in [*variants.find(record["origin"]["sha256"])] and [*variants.find(record["sha256"])] == [number]
+            assert number in [*variants.find(record["origin"]["sha256"])] and [*variants.find(record["sha256"])] == [
+                number
+            ]
             assert [*variants.find_name(record["name"])] == [number]
             seen += split_of(record["sha256"], 0.3) != split  # its own hash would say otherwise
     assert seen
@@ -132,7 +134,9 @@ def test_a_store_at_a_url_is_read_and_checked(tmp_path):
         writer.finish()
         merge_parts(url, 1, trained)
     near, far = TokenStore(tmp_path / "local"), TokenStore("memory://store_writer/url")
-    assert near.digest == far.digest and far.tokenizer().decode(far.streams["train"]["web"].read(1, 5)).startswith("abab")
+    assert near.digest == far.digest and far.tokenizer().decode(far.streams["train"]["web"].read(1, 5)).startswith(
+        "abab"
+    )
     a, b = (store.streams["train"]["web"] for store in (near, far))
     assert np.array_equal(a.read(0, a.num_tokens), b.read(0, b.num_tokens)) and b.num_tokens > 128
     folder = Folder("memory://store_writer/url")
@@ -161,7 +165,9 @@ def test_merge_names_what_is_wrong(tmp_path):
         write_part(str(tmp_path), part)
     with pytest.raises(UserError, match="parts 1, 2, 4 have not been written"):
         merge_parts(str(tmp_path), 5, load_tokenizer("byte"), DERIVED)
-    with pytest.raises(UserError, match="part 0: .*web-rephrased: of . documents . are rephrased ones; give them a source"):
+    with pytest.raises(
+        UserError, match="part 0: .*web-rephrased: of . documents . are rephrased ones; give them a source"
+    ):
         merge_parts(str(tmp_path), 1, load_tokenizer("byte"))
     with pytest.raises(UserError, match="part 0: was written with another tokenizer"):
         merge_parts(str(tmp_path), 1, train_bpe(iter(["abab ab"] * 9), 270), DERIVED)

@@ -138,7 +138,10 @@ def test_words_must_be_the_sources_unless_it_is_a_translation():
     )
     assert faithfulness.quick_check(source, other) == "words: too few of the source's"
     assert faithfulness.quick_check(source, other, same_language=False) is None
-    assert faithfulness.quick_check("It cost 1,200 and 3.5 of 12.000.", "The price: 1200 or 3.5 of 12000, it cost.") is None
+    assert (
+        faithfulness.quick_check("It cost 1,200 and 3.5 of 12.000.", "The price: 1200 or 3.5 of 12000, it cost.")
+        is None
+    )
 
 
 @pytest.mark.parametrize("answer", ["yes", '{"faithful": "no"}', "{", "[]", ""])
@@ -276,7 +279,9 @@ def test_wrong_arguments_are_all_named(tmp_path, capsys):
 
 def test_a_url_to_write_to_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["rephrase", str(tmp_path), "--out", "s3://bucket/x", "--model", "m", "--url", "http://localhost:1"]) == 2
+    assert (
+        main(["rephrase", str(tmp_path), "--out", "s3://bucket/x", "--model", "m", "--url", "http://localhost:1"]) == 2
+    )
     assert "must be a folder, not a URL" in capsys.readouterr().err and not [*tmp_path.glob("s3*")]
 
 
@@ -306,7 +311,7 @@ def test_damaged_answers_are_named_and_never_taken_for_others(source, tmp_path):
     with serve() as (url, asked):
         run(tmp_path, url, variants=1)
         count, whole = len(asked), path.read_bytes()
-        for answer in ("null", "[]", '["a", 1]', '[5, true]', "[" * 100_000, "", '["a", true, false]', "{}"):
+        for answer in ("null", "[]", '["a", 1]', "[5, true]", "[" * 100_000, "", '["a", true, false]', "{}"):
             with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
                 database.execute("UPDATE answers SET answer = ?", (answer,))
             with pytest.raises(UserError, match=f"{path}: is not a file of answers as it was written .*; remove it"):

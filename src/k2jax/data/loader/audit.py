@@ -21,11 +21,14 @@ from k2jax.errors import UserError
 def step_documents(reader: RowReader, step: int) -> Iterator[dict]:
     """Per row of a step: {"place", "row", "source", "epoch", "window", "documents"}, in the order of the batch.
 
-    documents: of each piece in the row, {"name", "sha256", "document", "tokens": [first, end) in the document, "origin"}.
+    documents: of each piece in the row, {"name", "sha256", "document", "tokens", "origin"}, where tokens are [first, end)
+    in the document.
     """
     timeline = reader.timeline
     rows = timeline.step_rows(step)
-    for place, (row, source, epoch, window) in enumerate(zip(rows.tolist(), *(v.tolist() for v in timeline.locate(rows)))):
+    for place, (row, source, epoch, window) in enumerate(
+        zip(rows.tolist(), *(v.tolist() for v in timeline.locate(rows)))
+    ):
         yield {
             "place": place,
             "row": row,
@@ -59,7 +62,7 @@ class StoredDocument(NamedTuple):
 
 
 def _texts(reader: RowReader, held_out: Corpus | None) -> Iterator[tuple[StoredDocument, Stream]]:
-    """(a StoredDocument without its document, the stream) of all that the stores have, and of the text held out elsewhere."""
+    """(a StoredDocument without its document, the stream) of all in the stores, and of the text held out elsewhere."""
     for number, stream in reader.streams.items():
         yield StoredDocument(reader.timeline.names[number], -1, number, None), stream
     for store, split in itertools.product(reader.corpus.stores, SPLITS):
@@ -67,7 +70,10 @@ def _texts(reader: RowReader, held_out: Corpus | None) -> Iterator[tuple[StoredD
             if split == "validation":
                 yield StoredDocument(name, -1, None, f"held out in {store.path}"), stream
             elif (name, store.digest) not in reader.timeline.keys:
-                yield StoredDocument(name, -1, None, f"of a source in {store.path} that the mixture does not have"), stream
+                yield (
+                    StoredDocument(name, -1, None, f"of a source in {store.path} that the mixture does not have"),
+                    stream,
+                )
     for name, stream in (held_out_streams(held_out) if held_out else {}).items():
         yield StoredDocument(name, -1, None, f"held out in {held_out.store_of[name].path}"), stream
 
@@ -149,4 +155,6 @@ def token_account(reader: RowReader, config: Config, step: int) -> list[dict]:
 def check_step(step: int, num_steps: int) -> None:
     """UserError for a step that the run does not have."""
     if not 0 <= step < num_steps:
-        raise UserError(f"--step {step}: the run has steps 0 to {num_steps - 1}; nearest: {min(max(step, 0), num_steps - 1)}")
+        raise UserError(
+            f"--step {step}: the run has steps 0 to {num_steps - 1}; nearest: {min(max(step, 0), num_steps - 1)}"
+        )

@@ -1,6 +1,6 @@
 """Batches as a pure function of (stores, timeline, step): no iterator state, so resume and auditing are arithmetic.
 
-Dims: B sequences of a batch, T data.sequence_length. What a row holds is in rows.py, where it comes from in timeline.py.
+Dims: B sequences of a batch, T data.sequence_length. What a row holds is in rows.py, its origin in timeline.py.
 """
 
 from collections.abc import Iterator
@@ -57,7 +57,13 @@ class _ValidationRows:
     """
 
     def __init__(
-        self, corpus: Corpus, config: Config, num_sequences: int, source: str | None, batch: int, places: np.ndarray | None
+        self,
+        corpus: Corpus,
+        config: Config,
+        num_sequences: int,
+        source: str | None,
+        batch: int,
+        places: np.ndarray | None,
     ):
         numbers = np.arange(num_sequences)
         self.numbers = numbers if places is None else numbers.reshape(-1, batch)[:, places].ravel()

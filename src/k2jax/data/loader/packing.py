@@ -78,8 +78,8 @@ def pack(borders: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     bins, left = _best_fit(rests, size)
     order = sorted(range(len(bins)), key=lambda number: (left[number], number))
     rows = [[(int(places[p]), int(rests[p])) for p in bins[number]] for number in order]
-    # Every row is to be full, so as many rows are kept as the tokens fill, the fullest; the pieces of the others are the
-    # stock that tops up the kept ones, cut where need be. What is left of it, less than a row, is read by nobody.
+    # Every row is to be full, so as many rows are kept as the tokens fill, the fullest; the pieces of the others are
+    # the stock that tops up the kept ones, cut where need be. What is left of it, less than a row, is read by nobody.
     kept = int(rests.sum()) // size
     stock = [piece for row in rows[kept:] for piece in row][::-1]
     for row, number in zip(rows[:kept], order, strict=False):
@@ -92,7 +92,9 @@ def pack(borders: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
             room -= row[-1][1]
     packed = [piece for row in rows[:kept] for piece in row]
     counts = [1] * len(first) + [len(row) for row in rows[:kept]]
-    pieces = np.concatenate([np.stack([first, np.full_like(first, size)], 1), np.array(packed, np.int64).reshape(-1, 2)])
+    pieces = np.concatenate(
+        [np.stack([first, np.full_like(first, size)], 1), np.array(packed, np.int64).reshape(-1, 2)]
+    )
     return pieces, np.cumsum([0, *counts], dtype=np.int64)
 
 

@@ -96,7 +96,9 @@ class RowReader:
         """The tokens of a source of the timeline. UserError if its store is not open."""
         if source not in self.streams:
             name, store = self.timeline.keys[source]
-            raise UserError(f"source {name!r} of the store with digest {store} is not in {self.corpus.path}; give its path")
+            raise UserError(
+                f"source {name!r} of the store with digest {store} is not in {self.corpus.path}; give its path"
+            )
         return self.streams[source]
 
     def _pieces(self, source: int, window: int) -> list[tuple[Stream, int, int]]:

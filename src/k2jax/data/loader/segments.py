@@ -181,7 +181,7 @@ def _leak_problems(timeline: Timeline, corpus: Corpus, config: Config, step: int
 def settle_timeline(
     corpus: Corpus, config: Config, past: list[dict] = (), step: int = 0, change: bool = False
 ) -> tuple[Timeline, list[str]]:
-    """(the timeline of a run that goes on from `step`, what changed in its mixture); past, change: see `continue_segments`.
+    """(the timeline of a run that goes on from `step`, changes of its mixture); past, change: see `continue_segments`.
 
     UserError with everything that makes the stores unfit for the run, and a mixture that they do not last for.
     """

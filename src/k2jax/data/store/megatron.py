@@ -150,7 +150,11 @@ class _FileStream(Stream):
                 "text of another kind as data.validation_path"
             )
         return sum(
-            len(self.tokenizer.decode([i for i in self.read(a, b).tolist() if i not in self.tokenizer.specials]).encode())
+            len(
+                self.tokenizer.decode(
+                    [i for i in self.read(a, b).tolist() if i not in self.tokenizer.specials]
+                ).encode()
+            )
             for a, b in itertools.pairwise(self.borders(0, self.num_documents).tolist())
         )
 

@@ -8,7 +8,8 @@ from k2jax.data.tokenizer import Tokenizer
 class Store(Protocol):
     """Tokens of one or more sources, opened for reading.
 
-    path: as the user gave it. digest: changes with any byte of the store. sources: {name: {"derived_from", "variants"}}.
+    path: as the user gave it. digest: changes with any byte of the store.
+    sources: {name: {"derived_from", "variants"}}.
     streams: {split: {source: Stream}}. vocab_size: rows that an embedding needs. tokenizer_digest: "unknown" if the
     store does not say. validation_fraction: share of held-out documents, None if the store does not say.
     """

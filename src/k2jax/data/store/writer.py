@@ -99,7 +99,9 @@ class PartWriter:
     shard, 4 * shard_tokens bytes, and 200 bytes per document, for each stream (split and source) of the part.
     """
 
-    def __init__(self, folder, part: int, tokenizer: Tokenizer, *, shard_tokens=SHARD_TOKENS, chunk_tokens=CHUNK_TOKENS):
+    def __init__(
+        self, folder, part: int, tokenizer: Tokenizer, *, shard_tokens=SHARD_TOKENS, chunk_tokens=CHUNK_TOKENS
+    ):
         if chunk_tokens < 1 or shard_tokens < 1 or shard_tokens % chunk_tokens:
             raise ValueError(f"{shard_tokens = }: must be a positive multiple of {chunk_tokens = }")
         if not 0 <= part < 100_000:
@@ -197,7 +199,9 @@ def _sources_entry(receipts: list[dict], sources: dict[str, dict]) -> dict:
     return table
 
 
-def merge_parts(folder, num_parts: int, tokenizer: Tokenizer, sources: dict[str, dict] | None = None, **created) -> dict:
+def merge_parts(
+    folder, num_parts: int, tokenizer: Tokenizer, sources: dict[str, dict] | None = None, **created
+) -> dict:
     """Make the parts 0..num_parts-1 at `folder` one store: write its manifest and return it.
 
     sources: {name: {"derived_from": name of the source whose documents were rephrased, "variants": at most how many of

@@ -118,7 +118,9 @@ def _refuse_lopsided(work: Path, recipe: Recipe) -> None:
     if all(counts):
         return
     source = recipe.sources[0] if len(recipe.sources) == 1 else recipe.sources
-    reasons = ", ".join(f"{entry['count']} {reason}" for reason, entry in left_out(recipe, work, "read").reasons.items())
+    reasons = ", ".join(
+        f"{entry['count']} {reason}" for reason, entry in left_out(recipe, work, "read").reasons.items()
+    )
     besides = f" (left out: {reasons})" if reasons else ""
     if not any(counts):
         rule = f"no document matches pattern = {recipe.pattern!r}{besides}"

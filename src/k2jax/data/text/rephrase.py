@@ -259,7 +259,8 @@ def rephrase(
     """Write `out`/variants.jsonl, at most `variants` per document, and `out`/report.json; returns the report.
 
     skip_bad_lines: lines that may be left out because they cannot be read; more are an error. progress: called with
-    documents, variants and requests so far. Raises UserError for arguments, bad lines and an endpoint that refuses, RunFailed if it stops answering; what was answered is kept, and the same call goes on.
+    documents, variants and requests so far. Raises UserError for arguments, bad lines and an endpoint that refuses,
+    RunFailed if it stops answering; what was answered is kept, and the same call goes on.
     """
     folder, options = Path(out), Options(variants, styles, chunk_chars, text_field, min_chars)
     problems = [*_problems(specs, folder, url, options, parallel, timeout, retries)]

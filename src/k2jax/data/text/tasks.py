@@ -238,9 +238,11 @@ TASKS = tuple(_TASKS)
 
 def num_ranks(recipe: Recipe, task: str) -> int:
     """Of the recipe alone, never of the executor, so that results do not depend on it."""
-    return {"read": len(recipe.ranks), "write": len(recipe.ranks), "match": min(len(recipe.ranks), _MAX_MATCH_RANKS)}.get(
-        task, 1
-    )
+    return {
+        "read": len(recipe.ranks),
+        "write": len(recipe.ranks),
+        "match": min(len(recipe.ranks), _MAX_MATCH_RANKS),
+    }.get(task, 1)
 
 
 def run_task_rank(work: str, task: str, rank: int) -> None:
