@@ -1,0 +1,263 @@
+"""Several processes of one command on this machine, supervised: the way to try many hosts on a laptop and in CI.
+
+Each process, a rank, writes into a pipe of its own; a thread reads it by whole lines, another waits for the rank's end,
+and both report to one queue that the main thread empties. The ranks share a process group with their guardian and not
+with the launcher, so a terminal's Ctrl-C reaches the launcher alone.
+"""
+
+import contextlib
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from k2jax.errors import UserError
+from k2jax.launch import guardian
+
+COORDINATOR, NUM_PROCESSES, PROCESS_ID = "K2JAX_COORDINATOR", "K2JAX_NUM_PROCESSES", "K2JAX_PROCESS_ID"
+SIMULATE = "K2JAX_SIMULATE"  # CPU devices of a process, as --simulate of its command
+GRACE = 10.0  # seconds to end by oneself, before SIGTERM and again before SIGKILL
+_LAST_LINES = 20
+_LONGEST_LINE = 1 << 20  # bytes; a longer one is shown in pieces, so that memory is bounded
+_NOISE = re.compile(rb"\[Gloo\] Rank \d+ is connected to \d+ peer ranks")  # of C++, one line a communicator
+_SIGNALS = {number.value: number.name for number in signal.Signals}
+_TICK = 0.1  # seconds between two looks at signals and deadlines
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def rank_environments(count: int, devices: int | None) -> list[dict[str, str]]:
+    """The variables by which `count` processes of this machine find each other; `devices` CPU devices each, if given."""
+    common = {COORDINATOR: f"127.0.0.1:{free_port()}", NUM_PROCESSES: str(count)}
+    if devices is not None:
+        common[SIMULATE] = str(devices)
+    return [common | {PROCESS_ID: str(index)} for index in range(count)]
+
+
+@dataclass
+class _Rank:
+    """A process. code: 128 + n if signal n ended it; ended: when, by the monotonic clock; last: its last lines."""
+
+    index: int
+    process: subprocess.Popen
+    log: BinaryIO | None
+    code: int | None = None
+    ended: float = float("inf")
+    open: bool = True
+    last: deque[bytes] = field(default_factory=lambda: deque(maxlen=_LAST_LINES))
+
+    def prefixed(self, line: bytes) -> bytes:
+        """[2] and the line."""
+        return b"[%d] %s\n" % (self.index, line.removesuffix(b"\n"))
+
+    def read(self, reports: queue.Queue) -> None:
+        """Report every line; None at the end of the output."""
+        with self.process.stdout as pipe:
+            for line in iter(lambda: pipe.readline(_LONGEST_LINE), b""):
+                reports.put((self, line))
+        reports.put((self, None))
+
+    def wait(self, reports: queue.Queue) -> None:
+        """Report the exit code, and when the process ended: the queue may be read much later."""
+        code = self.process.wait()
+        reports.put((self, (code if code >= 0 else 128 - code, time.monotonic())))
+
+
+@contextlib.contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """SIGINT, SIGTERM and SIGHUP are noted in the list instead of ending this process."""
+    caught: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # nohup's, a shell's &
+    for number in before:
+        signal.signal(number, lambda number, _: caught.append(number))
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _guarded_group(grace: float) -> Iterator[int]:
+    """A process group that ends with this block, or with this process, with all that is left in it."""
+    argv = [sys.executable, "-I", "-S", guardian.__file__, str(grace)]
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, process_group=0)
+    try:
+        yield process.pid
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdin.close()
+
+
+def _open_logs(folder: Path | None, count: int) -> list[BinaryIO | None]:
+    if folder is None:
+        return [None] * count
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return [open(folder / f"rank-{index}.log", "ab", buffering=0) for index in range(count)]  # a resumed run goes on in it
+    except OSError as error:
+        raise UserError(f"--log-dir {folder}: cannot be written ({error.strerror}: {error.filename})") from None
+
+
+class _Supervisor:
+    """The main thread's part: shows lines, and ends all ranks when one has failed or the user asks for it."""
+
+    def __init__(self, ranks: list[_Rank], caught: list[int], grace: float):
+        self.ranks, self.caught, self.grace = ranks, caught, grace
+        self.stopped_by: int | None = None
+        self.broken: OSError | None = None  # output that could not be written
+        self._failing = False
+        self._due: list[tuple[float, int]] = []  # signals to send, and when
+
+    def _send(self, number: int) -> None:
+        for rank in self.ranks:
+            if rank.code is None:
+                rank.process.send_signal(number)
+
+    def _say(self, text: str) -> None:
+        print(f"k2jax launch local: {text}", file=sys.stderr, flush=True)
+
+    def _stop_in(self, *delays: tuple[float, int]) -> None:
+        now = time.monotonic()
+        self._due = sorted(self._due + [(now + seconds, number) for seconds, number in delays])
+
+    def _show(self, rank: _Rank, line: bytes) -> None:
+        """A line to its log and, but for noise, to stdout; what cannot be written ends the ranks, and then the launcher."""
+        noise = _NOISE.match(line)
+        if not noise:
+            rank.last.append(line)
+        try:
+            if rank.log is not None:
+                rank.log.write(line)
+            if not noise and self.broken is None:
+                sys.stdout.buffer.write(rank.prefixed(line))
+                sys.stdout.buffer.flush()
+        except OSError as error:
+            if self.broken is None:
+                self.broken = error
+                self._stop_in((0, signal.SIGTERM), (self.grace, signal.SIGKILL))
+
+    def _ended(self, rank: _Rank, code: int, when: float) -> None:
+        rank.code, rank.ended = code, when
+        if rank in self._failed() and not self._failing:  # the others hear of it and end by themselves, in most cases
+            self._failing = True
+            self._stop_in((self.grace, signal.SIGTERM), (2 * self.grace, signal.SIGKILL))
+
+    def _failed(self) -> list[_Rank]:
+        """Ranks with another code than 0; SIGTERM's is no failure once all were sent it."""
+        fine = (None, 0) if self.stopped_by is None else (None, 0, 128 + signal.SIGTERM)
+        return [rank for rank in self.ranks if rank.code not in fine]
+
+    def _take_signals(self) -> None:
+        while self.caught:
+            number = self.caught.pop(0)
+            if self.stopped_by is None:
+                self.stopped_by = number
+                self._say(f"{signal.Signals(number).name}: SIGTERM to all processes; once more to end them in {self.grace:g} s")
+                self._send(signal.SIGTERM)
+            else:
+                self._say(f"{signal.Signals(number).name} again: SIGKILL in {self.grace:g} s")
+                self._stop_in((self.grace, signal.SIGKILL))
+        while self._due and self._due[0][0] <= time.monotonic():
+            self._send(self._due.pop(0)[1])
+
+    def _take_report(self, reports: queue.Queue) -> bool:
+        """Handle the next report; False if none came within a tick."""
+        try:
+            rank, report = reports.get(timeout=_TICK)
+        except queue.Empty:
+            return False
+        if report is None:
+            rank.open = False
+        elif isinstance(report, bytes):
+            self._show(rank, report)
+        else:
+            self._ended(rank, *report)
+        return True
+
+    def run(self, reports: queue.Queue) -> None:
+        """Handle signals and reports until every rank has ended."""
+        while any(rank.code is None for rank in self.ranks):
+            self._take_signals()
+            self._take_report(reports)
+
+    def drain(self, reports: queue.Queue) -> None:
+        """Handle reports until every output is closed, or silent for a while: a daemon in a session of its own may hold it."""
+        heard = time.monotonic()
+        while any(rank.open for rank in self.ranks) and time.monotonic() - heard < self.grace:
+            if self._take_report(reports):
+                heard = time.monotonic()
+
+    def verdict(self, began: float) -> int:
+        """The exit code: that of the rank that failed first, whose last lines are repeated; 128 + n if signal n stopped all."""
+        if self.broken is not None:
+            raise self.broken
+        failed = self._failed()
+        if not failed:
+            return 128 + self.stopped_by if any(rank.code for rank in self.ranks) else 0
+        first = min(failed, key=lambda rank: rank.ended)
+        name = _SIGNALS.get(first.code - 128)
+        code = f"{first.code} ({name})" if name else str(first.code)
+        say = f"process {first.index} failed first, with exit code {code} after {first.ended - began:.1f} s"
+        self._say(f"{say}; its last lines:" if first.last else f"{say}, without a word")
+        sys.stderr.buffer.write(b"".join(map(first.prefixed, first.last)))
+        sys.stderr.buffer.flush()
+        return first.code
+
+
+def supervise(
+    argv: list[str], environments: list[Mapping[str, str]], log_dir: Path | None = None, grace: float = GRACE
+) -> int:
+    """Run `argv` once per environment, which is added to this process's own, and show the lines of all, "[2] " before them.
+
+    Lines of stdout and stderr are shown whole, in the order in which they came; log_dir/rank-I.log gets the bytes of rank
+    I as they are. When a rank fails, the others have `grace` seconds to end by themselves, then they get SIGTERM, and
+    SIGKILL after `grace` more. SIGINT, SIGTERM or SIGHUP becomes SIGTERM for all, which trainers answer by saving; the
+    second one, SIGKILL after `grace`. What is in the ranks' process group outlives neither this call nor, by more than
+    `grace`, this process. To be called in the main thread.
+
+    Returns 0 if all did, else the exit code of the rank that failed first; 128 + n if signal n stopped all. Raises
+    UserError for a log_dir that cannot be written, OSError for output that cannot be, once all ranks have ended.
+    """
+    logs = _open_logs(log_dir, len(environments))
+    reports: queue.Queue = queue.Queue(maxsize=1000)  # a slow terminal slows the ranks down instead of filling memory
+    began = time.monotonic()
+    with _caught_signals() as caught, _guarded_group(grace) as group:
+        ranks: list[_Rank] = []
+        for index, (environment, log) in enumerate(zip(environments, logs, strict=True)):
+            process = subprocess.Popen(
+                argv,
+                env=os.environ | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                process_group=group,
+            )
+            ranks.append(_Rank(index, process, log))
+        for rank in ranks:
+            threading.Thread(target=rank.read, args=(reports,), daemon=True).start()
+            threading.Thread(target=rank.wait, args=(reports,), daemon=True).start()
+        supervisor = _Supervisor(ranks, caught, grace)
+        supervisor.run(reports)
+    supervisor.drain(reports)  # what they had started is gone too: the pipes are at their end
+    for log in logs:
+        if log is not None:
+            log.close()
+    return supervisor.verdict(began)
