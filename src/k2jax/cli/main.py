@@ -6,7 +6,7 @@ import os
 import sys
 
 from k2jax import processes
-from k2jax.cli import audit, data, model, plan, run
+from k2jax.cli import audit, data, launch, model, plan, run
 from k2jax.errors import RunFailed, UserError, exit_code
 
 _DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
@@ -79,6 +79,8 @@ def _run_commands(command) -> None:
     _process_options(sub)
     sub.add_argument("--change-mixture", action="store_true", help="resume with another mixture")
     sub.usage = run.TRAIN_USAGE.removeprefix("usage: ")
+
+    launch.add_options(command("launch", launch.launch, "Run in several processes, on this machine or on a cluster."))
 
     sub = command("inspect", plan.inspect, "Show parameter counts, the layout of every parameter, and the mesh.")
     sub.add_argument("config", metavar="CONFIG", help="a config file or run directory; --section.field value overrides")
@@ -198,4 +200,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 def entry() -> None:
     """Console script."""
+    sys.stdout.reconfigure(line_buffering=True)  # logs of clusters and pipes get each line when it is written
     sys.exit(main())

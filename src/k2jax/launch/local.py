@@ -261,3 +261,8 @@ def supervise(
         if log is not None:
             log.close()
     return supervisor.verdict(began)
+
+
+def run_k2jax(arguments: list[str], environments: list[Mapping[str, str]], log_dir: Path | None = None) -> int:
+    """`supervise` for a command of k2jax, with this Python."""
+    return supervise([sys.executable, "-m", "k2jax", *arguments], environments, log_dir)
