@@ -43,7 +43,7 @@ class Job:
 
     def variables(self) -> dict[str, str]:
         """The environment by names."""
-        return dict(assignment.split("=", 1) for assignment in self.environment)
+        return dict(given.split("=", 1) for given in self.environment)
 
     def full_command(self) -> list[str]:
         """k2jax and its arguments, the run directory included."""
@@ -63,10 +63,10 @@ def command_problems(command: Sequence[str]) -> list[str]:
 
 def _environment_problems(environment: Sequence[str]) -> list[str]:
     problems, names = [], []
-    for assignment in environment:
-        name, equals, _ = assignment.partition("=")
+    for given in environment:
+        name, equals, _ = given.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            problems.append(f"--env {assignment!r}: must be NAME=VALUE, the name of letters, digits and underscores")
+            problems.append(f"--env {given!r}: must be NAME=VALUE, the name of letters, digits and underscores")
         elif name in _OURS:
             problems.append(f"--env {name}: is set by the manifest itself")
         elif name in names:

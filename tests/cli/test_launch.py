@@ -1,0 +1,131 @@
+"""`k2jax launch`: its arguments, what it writes and to whom, and two real k2jax processes on this machine."""
+
+import configparser
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from k2jax.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+JOBSET = ("launch", "jobset", "--hosts", "2", "--image", "k2jax:1", "--devices-per-host", "1", "--run-dir", "gs://b/r")
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """A PATH of this folder alone."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+def recorder(program: Path, code: int) -> Path:
+    """A program that keeps its arguments and stdin, and exits with `code`."""
+    kept = program.with_suffix(".kept")
+    script = f"import sys\nopen({str(kept)!r}, 'w').write(' '.join(sys.argv[1:]) + '\\n' + sys.stdin.read())\nsys.exit({code})"
+    program.write_text(f"#!{sys.executable}\n{script}\n")
+    program.chmod(0o755)
+    return kept
+
+
+def test_two_processes_of_k2jax(capfd, tmp_path, monkeypatch):
+    """Both refuse a config that is not there; the launcher ends with their exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    assert main(["launch", "local", "-n", "2", "--log-dir", "logs", "--", "train", "missing.py", "--mesh.fsdp", "2"]) == 2
+    out, err = capfd.readouterr()
+    for index in range(2):
+        lines = [line for line in out.splitlines() if line.startswith(f"[{index}] ")]
+        assert lines[0] == f"[{index}] k2jax train: 1 problem" and "missing.py" in lines[1]
+        assert Path("logs", f"rank-{index}.log").read_text().splitlines() == [line[4:] for line in lines]
+    assert re.match(r"k2jax launch local: process [01] failed first, with exit code 2 after [\d.]+ s; its last lines:\n\[", err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("local", "-n", "0", "--devices-per-process", "-1", "--", "trian", "c.py", "--mesh.fsdp", "2"),
+            "k2jax launch: 3 problems\n"
+            "  -n 0: must be at least 1\n"
+            "  --devices-per-process -1: must be at least 1\n"
+            "  -- trian: must be a command that runs in several processes: train; did you mean train?\n",
+        ),
+        (
+            ("local", "-n", "2"),
+            "k2jax launch: 1 problem\n  no command: give one after --, such as -- train configs/tiny.py\n",
+        ),
+        (("local", "-n", "2", "--"), "k2jax launch: 1 problem\n  no command: give one after --, such as -- train configs/tiny.py\n"),
+        (
+            ("slurm", "--hosts", "0", "--time", "soon", "--", "eval", "x"),
+            "k2jax launch: 3 problems\n"
+            "  -- eval: must be a command that runs in several processes: train\n"
+            "  --hosts 0: must be at least 1\n"
+            "  --time 'soon': must be MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS, such as 24:00:00 or 2-12\n",
+        ),
+    ],
+)
+def test_mistakes_start_nothing(capsys, arguments, message):
+    assert main(["launch", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == message
+
+
+def test_options_of_the_command_need_the_two_hyphens(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["launch", "local", "-n", "2", "train", "c.py", "--mesh.fsdp", "2"])
+    assert "unrecognized arguments: --mesh.fsdp" in capsys.readouterr().err
+
+
+def test_all_after_the_hyphens_is_the_commands(capsys):
+    assert main(["launch", "slurm", "--hosts", "2", "--", "train", "c.py", "--hosts", "9", "-n", "--out", "x"]) == 0
+    out = capsys.readouterr().out
+    assert "#SBATCH --nodes=2\n" in out and "    k2jax train c.py --hosts 9 -n --out x\n" in out
+
+
+def test_to_stdout_or_a_file(capsys, tmp_path):
+    assert main([*JOBSET, "--", "train", "c.py"]) == 0
+    text = capsys.readouterr().out
+    assert yaml.safe_load(text)["kind"] == "JobSet"
+    assert main([*JOBSET, "--out", str(tmp_path / "job.yaml"), "--", "train", "c.py"]) == 0
+    assert capsys.readouterr().out == "" and (tmp_path / "job.yaml").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "program", "given"),
+    [
+        (("launch", "slurm", "--hosts", "1"), "sbatch", "\n#!/bin/bash\n"),
+        (JOBSET, "kubectl", "apply -f -\n# Written by"),
+    ],
+)
+def test_submit(capfd, programs, arguments, program, given):
+    assert main([*arguments, "--submit", "--", "train", "c.py"]) == 2
+    assert f"--submit: {program} is not on PATH" in capfd.readouterr().err
+    kept = recorder(programs / program, 7)
+    assert main([*arguments, "--", "train", "c.py"]) == 0 and not kept.exists()  # writing alone runs nothing
+    assert main([*arguments, "--submit", "--", "train", "c.py"]) == 7
+    assert kept.read_text().startswith(given)
+
+
+def test_nothing_is_written_if_it_cannot_be_submitted(programs, tmp_path):
+    assert main([*JOBSET, "--submit", "--out", str(tmp_path / "job.yaml"), "--", "train", "c.py"]) == 2
+    assert not (tmp_path / "job.yaml").exists()
+
+
+def test_templates_are_packaged():
+    """setuptools leaves out what is no Python unless setup.cfg names it."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    packaged = {
+        Path(package.replace(".", os.sep), name)
+        for package, names in parser["options.package_data"].items()
+        for name in names.split()
+    }
+    source = ROOT / "src"
+    files = {p.relative_to(source) for p in source.rglob("*") if p.is_file()}
+    assert packaged == {p for p in files if p.suffix not in (".py", ".pyc") and "egg-info" not in str(p)}
