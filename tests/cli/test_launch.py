@@ -3,6 +3,7 @@
 import configparser
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -115,6 +116,15 @@ def test_submit(capfd, programs, arguments, program, given):
 def test_nothing_is_written_if_it_cannot_be_submitted(programs, tmp_path):
     assert main([*JOBSET, "--submit", "--out", str(tmp_path / "job.yaml"), "--", "train", "c.py"]) == 2
     assert not (tmp_path / "job.yaml").exists()
+
+
+def test_a_pipe_gets_each_line_when_it_is_written():
+    """Or the log of a run would be hours behind."""
+    show = "import atexit, sys; atexit.register(lambda: print(sys.stdout.line_buffering, file=sys.stderr))"
+    code = f"{show}; sys.argv = ['k2jax', '--help']; from k2jax.cli.main import entry; entry()"
+    environment = {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "True\n")
 
 
 def test_templates_are_packaged():
