@@ -23,8 +23,8 @@ from typing import BinaryIO
 
 from k2jax.errors import UserError
 from k2jax.launch import guardian
+from k2jax.launch.distributed import COORDINATOR, NUM_PROCESSES, PROCESS_ID
 
-COORDINATOR, NUM_PROCESSES, PROCESS_ID = "K2JAX_COORDINATOR", "K2JAX_NUM_PROCESSES", "K2JAX_PROCESS_ID"
 SIMULATE = "K2JAX_SIMULATE"  # CPU devices of a process, as --simulate of its command
 GRACE = 10.0  # seconds to end by oneself, before SIGTERM and again before SIGKILL
 _LAST_LINES = 20

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from k2jax.errors import UserError
 from k2jax.files import write_atomic
+from k2jax.launch.distributed import COORDINATOR, NUM_PROCESSES, PROCESS_ID
 
 COMMANDS = ("train",)  # those that know of other processes
-_OURS = ("K2JAX_COORDINATOR", "K2JAX_NUM_PROCESSES", "K2JAX_PROCESS_ID", "K2JAX_SIMULATE")
+_OURS = (COORDINATOR, NUM_PROCESSES, PROCESS_ID, "K2JAX_SIMULATE")
 _LONGEST_NAME = 40  # of the 63 characters of a host name, whose rest counts jobs and pods
 _RUN_DIR = re.compile(r"--train\.run[-_]dir(=.*)?", re.DOTALL)
 
