@@ -1,0 +1,64 @@
+"""`k2jax launch local -- train`: real training in two processes under the launcher, stopped, resumed, and killed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from k2jax.data.text.prepare import prepare
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+TRAIN = ("--train.run-dir", "run", "--train.self-check", "off", "--train.num-steps", "60", "--mesh.fsdp", "2")
+STEP = re.compile(r"\[0\] step (\d+)/60 ")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launched")
+    source = Path(os.__file__).parent / "json"
+    prepare(str(source), str(folder / "store"), "byte", pattern="*.py", validation_fraction=0.5)
+    return folder
+
+
+def launched(place: Path) -> subprocess.Popen:
+    config = str(ROOT / "tests" / "train" / "micro.py")
+    argv = [sys.executable, "-m", "k2jax", "launch", "local", "-n", "2", "--devices-per-process", "1", "--", "train", config, *TRAIN]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return subprocess.Popen(argv, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def first_step(process: subprocess.Popen) -> int:
+    """The first step that is shown."""
+    for line in process.stdout:
+        if found := STEP.match(line):
+            return int(found[1])
+    raise AssertionError(process.stderr.read())
+
+
+def ranks(process: subprocess.Popen) -> list[int]:
+    """The pids of the two trainers."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"guardian" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_stopped_resumed_and_killed(place):
+    with launched(place) as process:
+        assert first_step(process) == 1
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, out + err
+    [stopped] = re.findall(r"\[0\] stopped after step (\d+), saved", out)
+    assert "failed" not in err
+
+    with launched(place) as process:
+        assert first_step(process) == int(stopped) + 1
+        os.kill(ranks(process)[1], signal.SIGKILL)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 137, out + err
+    assert "k2jax launch local: process 1 failed first, with exit code 137 (SIGKILL)" in err
+    assert not [line for line in out.splitlines() if not line.startswith(("[0] ", "[1] "))]
