@@ -28,7 +28,8 @@ def programs(tmp_path, monkeypatch):
 def recorder(program: Path, code: int) -> Path:
     """A program that keeps its arguments and stdin, and exits with `code`."""
     kept = program.with_suffix(".kept")
-    script = f"import sys\nopen({str(kept)!r}, 'w').write(' '.join(sys.argv[1:]) + '\\n' + sys.stdin.read())\nsys.exit({code})"
+    keep = f"open({str(kept)!r}, 'w').write(' '.join(sys.argv[1:]) + '\\n' + sys.stdin.read())"
+    script = f"import sys\n{keep}\nsys.exit({code})"
     program.write_text(f"#!{sys.executable}\n{script}\n")
     program.chmod(0o755)
     return kept
@@ -38,13 +39,17 @@ def test_two_processes_of_k2jax(capfd, tmp_path, monkeypatch):
     """Both refuse a config that is not there; the launcher ends with their exit code."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
-    assert main(["launch", "local", "-n", "2", "--log-dir", "logs", "--", "train", "missing.py", "--mesh.fsdp", "2"]) == 2
+    assert (
+        main(["launch", "local", "-n", "2", "--log-dir", "logs", "--", "train", "missing.py", "--mesh.fsdp", "2"]) == 2
+    )
     out, err = capfd.readouterr()
     for index in range(2):
         lines = [line for line in out.splitlines() if line.startswith(f"[{index}] ")]
         assert lines[0] == f"[{index}] k2jax train: 1 problem" and "missing.py" in lines[1]
         assert Path("logs", f"rank-{index}.log").read_text().splitlines() == [line[4:] for line in lines]
-    assert re.match(r"k2jax launch local: process [01] failed first, with exit code 2 after [\d.]+ s; its last lines:\n\[", err)
+    assert re.match(
+        r"k2jax launch local: process [01] failed first, with exit code 2 after [\d.]+ s; its last lines:\n\[", err
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,7 +66,10 @@ def test_two_processes_of_k2jax(capfd, tmp_path, monkeypatch):
             ("local", "-n", "2"),
             "k2jax launch: 1 problem\n  no command: give one after --, such as -- train configs/tiny.py\n",
         ),
-        (("local", "-n", "2", "--"), "k2jax launch: 1 problem\n  no command: give one after --, such as -- train configs/tiny.py\n"),
+        (
+            ("local", "-n", "2", "--"),
+            "k2jax launch: 1 problem\n  no command: give one after --, such as -- train configs/tiny.py\n",
+        ),
         (
             ("slurm", "--hosts", "0", "--time", "soon", "--", "eval", "x"),
             "k2jax launch: 3 problems\n"

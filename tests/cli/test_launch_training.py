@@ -27,7 +27,21 @@ def place(tmp_path_factory):
 
 def launched(place: Path) -> subprocess.Popen:
     config = str(ROOT / "tests" / "train" / "micro.py")
-    argv = [sys.executable, "-m", "k2jax", "launch", "local", "-n", "2", "--devices-per-process", "1", "--", "train", config, *TRAIN]
+    argv = [
+        sys.executable,
+        "-m",
+        "k2jax",
+        "launch",
+        "local",
+        "-n",
+        "2",
+        "--devices-per-process",
+        "1",
+        "--",
+        "train",
+        config,
+        *TRAIN,
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     return subprocess.Popen(argv, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

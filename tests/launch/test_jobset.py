@@ -16,13 +16,18 @@ from k2jax.launch.jobset import jobset_manifest
 from k2jax.launch.manifest import Job
 
 HOSTILE = (
-    "'", '"', "a b", "$HOME", "$(K2JAX_COORDINATOR)", "$$(A)", "$(touch pwned)", "`touch pwned`", "line\n  image: evil", "\\",
-    "#", "{{name}}", "é€𝄞", "\x85\u2028\ufeff\x7f\t\x01", "", "--", "null", "- a: b",
+    "'", '"', "a b", "$HOME", "$(K2JAX_COORDINATOR)", "$$(A)", "$(touch pwned)", "`touch pwned`", "line\n  image: evil",
+    "\\",     "#", "{{name}}", "é€𝄞", "\x85\u2028\ufeff\x7f\t\x01", "", "--", "null", "- a: b",
 )  # fmt: skip
 TRAIN = ("train", "configs/tiny.py")
-# Every field that a manifest of ours may have, and its type: none is misspelled, none is misplaced. The published schema,
-# which knows many more, is asked below where it is at hand.
-STRING, NUMBER, STRINGS = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}, {"type": "array", "items": {"type": "string"}}
+VARIABLES = tuple(f"V{n}={value}" for n, value in enumerate(HOSTILE))
+# Every field that a manifest of ours may have, and its type: none is misspelled, none is misplaced. The published
+# schema, which knows many more, is asked below where it is at hand.
+STRING, NUMBER, STRINGS = (
+    {"type": "string", "minLength": 1},
+    {"type": "integer", "minimum": 0},
+    {"type": "array", "items": {"type": "string"}},
+)
 
 
 def exactly(**properties) -> dict:
@@ -34,7 +39,11 @@ def several(item: dict) -> dict:
     return {"type": "array", "items": item, "minItems": 1}
 
 
-QUANTITIES = {"type": "object", "additionalProperties": NUMBER, "propertyNames": {"enum": ["google.com/tpu", "nvidia.com/gpu"]}}
+QUANTITIES = {
+    "type": "object",
+    "additionalProperties": NUMBER,
+    "propertyNames": {"enum": ["google.com/tpu", "nvidia.com/gpu"]},
+}
 CONTAINER = exactly(
     name=STRING,
     image=STRING,
@@ -50,7 +59,11 @@ POD = exactly(
     terminationGracePeriodSeconds=NUMBER,
     nodeSelector={"type": "object", "additionalProperties": STRING},
     containers=several(CONTAINER),
-    volumes=several(exactly(name=STRING, persistentVolumeClaim=exactly(claimName=STRING), emptyDir=exactly(medium={"const": "Memory"}))),
+    volumes=several(
+        exactly(
+            name=STRING, persistentVolumeClaim=exactly(claimName=STRING), emptyDir=exactly(medium={"const": "Memory"})
+        )
+    ),
 )
 POD_RULE = exactly(
     action={"const": "FailJob"},
@@ -86,7 +99,9 @@ JOBSET = exactly(
 )
 
 
-def manifest_of(job: Job, tpu: str | None = None, volumes: tuple[str, ...] = (), image: str = "registry.example/k2jax:1.0") -> dict:
+def manifest_of(
+    job: Job, tpu: str | None = None, volumes: tuple[str, ...] = (), image: str = "registry.example/k2jax:1.0"
+) -> dict:
     text = jobset_manifest(job, image, tpu, volumes)
     assert "\n{{" not in text
     return yaml.safe_load(text)
@@ -94,9 +109,13 @@ def manifest_of(job: Job, tpu: str | None = None, volumes: tuple[str, ...] = (),
 
 MANIFESTS = {
     "tpu": (Job(TRAIN, 32, run_dir="gs://bucket/run"), "v5p:4x4x4"),
-    "gpu": (Job(TRAIN, 2, "gpus", "/runs/a", gpus=8, environment=("NCCL_DEBUG=WARN",)), None, ("runs=/runs", "data=/data")),
+    "gpu": (
+        Job(TRAIN, 2, "gpus", "/runs/a", gpus=8, environment=("NCCL_DEBUG=WARN",)), None, ("runs=/runs", "data=/data"),
+    ),
     "cpu": (Job(TRAIN, 4, "true", "s3://bucket/run", devices=2), None),
-    "hostile": (Job((*TRAIN, *HOSTILE), 2, run_dir="/runs/$(x)'\"\n", devices=1, environment=tuple(f"V{n}={v}" for n, v in enumerate(HOSTILE))), None, ("runs=/runs",)),
+    "hostile": (
+        Job((*TRAIN, *HOSTILE), 2, run_dir="/runs/$(x)'\"\n", devices=1, environment=VARIABLES), None, ("runs=/runs",),
+    ),
 }  # fmt: skip
 
 
@@ -158,12 +177,22 @@ def pods_of(manifest: dict) -> list[tuple[str, dict, list[str]]]:
 
 
 @pytest.mark.parametrize(
-    ("hosts", "tpu", "slices"), [(4, "v5p:2x2x4", 1), (8, "v5p:2x2x4", 2), (6, "v6e:2x4", 3), (3, None, 1), (1, None, 1)]
+    ("hosts", "tpu", "slices"),
+    [(4, "v5p:2x2x4", 1), (8, "v5p:2x2x4", 2), (6, "v6e:2x4", 3), (3, None, 1), (1, None, 1)],
 )
 def test_pods_have_the_numbers_of_their_places_and_one_coordinator(tmp_path, hosts, tpu, slices):
-    (tmp_path / "k2jax").write_text(f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n")
+    (tmp_path / "k2jax").write_text(
+        f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
+    )
     (tmp_path / "k2jax").chmod(0o755)
-    job = Job((*TRAIN, *HOSTILE), hosts, "x", "gs://b/r", devices=None if tpu else 2, environment=tuple(f"V{n}={v}" for n, v in enumerate(HOSTILE)))
+    job = Job(
+        (*TRAIN, *HOSTILE),
+        hosts,
+        "x",
+        "gs://b/r",
+        devices=None if tpu else 2,
+        environment=VARIABLES,
+    )
     manifest = manifest_of(job, tpu)
     assert manifest["spec"]["replicatedJobs"][0]["replicas"] == slices
     pods = pods_of(manifest)
@@ -186,10 +215,14 @@ def outcome(manifest: dict, code: int, disrupted: bool = False) -> str:
     for number, rule in enumerate(job["podFailurePolicy"]["rules"]):
         if code in rule.get("onExitCodes", {}).get("values", []):
             reason = "PodFailurePolicy"
-            message = f"Container k2jax for pod default/x-0 failed with exit code {code} matching FailJob rule at index {number}"
+            what = f"Container k2jax for pod default/x-0 failed with exit code {code}"
+            message = f"{what} matching FailJob rule at index {number}"
             break
         if disrupted and "onPodConditions" in rule:
-            reason, message = "PodFailurePolicy", f"Pod default/x-0 has condition DisruptionTarget matching FailJob rule at index {number}"
+            reason, message = (
+                "PodFailurePolicy",
+                f"Pod default/x-0 has condition DisruptionTarget matching FailJob rule at index {number}",
+            )
             break
     for rule in manifest["spec"]["failurePolicy"]["rules"]:
         patterns = rule.get("onJobFailureMessagePatterns", [""])
@@ -211,8 +244,14 @@ def test_what_a_pod_is_given():
         return manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
 
     tpu = pod(manifest_of(Job(TRAIN, 4, run_dir="gs://b/r", grace=77), "v6e:4x4"))
-    assert tpu["nodeSelector"] == {"cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice", "cloud.google.com/gke-tpu-topology": "4x4"}
-    assert tpu["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4} and tpu["terminationGracePeriodSeconds"] == 77
+    assert tpu["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
+        "cloud.google.com/gke-tpu-topology": "4x4",
+    }
+    assert (
+        tpu["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
+        and tpu["terminationGracePeriodSeconds"] == 77
+    )
     gpu = pod(manifest_of(*MANIFESTS["gpu"]))
     assert gpu["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 8} and "nodeSelector" not in gpu
     assert {m["mountPath"]: m["name"] for m in gpu["containers"][0]["volumeMounts"]} == {
@@ -226,17 +265,17 @@ def test_what_a_pod_is_given():
 @pytest.mark.parametrize(
     ("job", "tpu", "volumes", "message"),
     [
-        (Job(TRAIN, 3, run_dir="gs://b/r"), "v5p:2x2x2", (), r"--hosts 3: must be a multiple of the 2 hosts .*nearest: 2 or 4"),
+        (Job(TRAIN, 3, run_dir="gs://b/r"), "v5p:2x2x2", (), "--hosts 3: .* multiple of the 2 hosts .*nearest: 2 or 4"),
         (Job(TRAIN, 1, run_dir="gs://b/r"), "v9:2x2", (), "--tpu 'v9:2x2': must be GENERATION"),
         (Job(TRAIN, 1, run_dir="gs://b/r"), "v5p:2x2", (), "must have 3 numbers for v5p, such as v5p:4x4x4"),
         (Job(TRAIN, 1, run_dir="gs://b/r"), "v6e:1x1", (), "1 chips, must be a multiple of 4"),
         (Job(TRAIN, 1, run_dir="gs://b/r"), None, (), "give exactly one .none is given"),
-        (Job(TRAIN, 1, run_dir="gs://b/r", gpus=8, devices=1), None, (), "give exactly one .--gpus-per-host 8, --devices-per-host 1"),
+        (Job(TRAIN, 1, run_dir="gs://b/r", gpus=8, devices=1), None, (), "exactly one .--gpus-per-host 8, --devices-per-host 1"),
         (Job(TRAIN, 1, devices=1), None, (), "--run-dir: is missing"),
         (Job(TRAIN, 1, run_dir="runs/x", devices=1), None, ("runs=/runs",), "--run-dir runs/x: must be gs://"),
         (Job(TRAIN, 1, run_dir="/runs2/x", devices=1), None, ("runs=/runs",), "--run-dir /runs2/x: must be gs://"),
         (Job(TRAIN, 1, run_dir="/runs/../x", devices=1), None, ("runs=/runs",), "--run-dir /runs/../x: must be gs://"),
-        (Job(TRAIN, 1, run_dir="/r", devices=1), None, ("a=/r", "b=/r"), "--volume b=/r: /r is another volume's as well"),
+        (Job(TRAIN, 1, run_dir="/r", devices=1), None, ("a=/r", "b=/r"), "--volume b=/r: /r is another volume's"),
         (Job(TRAIN, 1, run_dir="/r", devices=1), None, ("A b=/r",), "--volume 'A b=/r': must be CLAIM=/PATH"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`k2jax launch local`: its supervisor with small scripts as ranks, in a launcher process of its own where that must die."""
+"""`k2jax launch local`: its supervisor with small scripts as ranks, in a process of its own where that must die."""
 
 import json
 import os
@@ -181,7 +181,9 @@ time.sleep(60)
 
 
 def test_a_run_that_ends_well_in_spite_of_a_signal_is_done():
-    with launcher("signal.signal(15, lambda *_: sys.exit(0))\nprint(os.getpid(), flush=True)\ntime.sleep(60)", 2) as process:
+    with launcher(
+        "signal.signal(15, lambda *_: sys.exit(0))\nprint(os.getpid(), flush=True)\ntime.sleep(60)", 2
+    ) as process:
         pids_of(process.stdout, 2)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=30)

@@ -14,7 +14,21 @@ from k2jax.errors import UserError
 from k2jax.launch.manifest import Job
 from k2jax.launch.slurm import slurm_script
 
-HOSTILE = ("'", '"', "a b", "$HOME", "$(touch pwned)", "`touch pwned`", "line\n#SBATCH --nodes=99\ntouch pwned", "\\", "*", "é€𝄞", "", "--", "!")
+HOSTILE = (
+    "'",
+    '"',
+    "a b",
+    "$HOME",
+    "$(touch pwned)",
+    "`touch pwned`",
+    "line\n#SBATCH --nodes=99\ntouch pwned",
+    "\\",
+    "*",
+    "é€𝄞",
+    "",
+    "--",
+    "!",
+)
 SRUN = """#!{python}
 import json, os, subprocess, sys
 arguments = sys.argv[1:]
@@ -93,7 +107,8 @@ def test_what_each_process_gets(cluster, tmp_path):
     assert not (tmp_path / "pwned").exists() and not (tmp_path / "requeued").exists()
     options = json.loads((tmp_path / "srun.json").read_text())
     assert options == {
-        "--ntasks": "3", "--ntasks-per-node": "1", "--kill-on-bad-exit": "0", "--wait": "0", "--cpu-bind": "none", "--label": "",
+        "--ntasks": "3", "--ntasks-per-node": "1", "--kill-on-bad-exit": "0", "--wait": "0",
+        "--cpu-bind": "none", "--label": "",
     }  # fmt: skip
 
 
@@ -158,7 +173,15 @@ def test_limits_that_sbatch_takes(time):
 
 def test_all_mistakes_at_once():
     job = Job(
-        ("trian", "--train.run-dir=x"), 0, "My Job\n$(x)", "r", 0, -1, ("A", "1B=2", "C=1", "C=2", "K2JAX_PROCESS_ID=0"), 0, 0
+        ("trian", "--train.run-dir=x"),
+        0,
+        "My Job\n$(x)",
+        "r",
+        0,
+        -1,
+        ("A", "1B=2", "C=1", "C=2", "K2JAX_PROCESS_ID=0"),
+        0,
+        0,
     )
     with pytest.raises(UserError) as error:
         slurm_script(job, "1h", "a b", ["--account=a b", "account", "--nodes=2", "--x=$(y)"])

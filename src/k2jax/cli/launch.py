@@ -78,17 +78,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     sub = place("local", "Processes on this machine: many hosts on a laptop, and in CI.")
     sub.add_argument("-n", "--processes", type=int, required=True, metavar="N", help="processes")
-    sub.add_argument("--devices-per-process", type=int, metavar="D", help="CPU devices of each (default: what jax finds)")
+    sub.add_argument(
+        "--devices-per-process", type=int, metavar="D", help="CPU devices of each (default: what jax finds)"
+    )
     sub.add_argument("--log-dir", type=Path, metavar="DIR", help="what each process writes, as rank-I.log in DIR")
 
     sub = place("slurm", "Write a job script for Slurm.")
     _cluster_options(sub, "sbatch")
     sub.add_argument("--time", metavar="LIMIT", help="such as 24:00:00 (default: the partition's)")
     sub.add_argument("--partition", help="partitions, joined by commas (default: the cluster's)")
-    sub.add_argument("--sbatch", action="append", default=[], metavar="=--OPTION", help="such as --sbatch=--account=x; may be repeated")
+    sub.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="=--OPTION",
+        help="such as --sbatch=--account=x; may be repeated",
+    )
 
     sub = place("jobset", "Write a JobSet for Kubernetes: GPU nodes, or TPU slices on GKE.")
     _cluster_options(sub, "kubectl apply")
     sub.add_argument("--image", required=True, help="image with k2jax, the config and its own imports")
     sub.add_argument("--tpu", metavar="SLICE", help="a slice such as v5p:4x4x4; as many as the hosts make")
-    sub.add_argument("--volume", action="append", default=[], metavar="CLAIM=/PATH", help="shared volume; may be repeated")
+    sub.add_argument(
+        "--volume", action="append", default=[], metavar="CLAIM=/PATH", help="shared volume; may be repeated"
+    )

@@ -1,7 +1,7 @@
 """The guardian of `k2jax launch local`: ends what the launcher started if the launcher dies, by SIGKILL even.
 
 The launcher runs this file as a script, in a process group that the ranks join, and holds the other end of its stdin,
-which the operating system closes when the launcher exits. It imports nothing of k2jax, so that it starts in milliseconds.
+which the operating system closes when the launcher exits. It imports nothing of k2jax, so that it starts quickly.
 """
 
 import os

@@ -41,7 +41,9 @@ def _tpu_problem(tpu: str) -> str | None:
         return f"--tpu {tpu!r}: must be GENERATION:AxB[xC] with one of {', '.join(_TPUS)}"
     count = _TPUS[generation][1]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", dims) or dims.count("x") != count - 1:
-        return f"--tpu {tpu!r}: must have {count} numbers for {generation}, such as {generation}:{'x'.join('4' * count)}"
+        return (
+            f"--tpu {tpu!r}: must have {count} numbers for {generation}, such as {generation}:{'x'.join('4' * count)}"
+        )
     chips = math.prod(map(int, dims.split("x")))
     return f"--tpu {tpu}: {chips} chips, must be a multiple of {_CHIPS}, a host's" if chips % _CHIPS else None
 
@@ -61,14 +63,20 @@ def _volume_problems(volumes: Sequence[str], run_dir: str | None) -> list[str]:
     for volume in volumes:
         claim, _, path = volume.partition("=")
         if not _CLAIM.fullmatch(claim) or not path.startswith("/") or ":" in path:
-            problems.append(f"--volume {volume!r}: must be CLAIM=/PATH, of a PersistentVolumeClaim that all pods may write")
+            problems.append(
+                f"--volume {volume!r}: must be CLAIM=/PATH, of a PersistentVolumeClaim that all pods may write"
+            )
         elif path in paths:
             problems.append(f"--volume {volume}: {path} is another volume's as well")
         paths.append(path)
     if run_dir is None:
-        problems.append("--run-dir: is missing; a pod's own files are lost with it: give a path in a --volume, or gs://")
+        problems.append(
+            "--run-dir: is missing; a pod's own files are lost with it: give a path in a --volume, or gs://"
+        )
     elif not re.match(r"(gs|s3)://.", run_dir) and not any(_is_inside(run_dir, path) for path in paths):
-        problems.append(f"--run-dir {run_dir}: must be gs://..., s3://... or an absolute path in a --volume CLAIM=/PATH")
+        problems.append(
+            f"--run-dir {run_dir}: must be gs://..., s3://... or an absolute path in a --volume CLAIM=/PATH"
+        )
     return problems
 
 
@@ -78,7 +86,9 @@ def _problems(job: Job, image: str, tpu: str | None, volumes: Sequence[str]) -> 
         problems.append(f"--image {image!r}: must be a name such as registry.example/k2jax:1.0")
     given = {"--gpus-per-host": job.gpus, "--tpu": tpu, "--devices-per-host": job.devices}
     if sum(value is not None for value in given.values()) != 1:
-        shown = ", ".join(f"{option} {value}" for option, value in given.items() if value is not None) or "none is given"
+        shown = (
+            ", ".join(f"{option} {value}" for option, value in given.items() if value is not None) or "none is given"
+        )
         problems.append(f"{', '.join(given)}: give exactly one ({shown}); the last are CPU devices")
     if tpu is not None and (problem := _tpu_problem(tpu)):
         problems.append(problem)
@@ -91,7 +101,9 @@ def _problems(job: Job, image: str, tpu: str | None, volumes: Sequence[str]) -> 
 
 def _block(indent: int, key: str, lines: list[str]) -> str:
     """A key with lines below it, or a comment that says that there is nothing to say."""
-    return "\n".join(" " * indent + line for line in ([f"{key}:", *(f"  {x}" for x in lines)] if lines else [f"# no {key}"]))
+    return "\n".join(
+        " " * indent + line for line in ([f"{key}:", *(f"  {x}" for x in lines)] if lines else [f"# no {key}"])
+    )
 
 
 def _environment(job: Job, pods: int) -> list[str]:

@@ -42,7 +42,7 @@ def free_port() -> int:
 
 
 def rank_environments(count: int, devices: int | None) -> list[dict[str, str]]:
-    """The variables by which `count` processes of this machine find each other; `devices` CPU devices each, if given."""
+    """The variables by which `count` processes here find each other, and their number of CPU devices, if given."""
     common = {COORDINATOR: f"127.0.0.1:{free_port()}", NUM_PROCESSES: str(count)}
     if devices is not None:
         common[SIMULATE] = str(devices)
@@ -83,7 +83,9 @@ def _caught_signals() -> Iterator[list[int]]:
     """SIGINT, SIGTERM and SIGHUP are noted in the list instead of ending this process."""
     caught: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # nohup's, a shell's &
+    before = {
+        number: handler for number, handler in before.items() if handler != signal.SIG_IGN
+    }  # nohup's, a shell's &
     for number in before:
         signal.signal(number, lambda number, _: caught.append(number))
     try:
@@ -111,7 +113,9 @@ def _open_logs(folder: Path | None, count: int) -> list[BinaryIO | None]:
         return [None] * count
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return [open(folder / f"rank-{index}.log", "ab", buffering=0) for index in range(count)]  # a resumed run goes on in it
+        return [
+            open(folder / f"rank-{index}.log", "ab", buffering=0) for index in range(count)
+        ]  # a resumed run goes on in it
     except OSError as error:
         raise UserError(f"--log-dir {folder}: cannot be written ({error.strerror}: {error.filename})") from None
 
@@ -139,7 +143,7 @@ class _Supervisor:
         self._due = sorted(self._due + [(now + seconds, number) for seconds, number in delays])
 
     def _show(self, rank: _Rank, line: bytes) -> None:
-        """A line to its log and, but for noise, to stdout; what cannot be written ends the ranks, and then the launcher."""
+        """A line to its log and, but for noise, to stdout. If it cannot be written, all ranks are ended."""
         noise = _NOISE.match(line)
         if not noise:
             rank.last.append(line)
@@ -170,7 +174,9 @@ class _Supervisor:
             number = self.caught.pop(0)
             if self.stopped_by is None:
                 self.stopped_by = number
-                self._say(f"{signal.Signals(number).name}: SIGTERM to all processes; once more to end them in {self.grace:g} s")
+                self._say(
+                    f"{signal.Signals(number).name}: SIGTERM to all processes; once more ends them in {self.grace:g} s"
+                )
                 self._send(signal.SIGTERM)
             else:
                 self._say(f"{signal.Signals(number).name} again: SIGKILL in {self.grace:g} s")
@@ -199,14 +205,14 @@ class _Supervisor:
             self._take_report(reports)
 
     def drain(self, reports: queue.Queue) -> None:
-        """Handle reports until every output is closed, or silent for a while: a daemon in a session of its own may hold it."""
+        """Handle reports until all outputs are closed, or silent for long: a daemon in another group may hold one."""
         heard = time.monotonic()
         while any(rank.open for rank in self.ranks) and time.monotonic() - heard < self.grace:
             if self._take_report(reports):
                 heard = time.monotonic()
 
     def verdict(self, began: float) -> int:
-        """The exit code: that of the rank that failed first, whose last lines are repeated; 128 + n if signal n stopped all."""
+        """The exit code of the rank that failed first, whose last lines it repeats; 128 + n if signal n stopped all."""
         if self.broken is not None:
             raise self.broken
         failed = self._failed()
@@ -225,13 +231,13 @@ class _Supervisor:
 def supervise(
     argv: list[str], environments: list[Mapping[str, str]], log_dir: Path | None = None, grace: float = GRACE
 ) -> int:
-    """Run `argv` once per environment, which is added to this process's own, and show the lines of all, "[2] " before them.
+    """Run `argv` once per environment, which is added to this process's own, and show all lines, with "[2] " before them.
 
-    Lines of stdout and stderr are shown whole, in the order in which they came; log_dir/rank-I.log gets the bytes of rank
-    I as they are. When a rank fails, the others have `grace` seconds to end by themselves, then they get SIGTERM, and
-    SIGKILL after `grace` more. SIGINT, SIGTERM or SIGHUP becomes SIGTERM for all, which trainers answer by saving; the
-    second one, SIGKILL after `grace`. What is in the ranks' process group outlives neither this call nor, by more than
-    `grace`, this process. To be called in the main thread.
+    Lines of stdout and stderr are shown whole, in the order in which they came; log_dir/rank-I.log gets the bytes of
+    rank I as they are. When a rank fails, the others have `grace` seconds to end by themselves, then they get SIGTERM,
+    and SIGKILL after `grace` more. SIGINT, SIGTERM or SIGHUP becomes SIGTERM for all, which trainers answer by saving;
+    the second one, SIGKILL after `grace`. What is in the ranks' process group outlives neither this call nor, by
+    more than `grace`, this process. To be called in the main thread.
 
     Returns 0 if all did, else the exit code of the rank that failed first; 128 + n if signal n stopped all. Raises
     UserError for a log_dir that cannot be written, OSError for output that cannot be, once all ranks have ended.

@@ -1,7 +1,7 @@
 """A run on a cluster as its scheduler wants it written: what Slurm's script and Kubernetes' JobSet have in common.
 
-Templates have {{name}} where a value comes. What the user gives is quoted for the language of the file around it, or has
-to match a rule that leaves nothing to quote.
+Templates have {{name}} where a value comes. What the user gives is quoted for the language of the file around it, or
+has to match a rule that leaves nothing to quote.
 """
 
 import difflib
@@ -28,8 +28,8 @@ class Job:
     """A command of k2jax on several hosts, a process each.
 
     grace: seconds between SIGTERM and SIGKILL, in which a step and a save must fit. max_restarts: after failures; what
-    was stopped from outside goes on without limit. environment: NAME=VALUE each. devices: CPU devices of a host, for trials
-    without accelerators.
+    was stopped from outside goes on without limit. environment: NAME=VALUE each. devices: CPU devices of a host, for
+    trials without accelerators.
     """
 
     command: tuple[str, ...]

@@ -15,7 +15,9 @@ _OURS = ("--nodes", "--ntasks", "--ntasks-per-node", "--requeue", "--no-requeue"
 def _problems(job: Job, time: str | None, partition: str | None, options: Sequence[str]) -> list[str]:
     problems = job_problems(job)
     if time is not None and not _TIME.fullmatch(time):
-        problems.append(f"--time {time!r}: must be MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS, such as 24:00:00 or 2-12")
+        problems.append(
+            f"--time {time!r}: must be MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS, such as 24:00:00 or 2-12"
+        )
     if partition is not None and not re.fullmatch(r"[A-Za-z0-9_.,-]+", partition):
         problems.append(f"--partition {partition!r}: must be letters, digits, _ . - and commas")
     for option in options:
@@ -24,7 +26,9 @@ def _problems(job: Job, time: str | None, partition: str | None, options: Sequen
         elif option.partition("=")[0] in _OURS:
             problems.append(f"--sbatch {option}: {option.partition('=')[0]} is set by the manifest itself")
     if job.gpus is not None and job.devices is not None:
-        problems.append(f"--gpus-per-host {job.gpus}, --devices-per-host {job.devices}: give one; the latter are CPU devices")
+        problems.append(
+            f"--gpus-per-host {job.gpus}, --devices-per-host {job.devices}: give one; the latter are CPU devices"
+        )
     return problems
 
 
