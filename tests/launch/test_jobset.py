@@ -270,7 +270,7 @@ def test_what_a_pod_is_given():
         (Job(TRAIN, 1, run_dir="gs://b/r"), "v5p:2x2", (), "must have 3 numbers for v5p, such as v5p:4x4x4"),
         (Job(TRAIN, 1, run_dir="gs://b/r"), "v6e:1x1", (), "1 chips, must be a multiple of 4"),
         (Job(TRAIN, 1, run_dir="gs://b/r"), None, (), "give exactly one .none is given"),
-        (Job(TRAIN, 1, run_dir="gs://b/r", gpus=8, devices=1), None, (), "exactly one .--gpus-per-host 8, --devices-per-host 1"),
+        (Job(TRAIN, 1, run_dir="gs://b/r", gpus=8, devices=1), None, (), "exactly one .--gpus-per-host 8, --dev"),
         (Job(TRAIN, 1, devices=1), None, (), "--run-dir: is missing"),
         (Job(TRAIN, 1, run_dir="runs/x", devices=1), None, ("runs=/runs",), "--run-dir runs/x: must be gs://"),
         (Job(TRAIN, 1, run_dir="/runs2/x", devices=1), None, ("runs=/runs",), "--run-dir /runs2/x: must be gs://"),

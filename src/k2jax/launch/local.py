@@ -231,7 +231,7 @@ class _Supervisor:
 def supervise(
     argv: list[str], environments: list[Mapping[str, str]], log_dir: Path | None = None, grace: float = GRACE
 ) -> int:
-    """Run `argv` once per environment, which is added to this process's own, and show all lines, with "[2] " before them.
+    """Run `argv` once per environment, added to this process's own, and show all lines, with "[2] " before them.
 
     Lines of stdout and stderr are shown whole, in the order in which they came; log_dir/rank-I.log gets the bytes of
     rank I as they are. When a rank fails, the others have `grace` seconds to end by themselves, then they get SIGTERM,
