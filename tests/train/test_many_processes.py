@@ -146,3 +146,22 @@ def test_processes_that_do_not_fit_all_say_so(place, change, rule):
     ended = many.run(place, lines, 60)
     assert ended.codes == [2] * len(lines) and all(rule in text for text in ended.outputs), ended
     assert not (place / f"unfit-{change.__name__}" / "checkpoints").exists()
+
+
+@pytest.mark.grid
+def test_sigterm_during_the_compile_and_a_restore(place):
+    """Nothing was done yet, so nothing is saved, and the next start goes on from where the run stood."""
+    for moment, step, last in (("compile", 0, 6), ("none", 6, 6), ("restore", 6, 9)):
+        event = "none" if moment == "none" else f"term:1:{moment}"
+        ended = many.train(place, 2, 2, *options("early", num_steps=last), "--mesh.expert", "4", event=event)
+        assert ended.codes == [0 if moment == "none" else 143] * 2, "\n".join(ended.outputs)
+        assert moment == "none" or f"stopped after step {step}, saved" in ended.outputs[0]
+        assert len(many.records(place / "early") if step else []) == step
+
+
+@pytest.mark.grid
+def test_sixteen_processes(place):
+    """Five steps and a common end, one device each: nothing in a start or a save grows with the square of their number."""
+    axes = ("--mesh.expert", "4", "--mesh.fsdp", "4", "--train.num-microbatches", "1")
+    run = trained(place, "sixteen", 16, 1, *axes, num_steps=5)
+    assert len(many.records(run)) == 5 and {*many.content(run, 5)} == {*many.content(run, 4)}
