@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,54 +9,17 @@ import numpy as np
 import pytest
 
 from k2jax.cli.main import main
-from k2jax.config import Config, DataConfig, PhasesConfig, TrainConfig
 from k2jax.data.loader.batches import validation_batches
 from k2jax.data.loader.corpus import open_corpus
-from k2jax.data.saved_tokenizer import save_tokenizer
 from k2jax.data.text.prepare import prepare
-from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import UserError
 from k2jax.inference.evaluate import perplexity
 from k2jax.inference.generate import continue_tokens, generate
-from k2jax.inference.load import load_run
 from k2jax.model.rope import make_rope
-from k2jax.model.transformer import build_model, declarations, init_router_bias
-from k2jax.model.weights import init_params
-from k2jax.runs.folder import write_config
-from k2jax.runs.identity import make_identity
-from k2jax.train.checkpoint import save_model
+from k2jax.model.transformer import build_model
 from k2jax.train.start import check_source
 
-WINDOW = 16
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A token store, and a run directory with an untrained model whose choices are sharp."""
-    folder = tmp_path_factory.mktemp("use")
-    source = Path(json.__file__).parent
-    prepare(str(source), str(folder / "store"), "byte", pattern="*.py", validation_fraction=0.5)
-    sys.path.insert(0, str(Path(__file__).parent))
-    import micro
-
-    config = Config(
-        model=micro.config().model,
-        data=DataConfig(path=str(folder / "store"), sequence_length=WINDOW),
-        phases=PhasesConfig(start_tokens=(0,), rope=("plain",), router_bias_rate=(0.0,), balance_alpha=(0.0,)),
-        train=TrainConfig(run_dir=str(folder / "run"), compute_dtype="float32"),
-    ).validate()
-    params = init_params(declarations(config.model), jax.random.key(0), 0.3)
-    (folder / "run").mkdir()
-    write_config(folder / "run", config)
-    make_identity(folder / "run")
-    save_model(folder / "run" / "checkpoints", {"params": params, "router_bias": init_router_bias(config.model)})
-    save_tokenizer(load_tokenizer("byte"), folder / "run" / "tokenizer")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def loaded(place):
-    return load_run(place / "run")
+WINDOW = 16  # of the model of conftest.py
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import pytest
 from test_transformer import STRETCHED, make_values
 
 from k2jax.config import ModelConfig
-from k2jax.model.transformer import Transformer, build_model
+from k2jax.model.transformer import Transformer, bias_declarations, build_model, declarations
+from k2jax.model.weights import Weight
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
@@ -67,3 +68,32 @@ def test_cache_holds_576_values_a_token_and_layer():
     cache = jax.eval_shape(lambda: Transformer(ModelConfig(), jnp.dtype("bfloat16")).init_cache(1, 1))
     assert sum(x.size for x in jax.tree.leaves(cache)) == 61 * 576
     assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) == 70_272
+
+
+def test_decoding_on_a_mesh(tiny, mesh_of):
+    """In float64, to 1e-9 of the largest logit of decoding without a mesh. Prompts of 8 are cut over tensor, single tokens are not, and of 12
+    slots each device has 6."""
+    rng = np.random.default_rng(1)
+    values = jax.tree.map(lambda x: np.asarray(x, np.float64), make_values(tiny, rng))
+    rows = [rng.integers(0, tiny.vocab_size, n).astype(np.int32) for n in (7, 6, 4)]
+    with jax.enable_x64(True):
+        alone, _ = by_steps(tiny, "plain", jax.tree.map(jnp.asarray, values), rows, jnp.dtype("float64"))
+        mesh = mesh_of(tensor=2)
+        declared = declarations(tiny), bias_declarations(tiny)
+        is_weight = {"is_leaf": lambda x: isinstance(x, Weight)}
+        layouts = jax.tree.map(lambda w: jax.NamedSharding(mesh, w.spec(mesh.shape)), declared, **is_weight)
+        with jax.set_mesh(mesh):
+            spread, _ = by_steps(tiny, "plain", jax.device_put(values, layouts), rows, jnp.dtype("float64"))
+    assert np.abs(np.array(spread) - np.array(alone)).max() <= 1e-9 * np.abs(alone).max()
+
+
+def test_no_device_writes_slots_of_another(tiny, mesh_of):
+    """A prefill of 8 into 12 slots over tensor 2 leaves the last 4 as they were."""
+    values = jax.tree.map(lambda x: np.asarray(x, np.float32), make_values(tiny, np.random.default_rng(2)))
+    with jax.set_mesh(mesh_of(tensor=2)):
+        values = jax.device_put(values, jax.P())
+        cache = jax.jit(lambda v: build_model(tiny, *v, jnp.dtype("float32")).init_cache(1, 12))(values)
+        tokens, zero = np.arange(8, dtype=np.int32)[None], np.zeros(1, np.int32)
+        _, cache = advance(tiny, "plain", values, tokens, zero, zero + 7, cache)
+    for latents in jax.tree.leaves(cache):
+        assert np.asarray(latents)[:, :, :8].all() and not np.asarray(latents)[:, :, 8:].any()

@@ -1,12 +1,14 @@
 """The `k2jax` command. jax and all that needs it is imported by the command that runs, so that --help is quick."""
 
 import argparse
+import dataclasses
 import errno
 import os
 import sys
 
 from k2jax import processes
 from k2jax.cli import audit, data, launch, model, plan, run
+from k2jax.config import MeshConfig
 from k2jax.errors import RunFailed, UserError, exit_code
 
 _DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
@@ -108,6 +110,13 @@ def _run_commands(command) -> None:
     sub.add_argument("--out", required=True, help="the PNG")
 
 
+def _mesh_options(sub: argparse.ArgumentParser) -> None:
+    for field in dataclasses.fields(MeshConfig):
+        sub.add_argument(f"--mesh.{field.name}", type=int, metavar="N", help=argparse.SUPPRESS)
+    _process_options(sub)
+    sub.epilog = "--mesh.AXIS N spreads the model over all devices: replica, fsdp, expert, tensor; context where nothing is generated."
+
+
 def _model_commands(command) -> None:
     sub = command("generate", model.generate, "Continue texts with a trained model.")
     sub.add_argument("run", help="run directory, or folder of a published checkpoint")
@@ -117,6 +126,7 @@ def _model_commands(command) -> None:
     sub.add_argument("--tokens", type=int, default=400, help="maximum number of tokens (default: %(default)s)")
     sub.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
     sub.add_argument("--seed", type=int, default=0)
+    _mesh_options(sub)
 
     sub = command("eval", model.evaluate, "Perplexity on a held-out store, or tasks of the evaluation harness.")
     sub.add_argument("run", help="run directory, or folder of a published checkpoint")
@@ -129,6 +139,7 @@ def _model_commands(command) -> None:
     sub.add_argument("--task-folder", help="folder with YAML files of further tasks")
     sub.add_argument("--limit", type=int, help="documents per task (default: all)")
     sub.add_argument("--json", action="store_true", help="print the figures as JSON")
+    _mesh_options(sub)
 
     sub = command("import", model.import_, "Make a run directory from a published checkpoint.", allow_abbrev=False)
     sub.add_argument("folder", metavar="DIR", help="config.json, safetensors files and tokenizer")

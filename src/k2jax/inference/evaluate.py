@@ -4,13 +4,21 @@ import math
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
-from k2jax.data.loader.batches import num_windows
+from k2jax.data.loader.batches import num_windows, validation_batches
 from k2jax.data.loader.corpus import Corpus, writes_alike
 from k2jax.errors import UserError
 from k2jax.inference.load import LoadedModel
-from k2jax.sharding.mesh import single_device_mesh
-from k2jax.train.validate import bits_per_byte, make_evaluator
+from k2jax.inference.mesh import DATA_AXES, padded_to
+from k2jax.model.rope import make_rope
+from k2jax.sharding.rules import AXES_OF, spec
+from k2jax.train.batch import Batch
+from k2jax.train.phases import rope_after
+from k2jax.train.step import make_loss
+from k2jax.train.validate import bits_per_byte
+
+BATCH_ROWS = 16  # scored together, or as many as the data axes have shards
 
 
 class Perplexity(NamedTuple):
@@ -22,17 +30,58 @@ class Perplexity(NamedTuple):
     tokens: int
 
 
+def _padded_batch(rows: dict[str, np.ndarray], num_rows: int, mesh: jax.sharding.Mesh | None) -> Batch:
+    """Rows {"tokens" [n, T + 1], ...} as a Batch [num_rows, T]; rows that are added have target -1, which has no loss."""
+    tokens = rows["tokens"]
+    widths = (0, num_rows - len(tokens)), (0, 0)
+    targets = np.pad(tokens[:, 1:], widths, constant_values=-1)
+    others = {name: rows[name] for name in Batch._fields if name in rows}  # what the rows bring beside their tokens
+    others = {name: np.pad(x, widths) for name, x in {"inputs": tokens[:, :-1], **others}.items()}
+    arrays = jax.tree.map(lambda x: x.astype(np.int32), Batch(targets=targets, **others))
+    if mesh is None:
+        return arrays
+    sharding = jax.NamedSharding(mesh, spec("BT"))
+    # Each process takes its own part of what all have read: no rows go between them.
+    return Batch(*(jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in arrays))
+
+
+def _mean_loss(loaded: LoadedModel, corpus: Corpus, count: int, length: int, source: str | None) -> float:
+    """Nats per token over the first `count` windows of `length` tokens of the validation split, or of one source's."""
+    config, state = loaded.config.replace({"data.sequence_length": length}), loaded.state
+    # The phase follows from the run's own tokens per step: not from `config`, whose sequences are of another length.
+    rope, loss_fn = make_rope(config.model, rope_after(loaded.config, int(state.step))), make_loss(config)
+    num_rows = padded_to(loaded.mesh, DATA_AXES, min(count, BATCH_ROWS))
+
+    @jax.jit
+    def loss_sum(params, router_bias, batch: Batch):
+        return loss_fn(params, router_bias, batch, rope).loss
+
+    total = 0.0
+    with loaded.on_mesh():
+        for rows in validation_batches(corpus, config, count, num_rows, source):
+            batch = _padded_batch(rows, num_rows, loaded.mesh)
+            total += float(jax.device_get(loss_sum(state.params, state.router_bias, batch)))
+    return total / (count * length)
+
+
 def perplexity(
     loaded: LoadedModel, corpus: Corpus, num_sequences: int | None, length: int | None = None, source: str | None = None
 ) -> Perplexity:
     """Over the first `num_sequences` windows of the validation split's shuffle, or of one source's; None: over all.
 
-    length: tokens of a window, by default what the model was trained to see. Raises UserError if the store has
-    fewer windows or was written by another tokenizer than the model's.
+    length: tokens of a window, by default what the model was trained to see. On a mesh the last batch is filled up with
+    rows that are not counted, so that the number of sequences is free, and that of tokens alone must be a multiple of
+    context * tensor. Raises UserError if it is not, the store has fewer windows or was written by another tokenizer than
+    the model's.
     """
     length = loaded.context_length if length is None else length
     if length < 1:
         raise UserError(f"--length {length}: must be at least 1")
+    if (above := padded_to(loaded.mesh, AXES_OF["T"], length)) != length:
+        divisor = padded_to(loaded.mesh, AXES_OF["T"], 1)
+        near = " or ".join(str(n) for n in (above - divisor, above) if n)
+        rule = f"must be a multiple of mesh.context * mesh.tensor = {divisor}; nearest: {near}"
+        raise UserError(f"--length {length}: {rule}")
     if source is not None and source not in corpus.streams["validation"]:
         there = ", ".join(corpus.streams["validation"]) or "none"
         raise UserError(f"--source {source}: {corpus.path} has no held-out text of it; there is that of {there}")
@@ -50,14 +99,5 @@ def perplexity(
             f"--sequences {count}: the validation split of {corpus.path} has {available} whole sequences of "
             f"{length} tokens; must be 1 to that"
         )
-    changes = {
-        "train.eval_sequences": count,
-        "train.num_microbatches": 1,
-        "data.batch_sequences": math.gcd(count, 16),
-        "data.sequence_length": length,
-    }
-    config, mesh = loaded.config.replace(changes), single_device_mesh()
-    with jax.set_mesh(mesh):
-        state = jax.device_put(loaded.state, jax.NamedSharding(mesh, jax.P()))
-        nats = make_evaluator(config, corpus, mesh, source)(state)
+    nats = _mean_loss(loaded, corpus, count, length, source)
     return Perplexity(nats, math.exp(nats), bits_per_byte(nats, corpus, source), count * length)

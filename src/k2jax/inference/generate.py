@@ -9,7 +9,9 @@ import numpy as np
 
 from k2jax.errors import UserError
 from k2jax.inference.load import LoadedModel
+from k2jax.inference.mesh import DATA_AXES, padded_to
 from k2jax.model.transformer import Cache, build_model
+from k2jax.sharding.place import whole
 from k2jax.train.phases import rope_after
 
 
@@ -17,58 +19,65 @@ class Decoder:
     """Tokens in, tokens out, for a batch of contexts of any lengths; at most `loaded.context_length` tokens are seen.
 
     longest: tokens that a context may grow to. temperature 0 is greedy. A context that has filled the window goes on
-    with its newer half.
+    with its newer half. On a mesh contexts are cut over its data axes: the first is repeated until these divide their
+    number, and what follows the repetitions is dropped again. The choice among a row's logits is made alike on every
+    device, by a key that is a function of seed, token and row: so tokens are those of one device, but where rounding
+    decides between logits that are nearly equal.
     """
 
     def __init__(self, loaded: LoadedModel, batch: int, longest: int, temperature: float, seed: int):
         config, self._values = loaded.config, (loaded.state.params, loaded.state.router_bias)
-        self._batch, self._window, self._key = batch, min(loaded.context_length, longest), jax.random.key(seed)
+        self._loaded, self._window, self._seed = loaded, min(loaded.context_length, longest), np.uint32(seed)
+        self._batch, num_rows = batch, padded_to(loaded.mesh, DATA_AXES, batch)
+        self._added = num_rows - batch
         rope = rope_after(config, int(loaded.state.step))
         dtype = jnp.dtype(config.train.compute_dtype)
 
         def model(values):
             return build_model(config.model, *values, dtype, rope=rope, kernels=config.kernels)
 
-        def choose(logits_BV, key):
+        def choose(logits_BV, seed, index):
             if temperature == 0:
                 return jnp.argmax(logits_BV, -1)
-            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
+            key = jax.random.fold_in(jax.random.key(seed), index)
+            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(num_rows))
             return jax.vmap(jax.random.categorical)(keys, logits_BV / temperature)
 
-        def advance(values, tokens_BT, start_B, last_B, key, cache: Cache):
+        def advance(values, tokens_BT, start_B, last_B, seed, index, cache: Cache):
             logits_BV, cache = model(values).decode(tokens_BT, start_B, last_B, cache)
-            return choose(logits_BV, key), cache
+            return choose(whole(logits_BV), seed, index), cache
 
-        self._advance = jax.jit(advance, donate_argnums=5)
-        self._new_cache = jax.jit(lambda values: model(values).init_cache(batch, self._window))
+        self._advance = jax.jit(advance, donate_argnums=6)
+        self._new_cache = jax.jit(lambda values: model(values).init_cache(num_rows, self._window))
 
-    def _prefill(self, contexts: list[list[int]], key):
+    def _prefill(self, contexts: list[list[int]], index: int):
         """All contexts at once, padded to one length; lengths are rounded up, so that few programs are compiled."""
         lengths = np.array([len(c) for c in contexts])
-        padded = np.zeros((self._batch, min(self._window, 1 << int(lengths.max() - 1).bit_length())), np.int32)
+        padded = np.zeros((len(contexts), min(self._window, 1 << int(lengths.max() - 1).bit_length())), np.int32)
         for row, context in zip(padded, contexts, strict=True):
             row[: len(context)] = context
-        start = np.zeros(self._batch, np.int32)
-        return self._advance(self._values, padded, start, lengths - 1, key, self._new_cache(self._values))
+        start, cache = np.zeros(len(contexts), np.int32), self._new_cache(self._values)
+        return self._advance(self._values, padded, start, lengths - 1, self._seed, np.uint32(index), cache)
 
     def run(self, contexts: list[list[int]], num_tokens: int) -> Iterator[np.ndarray]:
         """Yield the next token of every context [B], `num_tokens` times. Contexts must not be empty."""
-        contexts, cache = [list(context) for context in contexts], None
+        contexts, cache = [list(context) for context in [*contexts, *contexts[:1] * self._added]], None
         for index in range(num_tokens):
-            key = jax.random.fold_in(self._key, index)
             lengths = np.array([len(c) for c in contexts])
             if cache is None or lengths.max() > self._window:
                 keep = self._window if cache is None else max(self._window // 2, 1)
                 contexts = [context[-keep:] for context in contexts]
-                tokens, cache = self._prefill(contexts, key)
+                with self._loaded.on_mesh():
+                    tokens, cache = self._prefill(contexts, index)
             else:
-                newest = np.array([context[-1:] for context in contexts], np.int32)
-                zeros = np.zeros(self._batch, np.int32)
-                tokens, cache = self._advance(self._values, newest, lengths - 1, zeros, key, cache)
+                newest, last = np.array([context[-1:] for context in contexts], np.int32), np.zeros_like(lengths)
+                with self._loaded.on_mesh():
+                    arguments = newest, lengths - 1, last, self._seed, np.uint32(index)
+                    tokens, cache = self._advance(self._values, *arguments, cache)
             tokens = np.asarray(tokens)
             for context, token in zip(contexts, tokens, strict=True):
                 context.append(int(token))
-            yield tokens
+            yield tokens[: self._batch]
 
 
 def continue_tokens(

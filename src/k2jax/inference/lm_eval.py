@@ -9,7 +9,10 @@ import numpy as np
 from k2jax.errors import UserError
 from k2jax.inference.generate import continue_tokens
 from k2jax.inference.load import LoadedModel
+from k2jax.inference.mesh import DATA_AXES, padded_to
 from k2jax.model.transformer import build_model
+from k2jax.sharding.place import place, whole
+from k2jax.sharding.rules import AXES_OF
 from k2jax.train.phases import rope_after
 
 
@@ -18,11 +21,27 @@ def _padded_length(length: int, window: int) -> int:
     return min(window, 1 << max(length - 1, 0).bit_length())
 
 
+def _score(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target, and whether it is the greedy choice: the first of the ids with the largest logit.
+
+    By masks, so that each device looks at its own ids alone where `tensor` cuts V.
+    """
+    id_V = jnp.arange(logits_BTV.shape[-1])
+    chosen_BT = jnp.where(id_V == targets_BT[..., None], logits_BTV, 0).sum(-1)
+    is_largest_BTV = logits_BTV == logits_BTV.max(-1, keepdims=True)
+    first_BT = jnp.where(is_largest_BTV, id_V, logits_BTV.shape[-1]).min(-1)
+    return chosen_BT - jax.nn.logsumexp(logits_BTV, -1), first_BT == targets_BT
+
+
 class Scorer:
-    """Log-probabilities of tokens, in batches."""
+    """Log-probabilities of tokens, in batches.
+
+    On a mesh rows are added to a batch, and positions to its rows, until the axes that cut them divide their number.
+    """
 
     def __init__(self, loaded: LoadedModel, batch: int):
-        config, self._window, self._batch = loaded.config, loaded.context_length, batch
+        config, self._window, self._loaded = loaded.config, loaded.context_length, loaded
+        self._batch = padded_to(loaded.mesh, DATA_AXES, batch)
         self._values = loaded.state.params, loaded.state.router_bias
         rope = rope_after(config, int(loaded.state.step))
 
@@ -30,9 +49,7 @@ class Scorer:
         def score(values, tokens_BT, targets_BT):
             dtype = jnp.dtype(config.train.compute_dtype)
             logits_BTV = build_model(config.model, *values, dtype, rope=rope, kernels=config.kernels)(tokens_BT).logits
-            chosen = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)
-            greedy_BT = jnp.argmax(logits_BTV, -1) == targets_BT
-            return chosen[..., 0] - jax.nn.logsumexp(logits_BTV, -1), greedy_BT
+            return jax.tree.map(whole, _score(logits_BTV, place(targets_BT, "BS")))
 
         self._score = score
 
@@ -45,11 +62,13 @@ class Scorer:
         for start in range(0, len(rows), self._batch):
             part = rows[start : start + self._batch]
             length = _padded_length(max(len(c) + len(t) for c, t in part) - 1, self._window)
+            length = padded_to(self._loaded.mesh, AXES_OF["T"], length)
             padded = np.zeros((2, self._batch, length), np.int32)
             for row, (context, continuation) in enumerate(part):
                 tokens = [*context, *continuation]
                 padded[:, row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
-            logprob_BT, greedy_BT = map(np.asarray, self._score(self._values, *padded))
+            with self._loaded.on_mesh():
+                logprob_BT, greedy_BT = map(np.asarray, self._score(self._values, *padded))
             for row, (context, continuation) in enumerate(part):
                 span = slice(len(context) - 1, len(context) + len(continuation) - 1)
                 results.append((float(logprob_BT[row, span].sum()), bool(greedy_BT[row, span].all())))

@@ -17,6 +17,7 @@ from k2jax.data.saved_tokenizer import save_tokenizer
 from k2jax.errors import UserError, first_of
 from k2jax.files import must_be_new, read_json, whole_folder
 from k2jax.inference.load import LoadedModel
+from k2jax.inference.mesh import DECODING_AXES, inference_mesh
 from k2jax.interop.hf_config import misspelled, model_config, shown
 from k2jax.interop.published import SCALE, all_weights, published_names, published_shape, read_part
 from k2jax.interop.published_tokenizer import published_tokenizer
@@ -230,16 +231,22 @@ def _config_for(found: PublishedCheckpoint, run_dir: str) -> Config:
     )
 
 
-def load_published(directory: str | Path, drop_mtp: bool = False) -> LoadedModel:
-    """A checkpoint folder ready for generation and evaluation, on one device, in the dtype that its config.json names.
+def load_published(
+    directory: str | Path,
+    drop_mtp: bool = False,
+    sizes: MeshConfig | None = None,
+    axes: tuple[str, ...] = DECODING_AXES,
+) -> LoadedModel:
+    """A checkpoint folder ready for generation and evaluation, in the dtype that its config.json names.
 
-    Raises UserError as `load_hf` does.
+    sizes, axes: as of `load_run`. Raises UserError as `load_hf` does, and for a mesh that does not go with the model.
     """
     found = open_published(directory, drop_mtp)
     config = _config_for(found, "none")
-    values = load_values(found, jnp.dtype(config.train.compute_dtype), None)
-    state = TrainState(jnp.int32(0), values["params"], values["router_bias"], None, None)
-    return LoadedModel(str(directory), config, state, published_tokenizer(found.folder, found.config))
+    mesh = None if sizes is None else inference_mesh(sizes, config.model, axes)
+    values = load_values(found, jnp.dtype(config.train.compute_dtype), mesh)
+    state = TrainState(np.int32(0), values["params"], values["router_bias"], None, None)
+    return LoadedModel(str(directory), config, state, published_tokenizer(found.folder, found.config), mesh)
 
 
 def import_hf(directory: str | Path, run_dir: str | Path, mesh: jax.sharding.Mesh, drop_mtp: bool = False) -> Config:

@@ -3,8 +3,7 @@
 T positions over context and tensor, S queries over context, Z keys whole; Q, C latents, J = C + R, G = N + U
 """
 
-import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from k2jax.dtypes import wide
 from k2jax.kernels.chunked_attention import ATTENTION_OUT, TokenIndex
 from k2jax.kernels.project import project
 from k2jax.model.attention import attention
+from k2jax.model.latent_attention import Latents, latent_attention
 from k2jax.model.remat import KV_LATENT, Q_LATENT, named
 from k2jax.model.rope import Rope, apply_rope
 from k2jax.model.weights import Param, Stack
@@ -42,23 +42,11 @@ class Positions(NamedTuple):
     k_at: TokenIndex  # [B, Z]
 
 
-class Latents(NamedTuple):
-    """All that one layer keeps of the tokens it has seen: kv_lora_rank + qk_rope_head_dim values of each."""
-
-    latent_BTC: jax.Array
-    rope_key_BTR: jax.Array  # already turned
-
-
 def keys_and_values(latent_BZC, rope_key_BZR, key_CHN, value_CHU) -> tuple[jax.Array, jax.Array]:
     """Keys [B, H, Z, K] and values [B, H, Z, U] of any run of tokens; all heads share the rotary part of the key."""
     key_BHZN = project("BZC,CHN->BHZN", latent_BZC, key_CHN)
     rope_key_BHZR = jnp.broadcast_to(rope_key_BZR[:, None], (*key_BHZN.shape[:3], rope_key_BZR.shape[-1]))
     return jnp.concatenate([key_BHZN, rope_key_BHZR], -1), project("BZC,CHU->BHZU", latent_BZC, value_CHU)
-
-
-def latents_as_keys(latent_BZC, rope_key_BZR) -> tuple[jax.Array, jax.Array]:
-    """Keys [B, 1, Z, C + R] and values [B, 1, Z, C] of attention between latents, of one head to look at."""
-    return jnp.concatenate([latent_BZC, rope_key_BZR], -1)[:, None], latent_BZC[:, None]
 
 
 class MLA(nnx.Module):
@@ -121,29 +109,25 @@ class MLA(nnx.Module):
         return project("BHSU,HUD->BSD", out_BHSU, self.o.use(dtype), out_spec("BTD")), max_logit_H
 
     def decode(
-        self, x_BTD: jax.Array, positions: Positions, slots_BS: jax.Array, past: Latents
+        self, x: jax.Array, positions: Positions, position_BS: jax.Array, past: Latents, layout: Literal["T", "S"]
     ) -> tuple[jax.Array, Latents]:
-        """Output [B, T, D] of new tokens, whose latents go to `slots` of `past`; positions.k_at is over the slots.
+        """Output of new tokens x [B, T, D] or [B, S, D], as `layout` says, whose latents go to their slots of `past`.
 
         Attention takes place between latents: W_kc joins the query and W_v the output (DeepSeek-V2 report 2.1.2), so
-        that no key or value of a past token is ever made again. Without a mesh.
+        that no key or value of a past token is ever made again.
         """
-        nope, dtype = self.config.qk_nope_head_dim, x_BTD.dtype
-        q_BHSK, new = self._queries(x_BTD, positions), self._latents(x_BTD, positions)
-        rows_B = jnp.arange(x_BTD.shape[0])[:, None]
-        past = Latents(*(old.at[rows_B, slots_BS].set(fresh) for old, fresh in zip(past, new, strict=True)))
+        nope, dtype = self.config.qk_nope_head_dim, x.dtype
+        q_BHSK, new = self._queries(x, positions), self._latents(x, positions)
         kv_b_CHG = self.kv_b.use(dtype)
         key_CHN, value_CHU = kv_b_CHG[..., :nope], kv_b_CHG[..., nope:]
         latent_q_BHSC = jnp.einsum("BHSN,CHN->BHSC", q_BHSK[..., :nope], key_CHN)
-        # All heads look at the same keys, so to `attention` they are more queries of a single head.
-        num_heads, num_new = latent_q_BHSC.shape[1:3]
-        folded = x_BTD.shape[0], num_heads * num_new
-        query = jnp.concatenate([latent_q_BHSC, q_BHSK[..., nope:]], -1).reshape(folded[0], 1, folded[1], -1)
-        q_at = TokenIndex(*(jnp.repeat(x_BS[:, None], num_heads, 1).reshape(folded) for x_BS in positions.q_at))
-        kernels = dataclasses.replace(self.kernels, attention="chunked")  # the one that looks at places
-        seen, _ = attention(
-            query, past, (), latents_as_keys, q_at, positions.k_at, positions.rope.softmax_scale, kernels
+        seen_BHSC, past = latent_attention(
+            jnp.concatenate([latent_q_BHSC, q_BHSK[..., nope:]], -1),
+            Latents(place(new.latent_BTC, "BSC"), place(new.rope_key_BTR, "BSR")),
+            past,
+            position_BS,
+            positions.rope.softmax_scale,
+            self.kernels,
         )
-        seen_BHSC = seen.reshape(latent_q_BHSC.shape)
         out_BHSU = jnp.einsum("BHSC,CHU->BHSU", seen_BHSC, value_CHU)
-        return project("BHSU,HUD->BSD", out_BHSU, self.o.use(dtype)), past
+        return project("BHSU,HUD->BSD", out_BHSU, self.o.use(dtype), out_spec(f"B{layout}D")), past

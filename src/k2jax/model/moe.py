@@ -5,6 +5,7 @@ W rows that the experts of one device work on
 """
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -92,39 +93,46 @@ class MoE(nnx.Module):
         if config.n_shared_experts:
             self.shared = SwiGLU(stack, config.n_shared_experts * width, "shared experts", "mlp.shared_experts.")
 
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, LayerReport]:
-        """Output [B, T, D], and the routing of the whole batch as a LayerReport without max_logits."""
+    def __call__(self, x_BTD: jax.Array, layout: Literal["T", "S"] = "T") -> tuple[jax.Array, LayerReport]:
+        """Output [B, T, D], and the routing of the whole batch as a LayerReport without max_logits.
+
+        layout: of the tokens. With S each device along `tensor` has, and works on, all of them.
+        """
         dtype = x_BTD.dtype
         # At least float32, and in full: bf16 logits, which accelerators make of float32 by default, would flip choices.
         router_DX = self.router.use(wide(dtype))
         logit_BTX = project("BTD,DX->BTX", x_BTD.astype(router_DX.dtype), router_DX, precision="highest")
         logit_BTX = named(logit_BTX, ROUTER_LOGITS)
         score_BTX = jax.nn.sigmoid(logit_BTX)
-        y_BTD, load_E, dropped = self.routed(x_BTD, score_BTX)
+        y_BTD, load_E, dropped = self.routed(x_BTD, score_BTX, layout)
         if self.config.n_shared_experts:
             y_BTD += self.shared(x_BTD)
         balance = sequence_balance(score_BTX, self.config.num_experts_per_tok)
         return y_BTD, LayerReport(None, load_E, dropped, balance)
 
-    def routed(self, x_BTD: jax.Array, score_BTX: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def routed(self, x_BTD, score_BTX, layout: Literal["T", "S"] = "T") -> tuple[jax.Array, jax.Array, jax.Array]:
         """Output [B, T, D] of the routed experts, load_E and the number of dropped rows."""
         weights = [w.use(x_BTD.dtype) for w in (self.gate, self.up, self.down)]
-        local, in_dims = partial(self._routed, on_mesh()), ("BTD", "BTX", "X", "EDF", "EDF", "EFD")
+        x_dims, score_dims = f"B{layout}D", f"B{layout}X"
+        alike = uncut_axes(x_dims) if on_mesh() else ()
+        local, in_dims = partial(self._routed, on_mesh(), alike), (x_dims, score_dims, "X", "EDF", "EDF", "EFD")
         if on_mesh():
-            out_specs = spec("BTD"), spec("E"), spec("")
+            out_specs = spec(x_dims), spec("E"), spec("")
             local = jax.shard_map(local, in_specs=tuple(map(spec, in_dims)), out_specs=out_specs)
         return local(x_BTD, score_BTX, self.bias[...], *weights)
 
     @jax.named_scope("experts")
-    def _routed(self, is_cut, x_BTD, score_BTX, bias_X, *weights):
+    def _routed(self, is_cut, alike, x_BTD, score_BTX, bias_X, *weights):
         """The routed experts on the tokens of one device; every array here is local.
 
         is_cut: whether what other devices share and count is to be added up here; a pipeline does it once a step.
+        alike: mesh axes along which devices have the same tokens, to be counted once.
         """
+        shared = lambda dims: tuple(axis for axis in uncut_axes(dims) if axis not in alike)  # noqa: E731
         config, kernels = self.config, self.kernels
         num_shards = jax.sharding.get_abstract_mesh().shape.get("expert", 1)
         if is_cut:
-            weights = [replicated(w, uncut_axes("EDF")) for w in weights]
+            weights = [replicated(w, shared("EDF")) for w in weights]
         gate_EDF, up_EDF, down_EFD = weights
         multiply = choose_grouped_matmul(kernels, platform())
 
@@ -143,6 +151,6 @@ class MoE(nnx.Module):
             num_shards, transport, kernels.expert_buffer,
         )  # fmt: skip
         if is_cut:
-            load_E = jax.lax.psum(load_E, uncut_axes("E"))
-            dropped = jax.lax.psum(dropped, uncut_axes(""))
+            load_E = jax.lax.psum(load_E, shared("E"))
+            dropped = jax.lax.psum(dropped, shared(""))
         return y_TD.reshape(x_BTD.shape), load_E, dropped

@@ -14,14 +14,15 @@ from k2jax.dtypes import wide
 from k2jax.kernels.chunked_attention import TokenIndex
 from k2jax.kernels.project import project
 from k2jax.model.head import head_loss
+from k2jax.model.latent_attention import Latents
 from k2jax.model.layer_report import LayerReport, join_stacks
-from k2jax.model.mla import MLA, Latents, Positions, rms_norm
+from k2jax.model.mla import MLA, Positions, rms_norm
 from k2jax.model.moe import MoE, SwiGLU
 from k2jax.model.pipeline import pipelined
 from k2jax.model.remat import ATTENDED, LAYER_INPUT, named, rematerialise
 from k2jax.model.rope import Rope, make_rope, rope_angles
 from k2jax.model.weights import Param, RouterBias, Stack, Weight, declare, dim_sizes
-from k2jax.sharding.place import num_stages, out_spec, place, whole
+from k2jax.sharding.place import num_shards, num_stages, out_spec, place, whole
 from k2jax.sharding.zigzag import zigzag
 
 
@@ -54,9 +55,12 @@ class Layer(nnx.Module):
         return rms_norm(x_BTD, self.attention_norm, self.config.rms_norm_eps)
 
     @jax.named_scope("ffn")
-    def _feed_forward(self, x_BTD: jax.Array):
+    def _feed_forward(self, x_BTD: jax.Array, layout: Literal["T", "S"] = "T"):
+        """layout: of the tokens; S while decoding, where they may be too few for `tensor` to cut."""
         normed_BTD = rms_norm(x_BTD, self.ffn_norm, self.config.rms_norm_eps)
-        y_BTD, report = self.ffn(normed_BTD) if isinstance(self.ffn, MoE) else (self.ffn(normed_BTD), LayerReport(None))
+        if not isinstance(self.ffn, MoE):
+            return x_BTD + self.ffn(normed_BTD), LayerReport(None)
+        y_BTD, report = self.ffn(normed_BTD, layout)
         return x_BTD + y_BTD, report
 
     def __call__(self, x_BTD: jax.Array, positions: Positions) -> tuple[jax.Array, LayerReport]:
@@ -65,9 +69,10 @@ class Layer(nnx.Module):
         x_BTD, report = self._feed_forward(named(x_BTD + attended_BTD, ATTENDED))
         return x_BTD, report._replace(max_logits=max_logit_H)
 
-    def decode(self, x_BTD: jax.Array, positions: Positions, slots_BS: jax.Array, past: Latents):
-        attended_BTD, past = self.attention.decode(self._normed(x_BTD), positions, slots_BS, past)
-        return self._feed_forward(x_BTD + attended_BTD)[0], past
+    def decode(self, x: jax.Array, positions: Positions, position_BS: jax.Array, past: Latents, layout):
+        """New tokens x [B, T, D] or [B, S, D], as `layout` says."""
+        attended, past = self.attention.decode(self._normed(x), positions, position_BS, past, layout)
+        return self._feed_forward(x + attended, layout)[0], past
 
 
 def scan_layers(layers: Layer, x_BTD: jax.Array, positions: Positions, remat: Remat):
@@ -114,10 +119,10 @@ class Transformer(nnx.Module):
         self.head = declare("", "D", "V", sizes, "lm_head.weight", group="adamw", component="head")
 
     @jax.named_scope("embed")
-    def _embed(self, tokens: jax.Array) -> jax.Array:
-        """Of tokens [B, T] or [Y, B, T]."""
+    def _embed(self, tokens: jax.Array, layout: Literal["T", "S"] = "T") -> jax.Array:
+        """Of tokens [B, T], [Y, B, T] or, with layout S, [B, S]."""
         # Cast after the look-up: the gradient of a frequent token's row is a sum that bf16 cannot hold.
-        table_ID, dims = self.embedding.use(wide(self.dtype)), "YBTD"[-1 - tokens.ndim :]
+        table_ID, dims = self.embedding.use(wide(self.dtype)), f"YB{layout}D"[-1 - tokens.ndim :]
         return table_ID.at[tokens].get(out_sharding=out_spec(dims)).astype(self.dtype)
 
     def _normed(self, x_BTD: jax.Array) -> jax.Array:
@@ -185,45 +190,50 @@ class Transformer(nnx.Module):
         return Output(None, self._loss(x_YBTD, target_MBT), self._join(reports))
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `batch` sequences of up to `length` tokens."""
+        """An empty cache for `batch` sequences of up to `length` tokens.
+
+        On a mesh `batch` must be a multiple of replica * fsdp * expert; slots are added to `length` until `tensor`
+        divides them.
+        """
         config = self.config
-        num_dense = config.first_k_dense_replace
+        num_dense, num_slots = config.first_k_dense_replace, length + -length % num_shards("T")
 
         def stack(num_layers):
-            shape = num_layers, batch, length
+            shape = num_layers, batch, num_slots
             return Latents(
-                jnp.zeros((*shape, config.kv_lora_rank), self.dtype),
-                jnp.zeros((*shape, config.qk_rope_head_dim), self.dtype),
+                jnp.zeros((*shape, config.kv_lora_rank), self.dtype, out_sharding=out_spec("LBTC")),
+                jnp.zeros((*shape, config.qk_rope_head_dim), self.dtype, out_sharding=out_spec("LBTR")),
             )
 
         return Cache(stack(num_dense), stack(config.num_hidden_layers - num_dense))
 
-    def decode(self, tokens_BT, start_B, last_B, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Logits [B, V] after token `last` of each row of new tokens, which stand at positions start, start + 1, ...
+    def decode(self, tokens, start_B, last_B, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Logits [B, V] after token `last` of each row of new tokens [B, S], at positions start, start + 1, ...
 
         Rows may be padded beyond `last`: what the padding leaves in the cache is seen by nobody before the next tokens
-        overwrite it. Without a mesh.
+        overwrite it. On a mesh with stage and context 1. Where `tensor` divides S the residual stream is cut over it as
+        in training; else, as of single tokens, each device of that axis has all of them.
         """
-        position_BS = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
+        layout = "S" if tokens.shape[1] % num_shards("T") else "T"
+        position_BS = place(jnp.asarray(start_B)[:, None] + jnp.arange(tokens.shape[1]), "BS")
         rope = make_rope(self.config, self.rope)
         angles_BS = rope_angles(position_BS, rope)
-        slots = tokens_BT.shape[0], cache.moe.latent_BTC.shape[2]
-        slot_BZ = jnp.broadcast_to(jnp.arange(slots[1], dtype=position_BS.dtype), slots)
-        q_at, k_at = (TokenIndex(index, jnp.zeros_like(index)) for index in (position_BS, slot_BZ))
-        known = Positions(rope, angles_BS, angles_BS, q_at, k_at)
-        x_BTD, stacks = self._embed(tokens_BT), []
+        known = Positions(rope, angles_BS, place(angles_BS, f"B{layout}R"), None, None)
+        x, stacks = self._embed(place(jnp.asarray(tokens), f"B{layout}"), layout), []
         for layers, past in zip((self.dense, self.moe), cache, strict=True):
             if layers is not None:
                 graph, weights = nnx.split(layers)
 
-                def run(x_BTD, layer, graph=graph):
+                def run(x, layer, graph=graph):
                     weights, past = layer
-                    return nnx.merge(graph, weights).decode(x_BTD, known, position_BS, past)
+                    return nnx.merge(graph, weights).decode(x, known, position_BS, past, layout)
 
-                x_BTD, past = jax.lax.scan(run, x_BTD, (weights, past))
+                x, past = jax.lax.scan(run, x, (weights, past))
             stacks.append(past)
-        x_BTD = jnp.take_along_axis(x_BTD, last_B[:, None, None], 1)
-        return self._logits(x_BTD)[:, 0], Cache(*stacks)
+        # Chosen by a mask and not by index, which explicit shardings could not follow; a sum with zeros is exact.
+        is_last_BS = place(jnp.arange(x.shape[1]) == jnp.asarray(last_B)[:, None], "BS")
+        x_BSD = jnp.where(is_last_BS[..., None], place(x, "BSD"), 0).sum(1, keepdims=True)
+        return self._logits(x_BSD)[:, 0], Cache(*stacks)
 
 
 def _declared(config: ModelConfig, kind: type) -> dict:

@@ -78,5 +78,5 @@ def mesh_of(**sizes: int) -> jax.sharding.Mesh:
 
 
 def single_device_mesh() -> jax.sharding.Mesh:
-    """All axes 1: for generation, and for a reference to compare with."""
-    return make_mesh(MeshConfig(), jax.devices()[:1])
+    """All axes 1, on this process's first device: for a reference to compare with."""
+    return make_mesh(MeshConfig(), jax.local_devices()[:1])

@@ -1,5 +1,6 @@
 """Weights that devices share inside `jax.shard_map`: said before use, so that autodiff adds up their gradients."""
 
+import math
 from functools import partial
 
 import jax
@@ -33,6 +34,12 @@ replicated.defvjp(_forward, _backward)
 def on_mesh() -> bool:
     """True if arrays have shardings here: a mesh is set (a model may be called without), outside of `jax.shard_map`."""
     return bool(jax.sharding.get_abstract_mesh().explicit_axes)
+
+
+def num_shards(dim: str) -> int:
+    """Parts that an array's dim of this letter is cut into, in use, on the mesh that is set; 1 without one."""
+    shape = jax.sharding.get_abstract_mesh().shape if on_mesh() else {}
+    return math.prod(shape.get(axis, 1) for axes in in_use_axes(dim) for axis in axes)
 
 
 def num_stages() -> int:

@@ -38,12 +38,16 @@ def init_state(config: Config, tx: optax.GradientTransformation) -> TrainState:
     return jax.jit(init)()
 
 
-def abstract_model(config: Config) -> tuple[dict, dict]:
-    """Shapes and dtypes of (params, router_bias), on the first device and no mesh."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def abstract_model(config: Config, mesh: jax.sharding.Mesh | None) -> tuple[dict, dict]:
+    """Shapes, dtypes and layouts at rest of (params, router_bias) on `mesh`; None: on this process's first device."""
 
     def shape(weight: Weight):
-        return jax.ShapeDtypeStruct(weight.shape, jnp.float32, sharding=here)
+        if mesh is None:
+            sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        else:
+            # A bias is whole on every device, as `init_router_bias` makes it.
+            sharding = jax.NamedSharding(mesh, weight.spec(mesh.shape) if weight.group else jax.P())
+        return jax.ShapeDtypeStruct(weight.shape, jnp.float32, sharding=sharding)
 
     declared = declarations(config.model), bias_declarations(config.model)
     return jax.tree.map(shape, declared, is_leaf=lambda x: isinstance(x, Weight))
