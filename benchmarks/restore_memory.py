@@ -35,7 +35,7 @@ def save(folder: str, size: str) -> None:
     from k2jax.config import Config
     from k2jax.model.transformer import declarations, init_router_bias
     from k2jax.model.weights import init_params
-    from k2jax.runs.folder import checkpoints_of, write_config
+    from k2jax.runs.folder import RunFolder, write_config
     from k2jax.runs.identity import make_identity
     from k2jax.train.checkpoint import model_part, save_model
 
@@ -44,7 +44,7 @@ def save(folder: str, size: str) -> None:
     Path(folder).mkdir()
     write_config(Path(folder), config)
     make_identity(Path(folder))
-    save_model(checkpoints_of(Path(folder)), model_part(params, init_router_bias(config.model)))
+    save_model(RunFolder(Path(folder)).checkpoints, model_part(params, init_router_bias(config.model)))
 
 
 def resident() -> int:
