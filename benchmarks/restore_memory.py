@@ -102,8 +102,8 @@ def main() -> None:
             small, large = (restored(f"{place}/{size}", devices, sizes) for size in ("small", "large"))
             share = (large["peak"] - small["peak"]) / (large["model"] - small["model"])
             print(
-                f"{sizes or 'one device'}: model {large['model'] / 1e6:.0f} MB, peak {large['peak'] / 1e6:.0f} MB, of which "
-                f"{small['peak'] / 1e6:.0f} MB whatever the model is; the rest is {share:.2f} of the model"
+                f"{sizes or 'one device'}: model {large['model'] / 1e6:.0f} MB, peak {large['peak'] / 1e6:.0f} MB, "
+                f"of which {small['peak'] / 1e6:.0f} MB whatever the model is; the rest is {share:.2f} of the model"
             )
 
 

@@ -81,9 +81,9 @@ def test_same_perplexity(place, loaded, sizes):
 
 
 def test_same_scores(place, loaded):
-    """Log-probabilities and greedy choices of continuations: of 3 rows in batches of 2, and of 1 token, which tensor does
-    not divide."""
-    rows = [([256], [97]), (list(b"ab"), list(b"cd")), ([256, 100], continue_tokens(loaded, [[256, 100]], 4, 0.0, 0, ())[0])]
+    """Log-probabilities and greedy choices: of 3 rows in batches of 2, and of 1 token, which tensor does not divide."""
+    greedy = continue_tokens(loaded, [[256, 100]], 4, 0.0, 0, ())[0]
+    rows = [([256], [97]), (list(b"ab"), list(b"cd")), ([256, 100], greedy)]
     scorers = [Scorer(model, 2) for model in (loaded, on_mesh(place, MESHES[0]))]
     alone, found = (scorer(rows) + scorer(rows[:1]) for scorer in scorers)
     np.testing.assert_allclose([score for score, _ in found], [score for score, _ in alone], rtol=1e-5)
@@ -120,7 +120,8 @@ def test_rope_of_the_phase_that_was_trained(place, loaded):
 
 def test_what_does_not_fit_is_said_at_once(place, capsys):
     run = str(place / "run")
-    assert main(["generate", run, "--mesh.tensor", "4", "--mesh.fsdp", "3", "--mesh.stage", "2", "--mesh.context", "2"]) == 2
+    sizes = ["--mesh.tensor", "4", "--mesh.fsdp", "3", "--mesh.stage", "2", "--mesh.context", "2"]
+    assert main(["generate", run, *sizes]) == 2
     error = capsys.readouterr().err
     for line in (
         "7 problems",

@@ -71,8 +71,10 @@ def test_cache_holds_576_values_a_token_and_layer():
 
 
 def test_decoding_on_a_mesh(tiny, mesh_of):
-    """In float64, to 1e-9 of the largest logit of decoding without a mesh. Prompts of 8 are cut over tensor, single tokens are not, and of 12
-    slots each device has 6."""
+    """In float64, to 1e-9 of the largest logit of decoding without a mesh.
+
+    Prompts of 8 are cut over tensor, single tokens are not, and of 12 slots or more each device has half.
+    """
     rng = np.random.default_rng(1)
     values = jax.tree.map(lambda x: np.asarray(x, np.float64), make_values(tiny, rng))
     rows = [rng.integers(0, tiny.vocab_size, n).astype(np.int32) for n in (7, 6, 4)]

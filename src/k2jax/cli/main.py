@@ -114,7 +114,8 @@ def _mesh_options(sub: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(MeshConfig):
         sub.add_argument(f"--mesh.{field.name}", type=int, metavar="N", help=argparse.SUPPRESS)
     _process_options(sub)
-    sub.epilog = "--mesh.AXIS N spreads the model over all devices: replica, fsdp, expert, tensor; context where nothing is generated."
+    axes = "replica, fsdp, expert, tensor, and context where nothing is generated"
+    sub.epilog = f"--mesh.AXIS N spreads the model over all devices: {axes}."
 
 
 def _model_commands(command) -> None:

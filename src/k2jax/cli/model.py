@@ -76,7 +76,8 @@ def evaluate(args, rest: list[str]) -> int:
         from k2jax.inference.lm_eval import run_tasks
 
         results, shortened = run_tasks(_load(args, decodes=True), args.tasks.split(","), args.task_folder, args.limit)
-        return _print_and_leave(json.dumps({"results": results, "requests_shortened": shortened}, indent=2, default=str))
+        found = {"results": results, "requests_shortened": shortened}
+        return _print_and_leave(json.dumps(found, indent=2, default=str))
     from k2jax.data.loader.corpus import open_corpus, open_data
     from k2jax.inference.evaluate import perplexity
 

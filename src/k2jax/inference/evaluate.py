@@ -31,7 +31,7 @@ class Perplexity(NamedTuple):
 
 
 def _padded_batch(rows: dict[str, np.ndarray], num_rows: int, mesh: jax.sharding.Mesh | None) -> Batch:
-    """Rows {"tokens" [n, T + 1], ...} as a Batch [num_rows, T]; rows that are added have target -1, which has no loss."""
+    """Rows {"tokens" [n, T + 1], ...} as a Batch [num_rows, T]; added rows have target -1, which has no loss."""
     tokens = rows["tokens"]
     widths = (0, num_rows - len(tokens)), (0, 0)
     targets = np.pad(tokens[:, 1:], widths, constant_values=-1)
@@ -69,10 +69,10 @@ def perplexity(
 ) -> Perplexity:
     """Over the first `num_sequences` windows of the validation split's shuffle, or of one source's; None: over all.
 
-    length: tokens of a window, by default what the model was trained to see. On a mesh the last batch is filled up with
-    rows that are not counted, so that the number of sequences is free, and that of tokens alone must be a multiple of
-    context * tensor. Raises UserError if it is not, the store has fewer windows or was written by another tokenizer than
-    the model's.
+    length: tokens of a window, by default what the model was trained to see. The last batch is filled up with
+    rows that are not counted: the number of sequences is free, but on a mesh `length` must be a multiple of
+    context * tensor. Raises UserError if it is not, the store has fewer windows or was written by another tokenizer
+    than the model's.
     """
     length = loaded.context_length if length is None else length
     if length < 1:

@@ -60,7 +60,7 @@ class LoadedModel:
 
 
 def use_kernels(config: Config) -> Config:
-    """`config` with kernels that are chosen by platform and mesh when the model runs, whatever the run was trained with.
+    """`config` with kernels that platform and mesh decide when the model runs, whatever the run was trained with.
 
     The experts have room for all rows: what a training drops for want of room depends on its mesh and its batch.
     """

@@ -1,8 +1,8 @@
 """Attention of new tokens to the cached latents of all before them (DeepSeek-V2 report 2.1.2), on a mesh.
 
-At rest the cache is laid out as the residual stream is: sequences over the data axes, slots over `context` and `tensor`,
-so that no two devices of a replica keep the same latent. B sequences, H heads, S new tokens, T, Z slots of the cache,
-C, R parts of a latent, J = C + R
+At rest the cache is laid out as the residual stream is: sequences over the data axes, slots over `context` and
+`tensor`, so that no two devices of a replica keep the same latent. B sequences, H heads, S new tokens, T, Z slots of
+the cache, C, R parts of a latent, J = C + R
 """
 
 from functools import partial
