@@ -15,7 +15,7 @@ from jax._src import cache_key
 
 from k2jax import processes
 from k2jax.cli.main import main
-from k2jax.train import checkpoint, compile_cache, loop
+from k2jax.train import checkpoint, compile_cache, loop, start
 from k2jax.train.recorder import Recorder
 
 
@@ -64,7 +64,7 @@ def at(moment: str, kind: str, process: int) -> None:
     elif moment == "eval":
         before(loop, "bits_per_byte", once)  # its arguments hold a validation that has run
     elif moment == "restore":
-        before(checkpoint, "content_problems", once)
+        before(start, "restore_state", once)
     elif moment == "compile":
         before(compile_cache, "_use", lambda folder: folder and once())
         before(loop, "cache_notes", once)

@@ -12,11 +12,10 @@ from k2jax.data.saved_tokenizer import open_tokenizer
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import UserError
 from k2jax.inference.mesh import DECODING_AXES, inference_mesh, on
-from k2jax.inference.restore import read_model
 from k2jax.model.choices import describe_experts
 from k2jax.runs.commits import sound_step
 from k2jax.runs.folder import RunFolder, read_config
-from k2jax.train.checkpoint import model_part
+from k2jax.train.checkpoint import model_part, restore_model
 from k2jax.train.state import TrainState, abstract_model
 
 
@@ -84,7 +83,7 @@ def load_run(
     mesh = None if sizes is None else inference_mesh(sizes, config.model, axes)
     files = RunFolder(folder)
     step = sound_step(files.checkpoints, step)
-    model = read_model(files.checkpoints, step, model_part(*abstract_model(config, mesh)))
+    model = restore_model(files.checkpoints, step, model_part(*abstract_model(config, mesh)))
     state = TrainState(np.int32(step), model["params"], model["router_bias"], None, None)
     tokenizer = open_tokenizer(files.tokenizer) if files.tokenizer.is_dir() else None
     return LoadedModel(str(run_dir), config, state, tokenizer, mesh)

@@ -18,8 +18,8 @@ from k2jax.interop.tokenizer_files import tokenizer_files
 from k2jax.model.weights import Weight
 from k2jax.runs.commits import sound_step
 from k2jax.runs.folder import RunFolder, read_config
-from k2jax.train.checkpoint import open_array
 from k2jax.train.phases import rope_after
+from k2jax.train.restore import name_of, open_array
 
 DTYPES = {"bf16": ("BF16", "bfloat16"), "f32": ("F32", "float32")}  # ours: (safetensors', torch's)
 FILE_BYTES = 5 * 10**9
@@ -30,7 +30,7 @@ def _new_tensors(folder: Path, step: int, model, dtype: str) -> dict[str, NewTen
     tensors = {}
     leaves = jax.tree_util.tree_leaves_with_path(all_weights(model), is_leaf=lambda x: isinstance(x, Weight))
     for path, weight in leaves:
-        array = open_array(folder, step, "model", jax.tree_util.keystr(path, simple=True, separator="."))
+        array = open_array(folder, step, f"model.{name_of(path)}")
         stored = "F32" if weight.group is None else dtype  # the router bias decides near ties: it keeps its bits
 
         def make(index, weight=weight, array=array, stored=stored) -> np.ndarray:

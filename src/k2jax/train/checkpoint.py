@@ -11,17 +11,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import tensorstore
 from orbax.checkpoint import v1 as ocp
 
 from k2jax.config import CheckpointConfig
 from k2jax.errors import RunFailed, first_of
 from k2jax.processes import count, gather, index, is_first
-from k2jax.runs.commits import commit, committed_steps, file_digests, read_record, remove_step
-from k2jax.train.content import content_problems, content_sums, named_digests
+from k2jax.runs.commits import commit, committed_steps, file_digests, remove_step
+from k2jax.train.content import content_sums, named_digests
+from k2jax.train.restore import name_of, open_array, restore_items
 from k2jax.train.state import TrainState
 
-READ_BYTES = 2**28  # most that a process reads at a time, beside the arrays that it fills
 CHUNK_BYTES = 2**26  # an export reads parameters matrix by matrix, and a chunk is the least that can be read
 
 
@@ -54,13 +53,6 @@ def parts(state: TrainState) -> dict:
     }
 
 
-def open_array(folder: Path, step: int, item: str, name: str) -> tensorstore.TensorStore:
-    """One array of a step, such as "params.moe.ffn.gate" of item "model", to be read in parts. No cache is kept."""
-    base = {"driver": "file", "path": f"{folder.resolve() / str(step) / item}/"}
-    kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-    return tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True).result()
-
-
 def _check_readable(folder: Path, step: int, items: dict) -> None:
     """Raise RunFailed unless every array of every item opens, with its shape.
 
@@ -69,9 +61,9 @@ def _check_readable(folder: Path, step: int, items: dict) -> None:
     """
     problems = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(items):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        name = name_of(path)
         try:
-            stored = open_array(folder, step, *name.split(".", 1)).shape
+            stored = open_array(folder, step, name).shape
         except ValueError as error:
             problems.append(f"{name}: {error}")
             continue
@@ -159,29 +151,15 @@ class Saver:
         self.poll()
 
 
-def _restore(folder: Path, step: int, items: dict) -> dict:
-    """The items of `step`, laid out as these say. RunFailed if their content is not that of the commit record."""
-    expected = read_record(folder, step)["content"]
-    context = ocp.Context()
-    context.memory.read_concurrent_bytes = READ_BYTES
-    with context:
-        restored = ocp.load_checkpointables((folder / str(step)).resolve(), items)
-    if problems := content_problems(restored, expected):
-        # The files were sound: what read them, or what they passed through, is not.
-        where = f"{folder / str(step)}: read back with another content"
-        raise RunFailed(f"{where}: {'; '.join(first_of(problems, 3))}; start again, on another machine if it repeats")
-    return restored
-
-
 def restore_model(folder: Path, step: int, abstract: dict) -> dict:
     """{"params", "router_bias"} of `step`, laid out as `abstract`, the same of ShapeDtypeStructs, says.
 
-    Raises RunFailed if their content is not what was saved, UserError if the commit record was changed.
+    Raises as `restore_items`.
     """
-    return _restore(folder, step, {"model": abstract})["model"]
+    return restore_items(folder, step, {"model": abstract})["model"]
 
 
 def restore_state(folder: Path, step: int, abstract: TrainState) -> TrainState:
-    """The TrainState of `step` on the mesh of `abstract`, whatever mesh it was saved from. Raises as `restore_model`."""
-    stored = _restore(folder, step, parts(abstract))
+    """The TrainState of `step` on the mesh of `abstract`, whatever mesh it was saved from. Raises as `restore_items`."""
+    stored = restore_items(folder, step, parts(abstract))
     return TrainState(**stored["model"], **stored["optimizer"])

@@ -1,0 +1,73 @@
+"""Reading a checkpoint back: each process the parts of its own devices, one array after the other, and proves them.
+
+By TensorStore, without Orbax, which reads all arrays at once, each part beside all others, up to three times the state
+in host memory, or with a limit waits for ever for a part that is larger; and which all processes must call together.
+"""
+
+import collections
+from pathlib import Path
+
+import jax
+import numpy as np
+import tensorstore
+
+from k2jax.errors import RunFailed, first_of
+from k2jax.runs.commits import read_record
+from k2jax.train.content import content_problems
+
+
+def name_of(path: tuple) -> str:
+    """The name of an array by its path in a tree of items: "model.params.moe.ffn.gate"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def open_array(folder: Path, step: int, name: str) -> tensorstore.TensorStore:
+    """One array of a step, such as "model.params.moe.ffn.gate", to be read in parts. No cache is kept."""
+    item, _, rest = name.partition(".")
+    base = {"driver": "file", "path": f"{folder.resolve() / str(step) / item}/"}
+    kvstore = {"driver": "ocdbt", "base": base, "path": f"{rest}/"}
+    return tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True).result()
+
+
+def _read(stored: tensorstore.TensorStore, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    """The array with the layout of `wanted`. Devices with the same part share one reading of it."""
+    shape, sharding = wanted.shape, wanted.sharding
+    owners = collections.defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        owners[tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))].append(device)
+    parts = {}
+    reads = [(devices, stored[tuple(slice(*bounds) for bounds in index)].read()) for index, devices in owners.items()]
+    for devices, read in reads:
+        value = np.asarray(read.result())
+        parts |= {device: jax.device_put(value, device) for device in devices}
+    ordered = [parts[device] for device in sharding.addressable_devices_indices_map(shape)]
+    return jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, ordered))
+
+
+def restore_items(folder: Path, step: int, items: dict) -> dict:
+    """The items of `step`, {"model": ..., "optimizer": ...} or some of them, laid out as their ShapeDtypeStructs say.
+
+    On any mesh and number of processes. Host memory: the arrays and one of them again. Raises UserError if the commit
+    record was changed, RunFailed with every array that cannot be read, or whose shape, dtype or content is another.
+    """
+    expected = read_record(folder, step)["content"]
+    paths, tree = jax.tree_util.tree_flatten_with_path(items)
+    arrays, problems = [], []
+    for path, wanted in paths:
+        name = name_of(path)
+        try:
+            stored = open_array(folder, step, name)
+            found, due = (stored.shape, stored.dtype.numpy_dtype), (wanted.shape, np.dtype(wanted.dtype))
+            if found != due:
+                problems.append(f"{name}: is {found[1]} {list(found[0])}, must be {due[1]} {list(due[0])}")
+                continue
+            arrays.append(_read(stored, wanted))
+        except ValueError as error:  # TensorStore's
+            problems.append(f"{name}: {str(error).splitlines()[0]}")
+    if not problems:
+        items = tree.unflatten(arrays)
+        problems = content_problems(items, expected)
+    if problems:  # in files that are sound: what read them, or what they passed through, is not
+        where = f"{folder / str(step)}: cannot be restored: {'; '.join(first_of(problems, 3))}"
+        raise RunFailed(f"{where}; start again, on another machine if it repeats")
+    return items
