@@ -8,11 +8,15 @@ import numpy as np
 import optax
 import pytest
 
-from k2jax.config import CheckpointConfig
+from k2jax.cli.main import main
+from k2jax.config import CheckpointConfig, Config
 from k2jax.errors import RunFailed, UserError
 from k2jax.runs.commits import committed_steps, find_damaged, newest_step, read_record, remove_leftovers, set_aside
+from k2jax.runs.folder import write_config
+from k2jax.runs.identity import make_identity
 from k2jax.train.checkpoint import Saver, restore_state
 from k2jax.train.guard import Guard
+from k2jax.train.restore import damaged_arrays
 from k2jax.train.state import TrainState
 
 
@@ -131,3 +135,31 @@ def test_damaged_steps_are_set_aside_and_the_one_before_is_used(tmp_path, mesh_o
     with pytest.raises(UserError, match="no sound checkpoint is left"):
         find_damaged(folder)
     assert committed_steps(folder) == [0, 4]
+
+
+def test_damaged_arrays_are_named(tmp_path, mesh_of, capsys):
+    """Each of 30 flips in the files of the arrays is found in its file; those in an array's bits name the array."""
+    run, rng, named = tmp_path / "run", np.random.default_rng(3), set()
+    run.mkdir()
+    write_config(run, Config())
+    make_identity(run)
+    saver = Saver(run / "checkpoints", CheckpointConfig())
+    saver.save(4, make_state(mesh_of(fsdp=2, expert=2, tensor=2), 4), {})
+    saver.wait()
+    assert main(["verify", str(run)]) == 0 and capsys.readouterr().out == "step 4: sound\n"
+    assert damaged_arrays(run / "checkpoints", 4) == []
+    files = sorted(p for p in (run / "checkpoints/4").rglob("*") if p.is_file() and p.stat().st_size > 2000)
+    for _ in range(30):
+        path = files[rng.integers(len(files))]
+        sound = path.read_bytes()
+        changed = bytearray(sound)
+        changed[rng.integers(len(sound))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(changed)
+        assert main(["verify", str(run), "--step", "4"]) == 1
+        out, err = capsys.readouterr()
+        assert f"step 4: DAMAGED\n  {path}: is not what was written (sha256)" in out and "1 of 1 committed steps" in err
+        named |= {line.split(":")[0].split("[")[0].strip() for line in out.splitlines()[2:] if "no array" not in line}
+        path.write_bytes(sound)
+    assert "model.params.w" in named and named <= {*read_record(run / "checkpoints", 4)["content"]}
+    assert main(["verify", str(run), "--step", "5"]) == 2
+    assert "--step 5: is not a committed step; there are 4" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import os
 import sys
 
 from k2jax import processes
-from k2jax.cli import audit, data, launch, model, plan, run
+from k2jax.cli import audit, data, launch, model, plan, run, verify
 from k2jax.config import MeshConfig
 from k2jax.errors import RunFailed, UserError, exit_code
 
@@ -103,6 +103,10 @@ def _run_commands(command) -> None:
     sub.add_argument("--until", type=int, metavar="STEP", help="after this many steps (default: the whole run)")
     sub.add_argument("--data", metavar="STORES", help="where the stores are now, joined by commas (default: the run's)")
     sub.add_argument("--json", action="store_true", help="print JSON, a line for each row, time or source")
+
+    sub = command("verify", verify.verify, "Check the digests of a run's checkpoints; name damaged files and arrays.")
+    sub.add_argument("run", help="run directory")
+    sub.add_argument("--step", type=int, help="only this step (default: all)")
 
     sub = command("plot", plan.plot, "Draw loss and max logit of runs into one PNG.")
     sub.add_argument("run", nargs="+", help="run directories")

@@ -24,7 +24,7 @@ def _mix(bits: jax.Array) -> jax.Array:
     return bits ^ (bits >> 16)
 
 
-def _stack(shape: tuple[int, ...]) -> tuple[int, ...]:
+def stack_of(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The leading dims of an array whose every index has a digest of its own: layers, experts, heads."""
     dims = max(len(shape) - 2, 0)
     while dims and math.prod(shape[dims:]) < _LEAST:
@@ -47,10 +47,10 @@ def _places(shape: tuple[int, ...], firsts: list[jax.Array], odd: tuple[int, ...
 
 
 def _local_sums(x: jax.Array, whole: tuple[int, ...], firsts: list[jax.Array]) -> jax.Array:
-    """uint32 [prod(_stack(whole)), 2] of the part `x` of an array of shape `whole`, whose first element stands at `firsts`."""
+    """uint32 [prod(stack_of(whole)), 2] of the part `x` of an array of shape `whole`, whose first element stands at `firsts`."""
     if not whole:
         return _local_sums(x[None], (1,), [jnp.uint32(0)])
-    stack = _stack(whole)
+    stack = stack_of(whole)
     dims = len(stack)
     mine, shape = x.shape[:dims], x.shape[dims:]
     place = _places(shape, firsts[dims:], _ODD[dims:])
@@ -119,7 +119,7 @@ def named_digests(tree, sums: np.ndarray) -> dict[str, str]:
     """
     digests, at = {}, 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name, size = jax.tree_util.keystr(path, simple=True, separator="."), math.prod(_stack(leaf.shape))
+        name, size = jax.tree_util.keystr(path, simple=True, separator="."), math.prod(stack_of(leaf.shape))
         digests[name] = sums[at : at + size].astype(">u4").tobytes().hex()
         at += size
     return digests
@@ -127,15 +127,16 @@ def named_digests(tree, sums: np.ndarray) -> dict[str, str]:
 
 def content_problems(tree, expected: dict[str, str]) -> list[str]:
     """All places where the content of `tree` is not that of the digests `expected`, which may be of a larger tree."""
-    problems = []
-    for (name, found), leaf in zip(
-        named_digests(tree, np.asarray(jax.device_get(content_sums(tree)))).items(), jax.tree.leaves(tree), strict=True
-    ):
-        want = expected.get(name, "")
-        if found == want:
-            continue
-        stack = _stack(leaf.shape)
-        parts = [i for i in range(math.prod(stack)) if found[16 * i : 16 * i + 16] != want[16 * i : 16 * i + 16]]
-        places = [str(list(map(int, np.unravel_index(i, stack)))) if stack else "" for i in parts]
-        problems.append(f"{name}{' and '.join(places[:4])}: is not what was saved, in {len(parts)} of {math.prod(stack)} parts")
+    problems, leaves = [], jax.tree.leaves(tree)
+    found = named_digests(tree, np.asarray(jax.device_get(content_sums(tree))))
+    for (name, digests), leaf in zip(found.items(), leaves, strict=True):
+        due, shape = expected.get(name, ""), stack_of(leaf.shape)
+        total = math.prod(shape)
+        wrong = [i for i in range(total) if digests[16 * i : 16 * i + 16] != due[16 * i : 16 * i + 16]]
+        if wrong:
+            places = [str([int(index) for index in np.unravel_index(i, shape)]) for i in wrong] if shape else []
+            rest = " and others" if len(places) > 4 else ""
+            problems.append(
+                f"{name}{' and '.join(places[:4])}{rest}: is not what was saved, in {len(wrong)} of {total} parts"
+            )
     return problems

@@ -71,3 +71,19 @@ def restore_items(folder: Path, step: int, items: dict) -> dict:
         where = f"{folder / str(step)}: cannot be restored: {'; '.join(first_of(problems, 3))}"
         raise RunFailed(f"{where}; start again, on another machine if it repeats")
     return items
+
+
+def damaged_arrays(folder: Path, step: int) -> list[str]:
+    """Every array of a step that cannot be read, or whose content is not what was saved, with its places.
+
+    Reads the whole step, one array in memory at a time. Raises UserError if the commit record was changed.
+    """
+    problems = []
+    for name, digests in read_record(folder, step)["content"].items():
+        try:
+            value = jax.numpy.asarray(open_array(folder, step, name).read().result())
+        except ValueError as error:
+            problems.append(f"{name}: cannot be read: {str(error).splitlines()[0]}")
+            continue
+        problems += content_problems({name: value}, {name: digests})
+    return problems

@@ -1,0 +1,30 @@
+"""`k2jax verify`."""
+
+from pathlib import Path
+
+from k2jax.errors import RunFailed, UserError
+from k2jax.runs.commits import committed_steps, damage
+from k2jax.runs.folder import RunFolder, read_config
+
+
+def verify(args, rest: list[str]) -> int:
+    """Check the files of committed steps, and of damaged ones name the arrays."""
+    from k2jax.train.restore import damaged_arrays
+
+    read_config(Path(args.run))
+    folder, bad = RunFolder(Path(args.run)).checkpoints, []
+    steps = committed_steps(folder)
+    if args.step is not None and args.step not in steps:
+        raise UserError(f"--step {args.step}: is not a committed step; there are {', '.join(map(str, steps)) or 'none'}")
+    for step in steps if args.step is None else [args.step]:
+        problems = damage(folder, step)
+        if problems:
+            bad.append(step)
+            try:
+                problems += damaged_arrays(folder, step) or ["no array is damaged: the bits are in none, or beside them"]
+            except UserError:
+                pass  # the record itself, of which `damage` has told
+        print("\n".join([f"step {step}: {'DAMAGED' if problems else 'sound'}", *(f"  {problem}" for problem in problems)]))
+    if bad:
+        raise RunFailed(f"{len(bad)} of {len(steps)} committed steps are damaged; a resume sets the newest of them aside")
+    return 0
