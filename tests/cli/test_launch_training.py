@@ -11,7 +11,7 @@ import pytest
 
 from k2jax.data.text.prepare import prepare
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.grid
 ROOT = Path(__file__).parents[2]
 TRAIN = ("--train.run-dir", "run", "--train.self-check", "off", "--train.num-steps", "60", "--mesh.fsdp", "2")
 STEP = re.compile(r"\[0\] step (\d+)/60 ")

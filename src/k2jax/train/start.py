@@ -39,6 +39,9 @@ from k2jax.train.outputs import Outputs, describe_run
 from k2jax.train.state import TrainState, abstract_state, init_state
 
 
+INDEX_SECONDS = 6 * 3600  # of packing a large store for the first time
+
+
 def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
     """The differences to the config that the run directory was made with; {} for a new one.
 
@@ -179,7 +182,7 @@ def _check_before(config: Config, corpus: Corpus, change_mixture: bool) -> None:
 
 def _open_data(config: Config) -> Corpus:
     """The stores, opened by the first process before the others, since indexes of them may have to be written."""
-    on_first("stores", lambda: open_data(config) and None)
+    on_first("stores", lambda: open_data(config) and None, INDEX_SECONDS)
     return open_data(config)
 
 
