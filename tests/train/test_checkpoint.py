@@ -57,6 +57,19 @@ def test_round_trip_to_another_mesh(tmp_path, mesh_of):
         assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, template)
 
 
+def test_a_linked_folder_of_steps_belongs_to_the_run_with_the_link(tmp_path, mesh_of):
+    run, disk = tmp_path / "run", tmp_path / "disk" / "steps"
+    run.mkdir()
+    disk.mkdir(parents=True)
+    (run / "checkpoints").symlink_to(disk)
+    write_config(run, Config())
+    make_identity(run)
+    saver = Saver(run / "checkpoints", CheckpointConfig())
+    saver.save(3, make_state(mesh_of()), {})
+    saver.wait()
+    assert find_damaged(run / "checkpoints") == ([], []) and read_record(run / "checkpoints", 3)["run"]["id"]
+
+
 def test_only_the_newest_are_kept_and_leftovers_go(tmp_path, mesh_of):
     saver = Saver(tmp_path, CheckpointConfig(keep_last=2))
     for step in (0, 4, 8, 12):

@@ -90,7 +90,7 @@ def save_model(folder: Path, model: dict) -> None:
     items = {"model": model}
     with _context():
         ocp.save_checkpointables(folder.resolve() / "0", items)
-    _commit(folder.resolve(), 0, items, content_sums(items), {}, 0)
+    _commit(folder, 0, items, content_sums(items), {}, 0)
 
 
 class Saver:
@@ -98,7 +98,7 @@ class Saver:
 
     def __init__(self, folder: Path, config: CheckpointConfig):
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._config = folder.resolve(), config
+        self._folder, self._config = folder.absolute(), config  # a link is left: beside it is the run that it belongs to
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -110,7 +110,8 @@ class Saver:
         try:
             # Processes compare the path through their devices, by transfers that the loop's guard forbids.
             with _context(self._config.save_timeout_seconds), jax.transfer_guard("allow"):
-                response = ocp.save_checkpointables_async(self._folder / str(step), items, overwrite=True)
+                path = self._folder.resolve() / str(step)
+                response = ocp.save_checkpointables_async(path, items, overwrite=True)
         except OSError as error:
             raise RunFailed(f"checkpoint in {self._folder} could not be saved: {error}") from error
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), items)
