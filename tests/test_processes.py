@@ -44,3 +44,10 @@ def test_one_that_does_not_come_is_named(tmp_path):
     ended = together(tmp_path, 3, "one_is_late")
     assert ended.codes[0] == ended.codes[2] == 1
     assert "here: not every process came within 2 s" in ended.outputs[0] and "task names: 1" in ended.outputs[0].replace("\n", " "), ended.outputs[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["one_fails_without_terminal", "another_is_without_terminal"])
+def test_output_that_nobody_takes_keeps_no_process_from_its_end(tmp_path, work):
+    ended = together(tmp_path, 2, work)
+    assert ended.codes == [2, 2] and ended.seconds < 5 and "of process" in ended.outputs[0], ended

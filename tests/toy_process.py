@@ -32,6 +32,28 @@ def one_fails() -> None:
     time.sleep(60)
 
 
+def without_terminal() -> None:
+    """Standard error is from now on a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 2)
+
+
+def one_fails_without_terminal() -> None:
+    if processes.index() == 1:
+        without_terminal()
+        raise UserError("of process 1")
+    time.sleep(60)
+
+
+def another_is_without_terminal() -> None:
+    if processes.index() == 1:
+        without_terminal()
+        time.sleep(60)
+    time.sleep(1)
+    raise UserError(f"of process {processes.index()}")
+
+
 def one_is_late() -> None:
     if processes.index() != 1:
         processes.barrier("here", 2)

@@ -118,10 +118,16 @@ def _write_last_words(text: str) -> None:
             file.write(f"{stamp} process {_index} of {_count}: {text}\n")
 
 
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # so may a terminal or a reader of the output that has gone
+        print(f"k2jax: {text}", file=sys.stderr)
+
+
 def _end(code: int) -> NoReturn:
     """End without Python's and jax's clean-up, which would wait for processes that hang."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     if is_first():
         time.sleep(2)  # the store lives here: without it the others abort before they have read why
     os._exit(code)
@@ -139,7 +145,7 @@ def _watch() -> None:
         if failure["process"] == _index:
             return
         text = f"process {failure['process']} failed: {failure['why']}"
-        print(f"k2jax: {text}; process {_index} ends with it", file=sys.stderr)
+        _say(f"{text}; process {_index} ends with it")
         _write_last_words(text)
         _end(failure["code"])
 
@@ -160,10 +166,10 @@ def fail(error: BaseException) -> NoReturn:
     else:
         time.sleep(1)  # the failure of another shows here as a broken connection: let `_watch` hear of it first
         text, why = "".join(traceback.format_exception(error)), f"{type(error).__name__}: {error}"
-    print(f"k2jax: process {_index}: {text}", file=sys.stderr)
-    _write_last_words(text)
     with contextlib.suppress(Exception):  # another was first
         _client.key_value_set(_FAILURE, json.dumps({"process": _index, "why": why, "code": code}))
+    _say(f"process {_index}: {text}")  # after the others know: a terminal or disk may take no more, and wait
+    _write_last_words(text)
     _end(code)
 
 

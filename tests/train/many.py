@@ -11,7 +11,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 # LLVM's optimisation is most of the time of a compile, and these runs compile often.
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(HERE)}
+# Also where the code under test is, if it is not the installed one.
+_PATHS = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": _PATHS}
 
 
 @dataclass(frozen=True)
