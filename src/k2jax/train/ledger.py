@@ -46,7 +46,8 @@ class Ledger:
             entry = {"step": step, "row": int(row), "source": timeline.names[source], "window": window}
             self.held.append(entry | {"replaced_by": int(replaced[number]), "why": why})
         if self.count + len(self.held) > self.limit:  # the others' may be more still: this ends the run for all
-            self._write(self.held)
+            # Several may come here at once, with the same rows even; the file stays one that a resume can read.
+            (self._write if is_first() else self._count)(self.held)
 
     def _write(self, entries: list[dict]) -> None:
         with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
@@ -57,7 +58,7 @@ class Ledger:
         self.count += len(entries)
         if self.count > self.limit:
             rule = f"data.max_bad_rows = {self.limit} were allowed; repair the store or allow more"
-            rule += f"; all are in {self.path}"
+            rule += f"; {'all' if is_first() else 'those until the last save'} are in {self.path}"
             last = entries[-1]
             raise RunFailed(f"{self.count} bad rows by step {last['step']}, the last: {last['why']}; {rule}")
 

@@ -19,6 +19,8 @@ from k2jax.data.loader.segments import settle_timeline
 from k2jax.data.store.writer import PartWriter, merge_parts
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import RunFailed, UserError
+from k2jax.runs.records import read_records
+from k2jax.train import ledger as ledger_module
 from k2jax.train.ledger import Ledger
 
 T, B = 16, 24
@@ -282,6 +284,22 @@ def test_bad_rows_are_replaced_alike_everywhere_and_entered(tmp_path):
     with pytest.raises(RunFailed, match="3 bad rows by step .*: source web, .*data.max_bad_rows = 2 were allowed"):
         for step, batch in enumerate(whole):
             small.enter(step, batch["replaced"])
+
+
+def test_processes_that_pass_the_budget_at_once_leave_a_ledger_that_a_resume_reads(tmp_path, monkeypatch):
+    config = damaged_budget(damaged(tmp_path, data__max_bad_rows=500), 2)
+    batches = take(config.replace({"data.max_bad_rows": 500}), 8)
+    corpus = open_data(config)
+    reader, path = RowReader(corpus, settle_timeline(corpus, config)[0], config), tmp_path / "ledger.jsonl"
+    ledgers = [Ledger(path, reader, config, 0, np.arange(B)) for _ in range(3)]
+    for process in (1, 0, 2):  # of a mesh whose tensor axis crosses them, so all read the same rows
+        monkeypatch.setattr(ledger_module, "is_first", lambda process=process: process == 0)
+        with pytest.raises(RunFailed, match="3 bad rows by step") as failed:
+            for step, batch in enumerate(batches):
+                ledgers[process].enter(step, batch["replaced"])
+        assert f"{'all' if process == 0 else 'those until the last save'} are in {path}" in str(failed.value)
+    assert len(read_records(path)) == 3
+    Ledger(path, reader, config, 5, np.arange(B))
 
 
 def test_a_source_that_is_bad_everywhere_says_why(tmp_path):
