@@ -51,3 +51,11 @@ def test_one_that_does_not_come_is_named(tmp_path):
 def test_output_that_nobody_takes_keeps_no_process_from_its_end(tmp_path, work):
     ended = together(tmp_path, 2, work)
     assert ended.codes == [2, 2] and ended.seconds < 5 and "of process" in ended.outputs[0], ended
+
+
+@pytest.mark.slow
+def test_a_directory_that_is_not_shared_is_named(tmp_path):
+    ended = together(tmp_path, 3, "one_has_a_directory_of_its_own")
+    rule = "is another directory than that of process 0 ("
+    assert ended.codes == [2, 2, 2] and all(text.count(rule) == 1 and "'run', process 1 (" in text for text in ended.outputs), ended
+    assert not [*tmp_path.glob("*/run/*")]

@@ -8,6 +8,7 @@ from pathlib import Path
 from k2jax import processes
 from k2jax.errors import RunFailed, UserError
 from k2jax.launch import distributed
+from k2jax.preflight.ranks import check_storage
 
 
 def talk() -> None:
@@ -52,6 +53,14 @@ def another_is_without_terminal() -> None:
         time.sleep(60)
     time.sleep(1)
     raise UserError(f"of process {processes.index()}")
+
+
+def one_has_a_directory_of_its_own() -> None:
+    """As on hosts that share nothing."""
+    folder = Path("own" if processes.index() == 1 else "common") / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder.parent)
+    check_storage(Path("run"), {}, 1)
 
 
 def one_is_late() -> None:

@@ -19,6 +19,8 @@ def four(monkeypatch):
 
     def with_change(number, change):
         def gather(name, value):
+            if name == "shared":
+                return [value] * 4
             entries = [{**value, "host": f"h{i}"} for i in range(4)]
             if "facts" in value:
                 entries = [entry | {"facts": dict(entry["facts"])} for entry in entries]
@@ -79,8 +81,10 @@ def test_a_second_store_or_a_disk_that_takes_nothing(four, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
-    assert ranks._write_problem(tmp_path) is None
-    assert ranks._write_problem(tmp_path / "none") == "cannot be written: No such file or directory"
+    with ranks._written(tmp_path) as (name, problem):
+        assert [path.name for path in tmp_path.iterdir()] == [name] and problem is None
+    with ranks._written(tmp_path / "none") as found:
+        assert found == (None, "cannot be written: No such file or directory") and [*tmp_path.iterdir()] == []
 
 
 def test_sums_over_every_axis(mesh_of, monkeypatch):

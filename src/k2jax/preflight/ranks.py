@@ -4,6 +4,7 @@ What differs between processes would not fail: it would hang in the first collec
 train on rows that nobody asked for.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -26,6 +27,7 @@ from k2jax.errors import RunFailed, UserError
 from k2jax.processes import barrier, count, gather
 
 LIBRARIES = ("k2jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+WRITE_TEST = ".write-test-"  # begins the names of files that are in the run directory for a moment
 _CLOCK_SECONDS = 5
 
 
@@ -82,33 +84,43 @@ def check_agreement(config: Config) -> None:
         raise UserError(*problems)
 
 
-def _write_problem(folder: Path) -> str | None:
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test-") as file:
+@contextlib.contextmanager
+def _written(folder: Path) -> Iterator[tuple[str | None, str | None]]:
+    """(name of a file of this process that is in `folder` while inside, what keeps one from there); one of them None."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=WRITE_TEST))
             file.write(b"x")
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        return f"cannot be written: {error.strerror}"
-    return None
+            found = Path(file.name).name, None
+        except OSError as error:
+            found = None, f"cannot be written: {error.strerror}"
+        yield found
 
 
 def check_storage(folder: Path, digests: dict[str, str], state_bytes: int) -> None:
     """Raise UserError, in all processes, if one cannot write to the run directory, or if they read different stores.
 
-    digests: of what they read. state_bytes: of one checkpoint, for which there must be room.
+    Also if they have no run directory in common: each would save its part where the others' are not. digests: of what
+    they read. state_bytes: of one checkpoint, for which there must be room.
     """
     if count() == 1:
         return
-    problem, host = _write_problem(folder), socket.gethostname()
-    free = None if problem else shutil.disk_usage(folder).free
-    entries = gather("storage", {"host": host, "problem": problem, "free": free, "digests": digests})
+    with _written(folder) as (name, problem):
+        free = None if problem else shutil.disk_usage(folder).free
+        own = {"host": socket.gethostname(), "name": name, "problem": problem, "free": free, "digests": digests}
+        entries = gather("storage", own)
+        first = entries[0]["name"]  # new, so that no file system answers from memory
+        seen = gather("shared", first is None or os.path.lexists(folder / first))
     hosts = [entry["host"] for entry in entries]
     problems = [*differences([entry["digests"] for entry in entries], hosts)]
     for number, entry in enumerate(entries):
-        where = f"train.run_dir = {str(folder)!r}, {_who([number], hosts)}"
+        where, shared = f"train.run_dir = {str(folder)!r}, {_who([number], hosts)}", "it must be one directory that all processes share"
         if entry["problem"]:
-            problems.append(f"{where}: {entry['problem']}; it must be one directory that all processes share")
+            problems.append(f"{where}: {entry['problem']}; {shared}")
+        elif not seen[number]:
+            problems.append(f"{where}: is another directory than that of process 0 ({hosts[0]}); {shared}")
         elif entry["free"] < state_bytes:
             rule = f"a checkpoint takes {state_bytes:,}; make room, or give another"
             problems.append(f"{where}: {entry['free']:,} bytes are free, {rule}")
