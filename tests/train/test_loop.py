@@ -1,7 +1,10 @@
 """One run, in this process: what it compiles and when, the cache of compiled programs, and the transfer guard."""
 
+import contextlib
+import errno
 import itertools
 import os
+import types
 from pathlib import Path
 
 import jax
@@ -141,6 +144,14 @@ def test_a_kill_at_any_file_before_the_first_step_can_be_started_again(config, t
         check_source(config.replace(source), None)
 
 
+def test_what_a_start_left_that_the_others_could_not_follow_is_no_stranger(config, tmp_path):
+    """The last words of processes that ended before config.json was there, and a test of writing that was killed."""
+    for name in ("lock", ".write-test-ab12", "config.json.tmp", "ranks/1.failed"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert start_module.check_run_dir(config.replace({"train.run_dir": str(tmp_path)})) == {}
+
+
 def test_a_cache_that_cannot_be_made_is_the_users_mistake(config, tmp_path):
     (tmp_path / "file").write_text("")
     changes = {"train.compile_cache": str(tmp_path / "file" / "cache"), "train.run_dir": str(tmp_path / "run")}
@@ -165,3 +176,29 @@ def test_a_hidden_transfer_fails(config, starts, patch):
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
             loop.run(config.replace({"train.num_steps": 13}))
     assert len(calls) == 2
+
+
+class Ended(BaseException):
+    """Where a process of many would be at its end."""
+
+
+def test_a_process_of_many_says_why_it_fails_even_if_its_files_cannot_be_closed(config, monkeypatch):
+    """Its part in a save that is under way would wait for the others, and these for it."""
+    told = []
+
+    def fail(error):
+        told.append(error)
+        raise Ended
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    @contextlib.contextmanager
+    def opened(*_):
+        yield types.SimpleNamespace(outputs=types.SimpleNamespace(close=full))
+
+    for name, value in {"count": lambda: 2, "fail": fail, "open_run": opened, "is_on": full}.items():
+        monkeypatch.setattr(loop, name, value)
+    with pytest.raises(Ended):
+        loop.run(config)
+    assert [error.errno for error in told] == [errno.ENOSPC]

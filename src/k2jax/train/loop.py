@@ -1,5 +1,6 @@
 """The training loop: build or restore; save if due, draw the batch, step, write the previous step's metrics."""
 
+import contextlib
 import os
 import signal
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ def run(config: Config, change_mixture: bool = False) -> Result:
                 return train(opened, start_state(opened), stop)
         except Exception as error:
             if count() > 1:  # at once: what is below waits for the others, who wait for this one
-                opened.outputs.close()
+                with contextlib.suppress(Exception):  # the disk that is full may be why this process fails
+                    opened.outputs.close()
                 fail(error)
             raise
         finally:

@@ -17,7 +17,7 @@ from k2jax.data.loader.timeline import Timeline, make_timeline
 from k2jax.data.saved_tokenizer import open_tokenizer
 from k2jax.errors import UserError
 from k2jax.preflight.availability import check_kernels
-from k2jax.preflight.ranks import check_agreement, check_axes, check_storage
+from k2jax.preflight.ranks import WRITE_TEST, check_agreement, check_axes, check_storage
 from k2jax.processes import count, gather, index, keep_last_words, on_first
 from k2jax.runs.commits import (
     committed_steps,
@@ -52,11 +52,10 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
         raise UserError(f"train.run_dir = {config.train.run_dir!r}: {rule}; give another")
     files = RunFolder(folder)
     if not files.config.exists():
-        strangers = (
-            [e.name for e in folder.glob("*") if not e.name.startswith((files.config.name, files.lock.name))]
-            if folder.exists()
-            else []
-        )
+        # A start that ended before it wrote the config may have left these; glob finds nothing where nothing is.
+        begun = files.config.name, files.lock.name, WRITE_TEST
+        entries = [e.name for e in folder.glob("*") if e.name != files.ranks.name]
+        strangers = [name for name in entries if not name.startswith(begun)]
         if strangers:
             raise UserError(
                 f"{folder}: is not a run directory (no config.json) and is not empty: {', '.join(sorted(strangers)[:5])}"
