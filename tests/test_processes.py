@@ -23,10 +23,24 @@ def test_alone_everything_returns_at_once():
     processes.leave()
 
 
+def test_what_the_first_does_alone_may_take_hours(monkeypatch):
+    """An index of all stores, say; the others need no patience to hear that it fails."""
+    waits = []
+    monkeypatch.setattr(processes, "_client", object())
+    monkeypatch.setattr(processes, "gather", lambda name, value, seconds: waits.append(seconds) or [value])
+    assert processes.on_first("index", lambda: "made") == "made" and waits[0] >= 12 * 3600
+
+
 @pytest.mark.slow
 def test_three_processes_talk(tmp_path):
     ended = together(tmp_path, 3, "talk")
     assert ended.codes == [0, 0, 0], ended.outputs
+
+
+@pytest.mark.slow
+def test_steps_are_those_that_the_first_sees(tmp_path):
+    ended = together(tmp_path, 2, "one_sees_an_old_listing")
+    assert ended.codes == [0, 0], ended.outputs
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from k2jax import processes
+from k2jax.config import Config, TrainConfig
 from k2jax.errors import RunFailed, UserError
 from k2jax.launch import distributed
 from k2jax.preflight.ranks import check_storage
@@ -61,6 +62,25 @@ def one_has_a_directory_of_its_own() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder.parent)
     check_storage(Path("run"), {}, 1)
+
+
+def one_sees_an_old_listing() -> None:
+    """A file system of several hosts shows process 1 none of the steps that process 0 has committed."""
+    from k2jax.runs import commits
+    from k2jax.train import start
+
+    checkpoints = Path("run/checkpoints")
+    if processes.is_first():
+        checkpoints.mkdir(parents=True)
+        for step in (4, 8):
+            commits.commit(checkpoints, {"step": step, "holds": [], "files": {}, "content": {}, "data_position": {}})
+        (checkpoints / "8.json").write_text("{}")
+    processes.barrier("saved")
+    if not processes.is_first():
+        start.committed_steps = commits.committed_steps = lambda folder: []
+    step, problems = start.find_step(Config(train=TrainConfig(run_dir="run")))
+    assert step == 4 and len(problems) == 2 and Path("run/damaged/8.json").exists(), (step, problems)
+    processes.leave()
 
 
 def one_is_late() -> None:

@@ -20,6 +20,7 @@ from typing import NoReturn
 from k2jax.errors import RunFailed, UserError, exit_code
 
 PATIENCE = 300  # seconds that the others wait for one that is late: a slow disk, a long compile
+WORK_PATIENCE = 86_400  # for one that works alone: an index of all stores, a digest of a checkpoint; a failure ends it at once
 _FAILURE = "k2jax/failure"
 _client = None  # of jax.distributed, which has no public way to its store
 _index, _count = 0, 1
@@ -77,7 +78,7 @@ def gather(name: str, value: object, seconds: float = PATIENCE) -> list:
     return values
 
 
-def on_first(name: str, function: Callable[[], object], seconds: float = PATIENCE):
+def on_first(name: str, function: Callable[[], object], seconds: float = WORK_PATIENCE):
     """The JSON value that `function` returns in the first process, where alone it runs; its UserError or RunFailed, on all."""
     if _client is None:
         return function()

@@ -31,7 +31,7 @@ def make_steps(run, *steps, holds=("model", "optimizer")):
 
 
 def set_damaged_aside(folder):
-    steps, problems = find_damaged(folder)
+    steps, problems = find_damaged(folder, committed_steps(folder))
     set_aside(folder, steps, problems)
     return problems
 

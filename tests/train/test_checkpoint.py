@@ -67,7 +67,7 @@ def test_a_linked_folder_of_steps_belongs_to_the_run_with_the_link(tmp_path, mes
     saver = Saver(run / "checkpoints", CheckpointConfig())
     saver.save(3, make_state(mesh_of()), {})
     saver.wait()
-    assert find_damaged(run / "checkpoints") == ([], []) and read_record(run / "checkpoints", 3)["run"]["id"]
+    assert find_damaged(run / "checkpoints", [3]) == ([], []) and read_record(run / "checkpoints", 3)["run"]["id"]
 
 
 def test_only_the_newest_are_kept_and_leftovers_go(tmp_path, mesh_of):
@@ -135,18 +135,18 @@ def test_damaged_steps_are_set_aside_and_the_one_before_is_used(tmp_path, mesh_o
         saver.save(step, make_state(mesh_of(), step), {})
     saver.wait()
     flip_a_bit(folder / "8")
-    steps, problems = find_damaged(folder)
+    steps, problems = find_damaged(folder, committed_steps(folder))
     set_aside(folder, steps, problems)
     assert steps == [8] and len(problems) == 1 and "is not what was written (sha256)" in problems[0]
     assert committed_steps(folder) == [0, 4] and sorted(p.name for p in (tmp_path / "damaged").iterdir()) == [
         "8",
         "8.json",
     ]
-    assert find_damaged(folder) == ([], [])
+    assert find_damaged(folder, committed_steps(folder)) == ([], [])
     (folder / "4" / "commit_success.txt").unlink()
     flip_a_bit(folder / "0")
     with pytest.raises(UserError, match="no sound checkpoint is left"):
-        find_damaged(folder)
+        find_damaged(folder, committed_steps(folder))
     assert committed_steps(folder) == [0, 4]
 
 

@@ -202,3 +202,14 @@ def test_a_process_of_many_says_why_it_fails_even_if_its_files_cannot_be_closed(
     with pytest.raises(Ended):
         loop.run(config)
     assert [error.errno for error in told] == [errno.ENOSPC]
+
+
+def test_the_model_to_begin_with_is_of_one_step_for_all(monkeypatch):
+    """Its run may still save: processes that looked for themselves could read two steps, and wait for one another."""
+    asked = []
+    monkeypatch.setattr(start_module, "parts", lambda state: {"model": {}})
+    monkeypatch.setattr(start_module, "newest_step", lambda folder: 8)
+    monkeypatch.setattr(start_module, "on_first", lambda name, function: function() - 4)
+    monkeypatch.setattr(start_module, "restore_model", lambda folder, step, layout: asked.append(step) or {})
+    start_module.with_model_of("source", start_module.TrainState(None, None, None, None, None))
+    assert asked == [4]

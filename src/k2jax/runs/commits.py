@@ -109,13 +109,15 @@ def sound_step(folder: Path, step: int | None) -> int:
     return step
 
 
-def find_damaged(folder: Path, find: Callable[[Path, int], list[str]] = damage) -> tuple[list[int], list[str]]:
-    """(the newest steps, as far as they are damaged; all that is wrong with them). UserError if no step is sound.
+def find_damaged(
+    folder: Path, steps: list[int], find: Callable[[Path, int], list[str]] = damage
+) -> tuple[list[int], list[str]]:
+    """(the newest of `steps`, as far as they are damaged; all that is wrong with them). UserError if none is sound.
 
-    find: `damage`, or what does its work in several processes.
+    steps: `committed_steps`. find: `damage`, or what does its work in several processes.
     """
     problems, bad = [], []
-    for step in reversed(committed_steps(folder)):
+    for step in reversed(steps):
         if not (wrong := find(folder, step)):
             return bad, problems
         problems += wrong

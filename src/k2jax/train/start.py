@@ -18,7 +18,7 @@ from k2jax.data.saved_tokenizer import open_tokenizer
 from k2jax.errors import UserError
 from k2jax.preflight.availability import check_kernels
 from k2jax.preflight.ranks import WRITE_TEST, check_agreement, check_axes, check_storage
-from k2jax.processes import count, gather, index, keep_last_words, on_first
+from k2jax.processes import WORK_PATIENCE, count, gather, index, keep_last_words, on_first
 from k2jax.runs.commits import (
     committed_steps,
     damage,
@@ -123,10 +123,14 @@ def find_step(config: Config) -> tuple[int | None, list[str]]:
     files = RunFolder(Path(config.train.run_dir))
     folder = files.checkpoints
 
-    def wrong(folder: Path, step: int) -> list[str]:
-        return [problem for part in gather("damage", damage(folder, step, index(), count())) for problem in part]
+    # Of a folder that hosts share each may see another state: all go by what the first sees, and end alike.
+    steps = on_first("steps", lambda: committed_steps(folder))
 
-    bad, problems = find_damaged(folder, wrong)
+    def wrong(folder: Path, step: int) -> list[str]:
+        found = gather("damage", damage(folder, step, index(), count()), WORK_PATIENCE)
+        return list(dict.fromkeys(problem for part in found for problem in part))  # a bad record is one to all
+
+    bad, problems = find_damaged(folder, steps, wrong)
 
     def settle() -> int | None:
         set_aside(folder, bad, problems)
@@ -150,8 +154,9 @@ def check_resume(config: Config, corpus: Corpus, step: int | None, change_mixtur
 def with_model_of(source: str, state: TrainState) -> TrainState:
     """`state` with the newest model of another run, on whatever mesh that was."""
     folder = RunFolder(Path(source)).checkpoints
+    step = on_first("source", lambda: newest_step(folder))  # it may be a run that still saves
     layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts(state)["model"])
-    return dataclasses.replace(state, **restore_model(folder, newest_step(folder), layout))
+    return dataclasses.replace(state, **restore_model(folder, step, layout))
 
 
 @dataclass(frozen=True)
