@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from k2jax.errors import UserError
+from k2jax.errors import RunFailed, UserError
 from k2jax.files import sha256_of
 from k2jax.runs import commits
 from k2jax.runs.commits import (
@@ -98,3 +98,16 @@ def test_a_step_moved_to_another_disk_is_removed_without_what_its_link_leads_to(
     remove_step(folder, 4)
     assert committed_steps(folder) == [8] and sorted(e.name for e in folder.iterdir()) == ["8", "8.json"]
     assert sha256_of(tmp_path / "big" / "arrays")
+
+
+def test_a_step_with_a_file_that_nobody_vouches_for_is_not_committed(tmp_path):
+    """As when the file system shows a process the step's folder, which another one renamed, too late."""
+    step = tmp_path / "8" / "model" / "ocdbt.process_1"
+    step.mkdir(parents=True)
+    (step / "manifest.ocdbt").write_text("x")
+    record = {"step": 8, "holds": ["model"], "files": file_digests(tmp_path, 8, 0, 2), "content": {}, "data_position": {}}
+    with pytest.raises(RunFailed, match="8: no process vouches for model/ocdbt.process_1/manifest.ocdbt; do all hosts"):
+        commit(tmp_path, record)
+    assert committed_steps(tmp_path) == []
+    commit(tmp_path, record | {"files": record["files"] | file_digests(tmp_path, 8, 1, 2)})
+    assert find_damaged(tmp_path, [8]) == ([], [])

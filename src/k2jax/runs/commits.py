@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from k2jax.errors import UserError
+from k2jax.errors import RunFailed, UserError, first_of
 from k2jax.files import read_sealed, sha256_of, sync_file, write_sealed
 from k2jax.runs.folder import RunFolder
 from k2jax.runs.identity import identity
@@ -182,8 +182,13 @@ def commit(folder: Path, record: dict) -> None:
     """Make the step of `record` exist. Its files are on the disk, and `record` has everything but the run's identity.
 
     record: step, holds (names of its items), files ({relative path: sha256}), content ({array: digests of its content}),
-    data_position.
+    data_position. Raises RunFailed if it leaves out a file of the step, for which nobody would then vouch.
     """
+    root = folder / str(record["step"])
+    found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    if lost := sorted(found - record["files"].keys()):  # who wrote them did not see them in the finished folder
+        rule = "do all hosts see the same in train.run_dir, at once?"
+        raise RunFailed(f"{root}: no process vouches for {', '.join(first_of(lost, 3))}; {rule}")
     sync_file(folder)
     write_sealed(folder / f"{record['step']}.json", record | {"run": identity(folder.parent)})
 
