@@ -61,6 +61,12 @@ def test_one_that_does_not_come_is_named(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_broken_connection_is_not_shown_as_the_failure(tmp_path):
+    ended = together(tmp_path, 2, "one_fails_in_a_collective")
+    assert ended.codes == [1, 1] and "Traceback" not in ended.outputs[0] and "process 1 failed: of process 1" in ended.outputs[0], ended
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("work", ["one_fails_without_terminal", "another_is_without_terminal"])
 def test_output_that_nobody_takes_keeps_no_process_from_its_end(tmp_path, work):
     ended = together(tmp_path, 2, work)

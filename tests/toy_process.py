@@ -34,6 +34,14 @@ def one_fails() -> None:
     time.sleep(60)
 
 
+def one_fails_in_a_collective() -> None:
+    """What the others see of it is a broken connection."""
+    if processes.index() == 1:
+        raise RunFailed("of process 1")
+    time.sleep(0.5)
+    raise ConnectionResetError("by peer")
+
+
 def without_terminal() -> None:
     """Standard error is from now on a pipe that nobody reads."""
     reader, writer = os.pipe()

@@ -26,6 +26,7 @@ _client = None  # of jax.distributed, which has no public way to its store
 _index, _count = 0, 1
 _calls: Counter[str] = Counter()
 _watcher: threading.Thread | None = None
+_told = threading.Event()  # that another process failed, so that this one ends
 _last_words: Path | None = None
 _stop_polls = 0
 
@@ -145,6 +146,7 @@ def _watch() -> None:
             return  # the client was shut down
         if failure["process"] == _index:
             return
+        _told.set()
         text = f"process {failure['process']} failed: {failure['why']}"
         _say(f"{text}; process {_index} ends with it")
         _write_last_words(text)
@@ -165,7 +167,8 @@ def fail(error: BaseException) -> NoReturn:
     if isinstance(error, (UserError, RunFailed)):
         text = why
     else:
-        time.sleep(1)  # the failure of another shows here as a broken connection: let `_watch` hear of it first
+        if _told.wait(1):  # the failure of another shows here as a broken connection
+            _watcher.join()  # it says why, and ends this process
         text, why = "".join(traceback.format_exception(error)), f"{type(error).__name__}: {error}"
     with contextlib.suppress(Exception):  # another was first
         _client.key_value_set(_FAILURE, json.dumps({"process": _index, "why": why, "code": code}))
