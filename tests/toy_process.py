@@ -35,7 +35,7 @@ def one_fails() -> None:
 
 
 def one_fails_in_a_collective() -> None:
-    """What the others see of it is a broken connection."""
+    """The others see a broken connection, no more."""
     if processes.index() == 1:
         raise RunFailed("of process 1")
     time.sleep(0.5)

@@ -179,7 +179,7 @@ def test_a_hidden_transfer_fails(config, starts, patch):
 
 
 class Ended(BaseException):
-    """Where a process of many would be at its end."""
+    """The end of a process of many."""
 
 
 def test_a_process_of_many_says_why_it_fails_even_if_its_files_cannot_be_closed(config, monkeypatch):
