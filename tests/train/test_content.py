@@ -109,3 +109,22 @@ def test_no_flip_is_missed():
 def test_eight_byte_dtypes_are_refused():
     with jax.enable_x64(True), pytest.raises(TypeError, match="a state of float64: digests are of at most 4 bytes"):
         content_sums({"x": jnp.zeros(3, jnp.float64)})
+
+
+@pytest.mark.parametrize("number", [0, 3, 7])
+def test_every_copy_is_proved_and_not_one_alone(mesh_of, number):
+    """As when one process of several that read the same file reads it wrong."""
+    expected = digests(laid_out(mesh_of, "one device"))
+    tree = laid_out(mesh_of, "replica 2 context 4")
+    assert content_problems(tree, expected) == []
+    for name, place in {"experts": (2, 1, 0, 5), "half": (1, 3, 7), "count": ()}.items():
+        array = tree[name]
+        pieces = [np.array(shard.data) for shard in array.addressable_shards]
+        pieces[number][place] += 1
+        devices = [shard.device for shard in array.addressable_shards]
+        changed = jax.make_array_from_single_device_arrays(array.shape, array.sharding, jax.device_put(pieces, devices))
+        (problem,) = content_problems(tree | {name: changed}, expected)
+        places = {"experts": "experts[2, 1]: is not what was saved, in 1 of 12 parts",
+                  "half": "half[1]: is not what was saved, in 1 of 2 parts",
+                  "count": "count: is not what was saved, in 1 of 1 parts"}  # fmt: skip
+        assert problem == places[name]

@@ -5,6 +5,7 @@ each row weighted by its place, so neither the order of the sum nor the cut of t
 sum. A weighted sum of the bits themselves would miss every pair of flipped signs, as 2^31 times anything odd is 2^31.
 """
 
+import contextlib
 import functools
 import math
 
@@ -72,6 +73,13 @@ def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+def _part_sums(x: jax.Array, whole: tuple[int, ...], spec: jax.P) -> tuple[jax.Array, tuple[str, ...]]:
+    """(`_local_sums` of this device's part of an array of shape `whole`, the axes of the mesh that cut the array)."""
+    cut = [_axes(entry) for entry in (*spec, *[None] * (x.ndim - len(spec)))]
+    firsts = [(lax.axis_index(axes) * size if axes else 0) for axes, size in zip(cut, x.shape, strict=True)]
+    return _local_sums(x, whole, [jnp.uint32(first) for first in firsts]), sum(cut, ())
+
+
 def _sums_on(mesh: jax.sharding.Mesh, leaves: list[jax.Array], specs: tuple[jax.P, ...]) -> jax.Array:
     """uint32 [all digests, 2] of arrays that are laid out on `mesh` by `specs`; one sum over all devices."""
     wholes = [x.shape for x in leaves]
@@ -79,13 +87,33 @@ def _sums_on(mesh: jax.sharding.Mesh, leaves: list[jax.Array], specs: tuple[jax.
     def local(*parts):
         found = []
         for x, whole, spec in zip(parts, wholes, specs, strict=True):
-            cut = [_axes(entry) for entry in (*spec, *[None] * (x.ndim - len(spec)))]
-            firsts = [(lax.axis_index(axes) * size if axes else 0) for axes, size in zip(cut, x.shape, strict=True)]
-            sums = _local_sums(x, whole, [jnp.uint32(first) for first in firsts])
-            copies = [axis for axis in mesh.axis_names if axis not in sum(cut, ())]
+            sums, cut = _part_sums(x, whole, spec)
+            copies = [axis for axis in mesh.axis_names if axis not in cut]
             counts = functools.reduce(jnp.logical_and, [lax.axis_index(axis) == 0 for axis in copies], True)
             found.append(jnp.where(counts, sums, jnp.uint32(0)))  # of copies one counts
         return lax.psum(jnp.concatenate(found), mesh.axis_names)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=jax.P(), check_vma=False)(*leaves)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "specs"))
+def _copies_differ(leaves: list[jax.Array], mesh: jax.sharding.Mesh, specs: tuple[jax.P, ...]) -> jax.Array:
+    """bool [all digests], replicated: the copies that devices have of that part of an array are not all the same."""
+    wholes = [x.shape for x in leaves]
+
+    def local(*parts):
+        groups: dict[tuple[str, ...], list] = {}  # what is cut along the same axes is summed together
+        for number, (x, whole, spec) in enumerate(zip(parts, wholes, specs, strict=True)):
+            sums, cut = _part_sums(x, whole, spec)
+            groups.setdefault(cut, []).append((number, sums))
+        found = {}
+        for cut, group in groups.items():
+            copies = tuple(axis for axis in mesh.axis_names if axis not in cut)
+            sums = lax.psum(jnp.concatenate([sums for _, sums in group]), cut)
+            differ = (lax.pmax(sums, copies) != lax.pmin(sums, copies)).any(-1)
+            ends = np.cumsum([len(sums) for _, sums in group])[:-1]
+            found |= dict(zip([number for number, _ in group], jnp.split(differ, ends), strict=True))
+        return jnp.concatenate([found[number] for number in range(len(parts))])
 
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=jax.P(), check_vma=False)(*leaves)
 
@@ -97,19 +125,25 @@ def _sums(leaves: list[jax.Array], mesh: jax.sharding.Mesh | None, specs: tuple[
     return _sums_on(mesh, leaves, specs)
 
 
+def _layout(leaves: list[jax.Array]) -> tuple[jax.sharding.Mesh | None, tuple[jax.P, ...]]:
+    """The one mesh that they are on, None for one device, and the spec of each."""
+    shardings = [x.sharding for x in leaves]
+    meshes = {s.mesh for s in shardings if isinstance(s, jax.NamedSharding)}
+    if not meshes:
+        return None, ()
+    (mesh,) = meshes
+    return mesh, tuple(s.spec if isinstance(s, jax.NamedSharding) else jax.P() for s in shardings)
+
+
 def content_sums(tree) -> jax.Array:
     """The digests of all arrays of `tree`, uint32 [N, 2], replicated: begun when this returns, like any computation.
 
     The arrays are on one mesh, or all on one device.
     """
     leaves = jax.tree.leaves(tree)
-    shardings = [x.sharding for x in leaves]
-    meshes = {s.mesh for s in shardings if isinstance(s, jax.NamedSharding)}
-    if not meshes:
-        return _sums(leaves, None, ())
-    (mesh,) = meshes
-    with jax.set_mesh(mesh):
-        return _sums(leaves, mesh, tuple(s.spec if isinstance(s, jax.NamedSharding) else jax.P() for s in shardings))
+    mesh, specs = _layout(leaves)
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        return _sums(leaves, mesh, specs)
 
 
 def named_digests(tree, sums: np.ndarray) -> dict[str, str]:
@@ -125,14 +159,30 @@ def named_digests(tree, sums: np.ndarray) -> dict[str, str]:
     return digests
 
 
+def _differing_copies(tree) -> np.ndarray:
+    """bool [all digests]; all False where everything is on one device."""
+    leaves = jax.tree.leaves(tree)
+    mesh, specs = _layout(leaves)
+    if mesh is None:
+        return np.zeros(sum(math.prod(stack_of(x.shape)) for x in leaves), bool)
+    with jax.set_mesh(mesh):
+        return np.asarray(jax.device_get(_copies_differ(leaves, mesh, specs)))
+
+
 def content_problems(tree, expected: dict[str, str]) -> list[str]:
-    """All places where the content of `tree` is not that of the digests `expected`, which may be of a larger tree."""
-    problems, leaves = [], jax.tree.leaves(tree)
+    """All places where the content of `tree`, on any of its devices, is not that of the digests `expected`.
+
+    expected: may be of a larger tree.
+    """
+    problems, leaves, at = [], jax.tree.leaves(tree), 0
     found = named_digests(tree, np.asarray(jax.device_get(content_sums(tree))))
+    differ = _differing_copies(tree)  # the digests are of one copy
     for (name, digests), leaf in zip(found.items(), leaves, strict=True):
         due, shape = expected.get(name, ""), stack_of(leaf.shape)
         total = math.prod(shape)
-        wrong = [i for i in range(total) if digests[16 * i : 16 * i + 16] != due[16 * i : 16 * i + 16]]
+        same = [digests[16 * i : 16 * i + 16] == due[16 * i : 16 * i + 16] for i in range(total)]
+        wrong = [i for i in range(total) if not same[i] or differ[at + i]]
+        at += total
         if wrong:
             places = [str([int(index) for index in np.unravel_index(i, shape)]) for i in wrong] if shape else []
             rest = " and others" if len(places) > 4 else ""
