@@ -13,6 +13,7 @@ from k2jax.data.loader.batches import validation_batches
 from k2jax.data.loader.corpus import open_corpus
 from k2jax.data.text.prepare import prepare
 from k2jax.errors import UserError
+from k2jax.inference import load
 from k2jax.inference.evaluate import perplexity
 from k2jax.inference.generate import continue_tokens, generate
 from k2jax.model.rope import make_rope
@@ -158,3 +159,10 @@ def test_a_published_folder_has_no_steps(place, capsys, tmp_path):
     assert main(["export", str(place / "run"), "--to", str(tmp_path / "hf")]) == 0
     assert main(["generate", str(tmp_path / "hf"), "--step", "3"]) == 2
     assert "--step 3" in capsys.readouterr().err
+
+
+def test_processes_take_the_step_that_the_first_finds(place, monkeypatch):
+    """The run may still save, and each would see another newest step."""
+    monkeypatch.setattr(load, "on_first", lambda name, function: 0)
+    monkeypatch.setattr(load, "sound_step", lambda *_: pytest.fail("looked for itself"))
+    assert load.load_run(place / "run").state.step == 0

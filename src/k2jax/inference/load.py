@@ -13,6 +13,7 @@ from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import UserError
 from k2jax.inference.mesh import DECODING_AXES, inference_mesh, on
 from k2jax.model.choices import describe_experts
+from k2jax.processes import on_first
 from k2jax.runs.commits import sound_step
 from k2jax.runs.folder import RunFolder, read_config
 from k2jax.train.checkpoint import model_part, restore_model
@@ -82,7 +83,8 @@ def load_run(
     config = use_kernels(read_config(folder))
     mesh = None if sizes is None else inference_mesh(sizes, config.model, axes)
     files = RunFolder(folder)
-    step = sound_step(files.checkpoints, step)
+    # Of a run that still saves each process would see another newest step; and one reading of all files is enough.
+    step = on_first("step", lambda: sound_step(files.checkpoints, step))
     model = restore_model(files.checkpoints, step, model_part(*abstract_model(config, mesh)))
     state = TrainState(np.int32(step), model["params"], model["router_bias"], None, None)
     tokenizer = open_tokenizer(files.tokenizer) if files.tokenizer.is_dir() else None
