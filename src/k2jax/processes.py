@@ -20,7 +20,7 @@ from typing import NoReturn
 from k2jax.errors import RunFailed, UserError, exit_code
 
 PATIENCE = 300  # seconds that the others wait for one that is late: a slow disk, a long compile
-WORK_PATIENCE = 86_400  # for one that works alone: an index of all stores, a digest of a checkpoint; a failure ends it at once
+WORK_PATIENCE = 86_400  # for one that works alone, on an index of all stores, say; they hear at once if it fails
 _FAILURE = "k2jax/failure"
 _client = None  # of jax.distributed, which has no public way to its store
 _index, _count = 0, 1

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from k2jax.errors import RunFailed, UserError
-from k2jax.files import sha256_of
+from k2jax.files import sha256_of, write_sealed
 from k2jax.runs import commits
 from k2jax.runs.commits import (
     commit,
@@ -105,9 +105,17 @@ def test_a_step_with_a_file_that_nobody_vouches_for_is_not_committed(tmp_path):
     step = tmp_path / "8" / "model" / "ocdbt.process_1"
     step.mkdir(parents=True)
     (step / "manifest.ocdbt").write_text("x")
-    record = {"step": 8, "holds": ["model"], "files": file_digests(tmp_path, 8, 0, 2), "content": {}, "data_position": {}}
+    files = file_digests(tmp_path, 8, 0, 2)
+    record = {"step": 8, "holds": ["model"], "files": files, "content": {}, "data_position": {}}
     with pytest.raises(RunFailed, match="8: no process vouches for model/ocdbt.process_1/manifest.ocdbt; do all hosts"):
         commit(tmp_path, record)
     assert committed_steps(tmp_path) == []
-    commit(tmp_path, record | {"files": record["files"] | file_digests(tmp_path, 8, 1, 2)})
+    commit(tmp_path, record | {"files": files | file_digests(tmp_path, 8, 1, 2)})
     assert find_damaged(tmp_path, [8]) == ([], [])
+
+
+def test_a_number_without_its_id_is_refused(tmp_path):
+    folder = make_steps(tmp_path, 4)
+    write_sealed(tmp_path / "run.json", {"number": 5})
+    with pytest.raises(UserError, match="run.json: has no id; without it no checkpoint is known to be this run's"):
+        damage(folder, 4)

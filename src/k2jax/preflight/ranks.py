@@ -86,7 +86,7 @@ def check_agreement(config: Config) -> None:
 
 @contextlib.contextmanager
 def _written(folder: Path) -> Iterator[tuple[str | None, str | None]]:
-    """(name of a file of this process that is in `folder` while inside, what keeps one from there); one of them None."""
+    """(name of a file of this process, in `folder` while inside, what keeps one from there); one of them None."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=WRITE_TEST))
@@ -115,8 +115,9 @@ def check_storage(folder: Path, digests: dict[str, str], state_bytes: int) -> No
         seen = gather("shared", first is None or os.path.lexists(folder / first))
     hosts = [entry["host"] for entry in entries]
     problems = [*differences([entry["digests"] for entry in entries], hosts)]
+    shared = "it must be one directory that all processes share"
     for number, entry in enumerate(entries):
-        where, shared = f"train.run_dir = {str(folder)!r}, {_who([number], hosts)}", "it must be one directory that all processes share"
+        where = f"train.run_dir = {str(folder)!r}, {_who([number], hosts)}"
         if entry["problem"]:
             problems.append(f"{where}: {entry['problem']}; {shared}")
         elif not seen[number]:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from k2jax.config import Config, field_rules, flatten
+from k2jax.errors import UserError
 from k2jax.files import read_sealed, write_sealed
 from k2jax.runs.folder import RunFolder, read_config
 
@@ -37,5 +38,8 @@ def identity(folder: Path) -> dict[str, str] | None:
     path = RunFolder(folder).run
     if not os.path.lexists(path) and not os.path.lexists(RunFolder(folder).config):
         return None
-    number = read_sealed(path, "without it no checkpoint is known to be this run's; restore it from a copy")
+    rule = "without it no checkpoint is known to be this run's; restore it from a copy"
+    number = read_sealed(path, rule)
+    if not isinstance(number.get("id"), str):
+        raise UserError(f"{path}: has no id; {rule}")
     return {"id": number["id"], "config": config_digest(read_config(folder))}

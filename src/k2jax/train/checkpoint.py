@@ -98,7 +98,7 @@ class Saver:
 
     def __init__(self, folder: Path, config: CheckpointConfig):
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._config = folder.absolute(), config  # a link is left: beside it is the run that it belongs to
+        self._folder, self._config = folder.absolute(), config  # a link stays one: beside it is the run it belongs to
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
