@@ -213,3 +213,21 @@ def test_the_model_to_begin_with_is_of_one_step_for_all(monkeypatch):
     monkeypatch.setattr(start_module, "restore_model", lambda folder, step, layout: asked.append(step) or {})
     start_module.with_model_of("source", start_module.TrainState(None, None, None, None, None))
     assert asked == [4]
+
+
+def test_processes_compare_the_held_out_store_too(config, monkeypatch, patch, tmp_path):
+    """Rows of another one would give a figure of neither."""
+    asked = []
+
+    def check(folder, digests, state_bytes):
+        asked.append(digests)
+        raise Ended
+
+    monkeypatch.setattr(start_module, "check_storage", check)
+    held_out = config.replace({"data.validation_path": config.data.path, "train.run_dir": str(tmp_path)})
+    for given in (config.replace({"train.run_dir": str(tmp_path)}), held_out):
+        with pytest.raises(Ended):
+            loop.run(given)
+    digest = asked[0]["digest of data.path"]
+    assert asked[0] == {"digest of data.path": digest, "digest of data.validation_path": None}
+    assert asked[1] == {"digest of data.path": digest, "digest of data.validation_path": digest}

@@ -214,7 +214,9 @@ def open_run(config: Config, change_mixture: bool) -> Iterator[Run]:
         on_first("lock", lock)
         keep_last_words(folder.ranks)
         abstract = abstract_state(config, tx, mesh)
-        check_storage(folder.path, {"digest of data.path": corpus.digest}, total_bytes(abstract))
+        digests = {"data.path": corpus.digest, "data.validation_path": corpus.validation_digest}
+        read = {f"digest of {name}": digest for name, digest in digests.items()}
+        check_storage(folder.path, read, total_bytes(abstract))
         step, damaged = find_step(config)
 
         def describe() -> tuple[list[dict], list[str]]:

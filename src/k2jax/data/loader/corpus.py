@@ -18,7 +18,7 @@ class Corpus:
 
     def __init__(self, stores: list[Store]):
         self.stores, self.path = stores, ",".join(store.path for store in stores)
-        self.digest = stores[0].digest
+        self.digest, self.validation_digest = stores[0].digest, None  # the second of data.validation_path
         if len(stores) > 1:
             self.digest = hashlib.sha256(" ".join(store.digest for store in stores).encode()).hexdigest()
         self.vocab_size = max(store.vocab_size for store in stores)
@@ -108,7 +108,7 @@ def open_data(config: Config) -> Corpus:
         if (store := held_out.store_of[name]).digest in trained and stream is store.streams["train"][name]
     ]:
         raise UserError(*problems)
-    corpus.streams["validation"] = validation
+    corpus.streams["validation"], corpus.validation_digest = validation, held_out.digest
     return corpus
 
 
