@@ -38,7 +38,6 @@ from k2jax.train.optimizer import make_optimizer
 from k2jax.train.outputs import Outputs, describe_run
 from k2jax.train.state import TrainState, abstract_state, init_state
 
-
 INDEX_SECONDS = 6 * 3600  # of packing a large store for the first time
 
 
