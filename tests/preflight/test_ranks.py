@@ -49,25 +49,22 @@ def test_every_difference_is_named_with_both_values(four):
         facts = entry["facts"]
         facts["config data.batch_sequences"] = 12
         facts["version of jax"], facts["code of k2jax (digest)"], facts["devices"] = "9.9", "0", "1 x cpu"
+        facts["XLA_FLAGS"] = ["--xla_cpu_enable_fast_math=true"]
         entry["time"] = time.time() - 60
 
     four(2, change)
     found = problems(ranks.check_agreement, Config())
-    assert len(found) == 5
+    assert len(found) == 6
     rule = "must be the same in all processes"
     size = Config().data.batch_sequences
     text = f"config data.batch_sequences: {rule}; {size} in processes 0 (h0), 1 (h1), 3 (h3); 12 in process 2 (h2)"
     assert found[0] == text and found[1].startswith(f"version of jax: {rule}; '{jax.__version__}' in processes 0")
-    assert "'1 x cpu' in process 2 (h2)" in found[3] and found[4].startswith("clock of process 2 (h2): -60 s from")
+    assert "'1 x cpu' in process 2 (h2)" in found[3] and found[4].startswith("XLA_FLAGS: ")
+    assert found[5].startswith("clock of process 2 (h2): -60 s from")
 
 
 def test_a_second_store_or_a_disk_that_takes_nothing(four, tmp_path):
-    four(3, lambda entry: entry["digests"].update(store="cd"))
-    # The dict is one for all: give each its own.
-    def change(entry):
-        entry["digests"] = {"store": "cd"}
-
-    four(3, change)
+    four(3, lambda entry: entry.update(digests={"store": "cd"}))
     assert "'ab' in processes 0 (h0), 1 (h1), 2 (h2); 'cd' in process 3 (h3)" in problems(
         ranks.check_storage, tmp_path, {"store": "ab"}, 1
     )[0]

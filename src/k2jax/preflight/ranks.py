@@ -29,6 +29,12 @@ from k2jax.processes import barrier, count, gather
 LIBRARIES = ("k2jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 WRITE_TEST = ".write-test-"  # begins the names of files that are in the run directory for a moment
 _CLOCK_SECONDS = 5
+_JAX_CONFIG = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion")
+
+
+def _compiler_flags(text: str) -> list[str]:
+    """Those that change the program: each process may dump its own to a folder of its own."""
+    return sorted(flag for flag in text.split() if not flag.startswith("--xla_dump"))
 
 
 def versions() -> dict[str, str]:
@@ -76,6 +82,8 @@ def check_agreement(config: Config) -> None:
     facts = {f"config {name}": value for name, value in flatten(asdict(config)).items()}
     facts |= {f"version of {name}": version for name, version in versions().items()}
     facts |= {"code of k2jax (digest)": code_digest(), "devices": f"{len(local)} x {local[0].device_kind}"}
+    facts |= {f"jax.config {name}": getattr(jax.config, name) for name in _JAX_CONFIG}
+    facts |= {name: _compiler_flags(os.environ.get(name, "")) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     barrier("clock")  # from here all read their clocks at the same time
     entries = gather("agreement", {"host": socket.gethostname(), "time": time.time(), "facts": facts})
     hosts = [entry["host"] for entry in entries]
