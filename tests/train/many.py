@@ -39,7 +39,7 @@ def commands(count: int, devices: int, *arguments: str, event: str = "none") -> 
     return [[*driver, *joined, "--process-id", str(number), *arguments] for number in range(count)]
 
 
-def run(folder: Path, lines: list[list[str]], timeout: float = 240) -> Ended:
+def run(folder: Path, lines: list[list[str]], timeout: float = 500) -> Ended:
     """Start these commands in `folder` and wait for the end of all; none outlives the call."""
     files = [open(folder / f"output.{number}", "w+", encoding="utf-8") for number in range(len(lines))]
     started = [

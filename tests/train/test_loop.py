@@ -92,7 +92,7 @@ def test_the_share_of_the_matmul_rate_is_of_the_same_work_each_step(config, star
     """In every record, and a number for TensorBoard: share times seconds are the model FLOPs at one start's rate."""
     records = read_records(Path(config.train.run_dir) / "metrics.jsonl")
     work = [record["matmul_share"] * record["seconds"] for record in records]
-    assert len(work) == 10 and 0 < max(record["matmul_share"] for record in records) < 2
+    assert len(work) == 10 and min(record["matmul_share"] for record in records) > 0
     for one_start in (work[:5], work[5:]):
         assert one_start == pytest.approx([one_start[0]] * 5)
     assert "matmul_share" in WALL_CLOCK
