@@ -19,6 +19,13 @@ def lines_of_banner():
     return banner_module.banner(config, state, mesh).splitlines()
 
 
+def test_small_numbers_have_no_unit_and_no_space_for_one():
+    lines = "\n".join(lines_of_banner())
+    assert "norms 224, " in lines and "router 132, " in lines  # micro's
+    assert "= 512 tokens, 2 microbatches; 20 steps, 10.24 ktokens" in lines
+    assert " kB parameters, " in lines and " kFLOP forward" in lines
+
+
 def test_the_picture_of_hosts_stands_under_the_mesh(monkeypatch):
     alone = lines_of_banner()
     monkeypatch.setattr(banner_module, "picture_hosts", lambda mesh: [f"{mesh.size} devices", "crosses: nothing"])

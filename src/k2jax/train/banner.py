@@ -17,11 +17,11 @@ from k2jax.train.state import TrainState
 SHOWN = ("k2jax", "jax", "flax", "optax", "python")
 
 
-def _si(value: float) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+def _si(value: float, unit: str = "") -> str:
+    for prefix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
-            return f"{value / size:.4g} {unit}"
-    return f"{value:.4g} "
+            return f"{value / size:.4g} {prefix}{unit}"
+    return f"{value:.4g} {unit}".rstrip()
 
 
 def bytes_per_device(tree) -> int:
@@ -44,6 +44,7 @@ def banner(config: Config, abstract: TrainState, mesh: jax.sharding.Mesh) -> str
     library = versions()
     device = mesh.devices.flat[0]
     groups = ", ".join(f"{name} {_si(size)}" for name, size in optimizer_groups.items())
+    microbatches = config.train.num_microbatches
     flops = flops_per_token(leaves, config.model, config.data.sequence_length)
     lines = [
         ("versions", "  ".join(f"{name} {library[name]}" for name in SHOWN)),
@@ -55,12 +56,12 @@ def banner(config: Config, abstract: TrainState, mesh: jax.sharding.Mesh) -> str
         ("pipeline", describe_pipeline(config)),
         ("experts", describe_experts(config, mesh)),
         ("optimizer", f"{config.optim.optimizer}: {groups} parameters; QK-Clip tau {config.optim.qk_clip_tau}"),
-        ("per device", f"{_si(bytes_per_device(abstract.params))}B parameters, "
-                       f"{_si(bytes_per_device(abstract.opt_state))}B optimizer state"),
+        ("per device", f"{_si(bytes_per_device(abstract.params), 'B')} parameters, "
+                       f"{_si(bytes_per_device(abstract.opt_state), 'B')} optimizer state"),
         ("attention", describe_attention(config)),
-        ("per token", f"{_si(flops)}FLOP forward and backward"),
+        ("per token", f"{_si(flops, 'FLOP')} forward and backward"),
         ("batch", f"{config.data.batch_sequences} x {config.data.sequence_length} = {config.batch_tokens:,} tokens, "
-                  f"{config.train.num_microbatches} microbatches; {config.train.num_steps:,} steps, "
-                  f"{_si(config.train.num_steps * config.batch_tokens)}tokens"),
+                  f"{microbatches} microbatch{'es' * (microbatches > 1)}; {config.train.num_steps:,} steps, "
+                  f"{_si(config.train.num_steps * config.batch_tokens, 'tokens')}"),
     ]  # fmt: skip
     return "\n".join(f"{name:<11}{text}" for name, text in lines)

@@ -179,7 +179,7 @@ def test_validation_is_fixed(store):
         validation_batches(store, config(), count + 1, 4)
     assert str(error.value) == (
         f"num_sequences = {count + 1}: must be at most the {count} whole sequences of the validation split; "
-        "lower it or data.sequence_length, or prepare a larger validation_fraction"
+        f"nearest: {count}; or lower data.sequence_length, or prepare with a larger --validation-fraction"
     )
 
 
@@ -195,7 +195,7 @@ def test_plan_run_names_everything(store):
         f"data.sequence_length = {tokens}: must be below the {tokens} tokens of the training split of data.path = "
         f"'{store.path}'; at most {tokens - 1} fits",
         "train.eval_sequences = 4: must be at most the 0 whole sequences of the validation split; "
-        "lower it or data.sequence_length, or prepare a larger validation_fraction",
+        "lower data.sequence_length, or prepare with a larger --validation-fraction",
     )
 
 

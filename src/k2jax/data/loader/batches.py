@@ -25,7 +25,8 @@ def too_few_validation(available: int, wanted: int, name: str) -> list[str]:
     if wanted <= available:
         return []
     rule = f"must be at most the {available} whole sequences of the validation split"
-    return [f"{name} = {wanted}: {rule}; lower it or data.sequence_length, or prepare a larger validation_fraction"]
+    fix = "lower data.sequence_length, or prepare with a larger --validation-fraction"
+    return [f"{name} = {wanted}: {rule}; " + (f"nearest: {available}; or " if available else "") + fix]
 
 
 def num_windows(corpus: Corpus, split: str, sequence_length: int, source: str | None = None) -> int:
