@@ -45,9 +45,13 @@ def test_the_snippet_of_the_page():
     assert jax.tree.map(jnp.shape, names["updates"]) == jax.tree.map(jnp.shape, params)
 
 
+def static_arguments(page: str) -> tuple[str, ...]:
+    return eval(re.search(r"static_args=(\(.*?\))", page, re.DOTALL).group(1))
+
+
 def test_inject_hyperparams_with_the_pages_static_arguments():
     names, page = snippet()
-    static = eval(re.search(r"static_args=(\(.*?\))", page).group(1))
+    static = static_arguments(page)
     params, rest = names["params"], dict(dimension_numbers=names["views"])
     tx = optax.inject_hyperparams(muonclip, static_args=static)(2e-4, names["labels"], names["parts"], **rest)
     state, maxima = tx.init(params), jnp.full((1, 4), 250.0)
@@ -57,6 +61,15 @@ def test_inject_hyperparams_with_the_pages_static_arguments():
         np.testing.assert_allclose(updates[name], names["updates"][name], rtol=1e-5)
     state.hyperparams["tau"] = jnp.float32(1e9)
     assert not np.allclose(tx.update(params, state, params, max_logits=maxima)[0]["q"], updates["q"])
+
+
+def test_inject_hyperparams_with_rules_by_path():
+    """A function that is not static is taken for a schedule: called with the step, not with the parameters."""
+    names, page = snippet(1)
+    tx = optax.inject_hyperparams(muonclip, static_args=static_arguments(page))(1e-3, **names["rules"])
+    params = names["params"]
+    updates, _ = tx.update(params, tx.init(params), params, max_logits=jnp.full((1, 4), 250.0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), updates, names["updates"])
 
 
 def test_the_snippet_with_flax():

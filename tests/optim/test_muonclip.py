@@ -130,6 +130,12 @@ def test_values_by_path():
     with pytest.raises(ValueError) as error:
         by_path([("kernel", "muon"), ("kernal", "muon"), ("bias", "adamw")])(ATTENTION)
     assert str(error.value) == "by_path: norm/scale: no rule matches; 'kernal': decides for no parameter"
+    with pytest.raises(ValueError) as error:
+        by_path([("(kernel", "muon"), ("bias", "adamw"), ("*", None)])
+    assert str(error.value) == (
+        "by_path: '(kernel': is not a regular expression: missing ), unterminated subpattern at position 0; "
+        "'*': is not a regular expression: nothing to repeat at position 0"
+    )
 
 
 def test_paths_of_nnx_are_those_of_its_pure_form():

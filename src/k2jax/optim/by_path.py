@@ -15,14 +15,27 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def _compiled(rules: Sequence[tuple[str, object]]) -> list[tuple[re.Pattern, object]]:
+    patterns, problems = [], []
+    for pattern, value in rules:
+        try:
+            patterns.append((re.compile(pattern), value))
+        except re.error as error:
+            problems.append(f"{pattern!r}: is not a regular expression: {error}")
+    if problems:
+        raise ValueError(f"by_path: {'; '.join(problems)}")
+    return patterns
+
+
 def by_path(rules: Sequence[tuple[str, object]]) -> Callable[[optax.Params], optax.Params]:
     """A function from a pytree of parameters to one of values: labels, MatrixViews, QKParts or None.
 
     rules: (regular expression, value) pairs. The first expression that is found in a parameter's path, such as
-    "encoder/attention/query/kernel", gives its value. The function raises ValueError with every parameter that none
-    matches, and with every rule that decides for no parameter: a misspelt one would otherwise do nothing in silence.
+    "encoder/attention/query/kernel", gives its value. Raises ValueError with every pattern that is not a regular
+    expression. The function raises one with every parameter that none matches, and with every rule that decides for no
+    parameter: a misspelt one would otherwise do nothing in silence.
     """
-    patterns = [(re.compile(pattern), value) for pattern, value in rules]
+    patterns = _compiled(rules)
 
     def choose(params: optax.Params) -> optax.Params:
         used, unmatched = set(), []
