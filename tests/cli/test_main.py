@@ -71,6 +71,17 @@ def test_all_wrong_arguments_at_once(place, capsys):
     assert list(place.iterdir()) == []
 
 
+def test_an_option_of_another_command_is_called_an_option(place, capsys):
+    """`inspect` needs no devices, but who has just typed `train --simulate 8` types it there too."""
+    assert refusal(capsys, "inspect", MICRO, "--simulate", "8", "--num-steps", "3", "--mesh", "2") == (
+        "k2jax inspect: 3 problems\n"
+        "  --simulate: is no option of this command; simulate: no such field; "
+        "sections are model, optim, guard, phases, kernels, data, mixture, mesh, train, checkpoint\n"
+        "  --num-steps: is no option of this command; num_steps: no such field; did you mean train.num_steps?\n"
+        "  mesh: is a section; give its fields, such as mesh.replica\n"
+    )
+
+
 def test_missing_folder(place, capsys):
     assert "store" in refusal(capsys, "train", MICRO, *ON_EIGHT)
     assert list(place.iterdir()) == []

@@ -18,8 +18,26 @@ def test_wrong_number_of_devices_names_the_axes_and_both_numbers():
     assert str(error.value) == (
         "mesh.fsdp = 3 * mesh.tensor = 2: needs 6 devices, there are 8; change the axes, or on a CPU give --simulate 6"
     )
-    with pytest.raises(UserError, match="^the mesh \\(all axes 1\\): needs 1 devices, there are 8; "):
+    with pytest.raises(UserError, match="^the mesh \\(all axes 1\\): needs 1 device, there are 8; "):
         make_mesh(MeshConfig())
+    with pytest.raises(UserError, match="^mesh.fsdp = 2: needs 2 devices, there is 1; "):
+        make_mesh(MeshConfig(fsdp=2), jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    ("processes", "advice"),
+    [
+        (1, "on a CPU give --simulate 6"),
+        (2, "on CPUs give each of the 2 processes 3 by --simulate, or launch local's --devices-per-process"),
+        (4, "start another number of processes than 4"),
+    ],
+)
+def test_the_advice_on_devices_is_for_the_number_of_processes(monkeypatch, processes, advice):
+    """--simulate counts the devices of one process: the number for all of them would be wrong again."""
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with pytest.raises(UserError) as error:
+        make_mesh(MeshConfig(fsdp=3, tensor=2))
+    assert str(error.value).endswith(f"; change the axes, or {advice}")
 
 
 def test_all_axes_are_there_and_explicit():

@@ -96,7 +96,10 @@ def read_overrides(arguments: list[str]) -> tuple[dict[str, object], list[str]]:
         field = name[2:].replace("-", "_")
         value = rest.pop(0) if rest and not rest[0].startswith("--") else None
         if field not in types:
-            problems.append(unknown_field(field))
+            problem = unknown_field(field)
+            # Fields have a dot: --simulate where it is not known is rather meant as an option.
+            is_option = "." not in field and problem.startswith(f"{field}: no such field")
+            problems.append(f"{name}: is no option of this command; {problem}" if is_option else problem)
         elif value is None:
             problems.append(f"{field}: needs a value, {_describe_text(types[field])}")
         elif field in texts:

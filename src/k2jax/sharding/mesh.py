@@ -40,6 +40,20 @@ def _off_torus(sizes: dict[str, int], outer: dict[str, int], devices: list) -> U
     return UserError(f"{given}: {rule}, or neighbours in the mesh would not be neighbours; nearest: {nearest}")
 
 
+def _other_number(needed: int) -> str:
+    """The way to a mesh of `needed` devices by other devices: of one process, or of each of several."""
+    if (count := jax.process_count()) == 1:
+        return f"on a CPU give --simulate {needed}"
+    if needed % count:
+        return f"start another number of processes than {count}"
+    each = needed // count
+    return f"on CPUs give each of the {count} processes {each} by --simulate, or launch local's --devices-per-process"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
     """The mesh of `config` over `devices` (all there are, by default).
 
@@ -53,8 +67,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.M
     if (needed := math.prod(sizes.values())) != len(devices):
         product = " * ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items() if size > 1)
         raise UserError(
-            f"{product or 'the mesh (all axes 1)'}: needs {needed} devices, there are {len(devices)}; "
-            f"change the axes, or on a CPU give --simulate {needed}"
+            f"{product or 'the mesh (all axes 1)'}: needs {_counted(needed, 'device')}, "
+            f"there {'are' if len(devices) > 1 else 'is'} {len(devices)}; change the axes, or {_other_number(needed)}"
         )
     types, outer = (AxisType.Explicit,) * len(AXES), dict.fromkeys(AXES, 1)
     domains = fast_domains(devices)

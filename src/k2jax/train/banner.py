@@ -44,7 +44,7 @@ def banner(config: Config, abstract: TrainState, mesh: jax.sharding.Mesh) -> str
     library = versions()
     device = mesh.devices.flat[0]
     groups = ", ".join(f"{name} {_si(size)}" for name, size in optimizer_groups.items())
-    if config.optim.optimizer != "muonclip":  # a chain of the user's is given the labels and may do with them what it wants
+    if config.optim.optimizer != "muonclip":  # a chain of one's own does with the labels what it wants
         groups = f"labelled {groups}"
     microbatches = config.train.num_microbatches
     flops = flops_per_token(leaves, config.model, config.data.sequence_length)
