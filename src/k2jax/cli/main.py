@@ -84,7 +84,7 @@ def _run_commands(command) -> None:
 
     launch.add_options(command("launch", launch.launch, "Run in several processes, on this machine or on a cluster."))
 
-    sub = command("inspect", plan.inspect, "Show parameter counts, the layout of every parameter, and the mesh; needs no devices.")
+    sub = command("inspect", plan.inspect, "Show parameters, their layout and the mesh; needs no devices.")
     sub.add_argument("config", metavar="CONFIG", help="a config file or run directory; --section.field value overrides")
     sub.add_argument("--json", action="store_true", help="print it all as JSON")
     sub.add_argument("--png", metavar="FILE", help="draw the mesh")
