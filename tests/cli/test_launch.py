@@ -1,5 +1,6 @@
 """`k2jax launch`: its arguments, what it writes and to whom, and two real k2jax processes on this machine."""
 
+import argparse
 import configparser
 import os
 import re
@@ -10,10 +11,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from k2jax.cli.main import main
+from k2jax.cli.main import _parser, main
+from k2jax.launch.manifest import command_problems
 
 ROOT = Path(__file__).parents[2]
 JOBSET = ("launch", "jobset", "--hosts", "2", "--image", "k2jax:1", "--devices-per-host", "1", "--run-dir", "gs://b/r")
+
+
+def subcommands() -> dict[str, argparse.ArgumentParser]:
+    """The parser of every command of k2jax."""
+    actions = _parser()._actions
+    return next(action for action in actions if isinstance(action, argparse._SubParsersAction)).choices
 
 
 @pytest.fixture
@@ -52,6 +60,22 @@ def test_two_processes_of_k2jax(capfd, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("command", sorted(subcommands()))
+def test_what_joins_other_processes_can_be_launched(command):
+    joins = "--coordinator" in subcommands()[command].format_help() or command == "train"  # whose help is its own
+    assert joins == (not command_problems([command]))
+
+
+def test_two_processes_of_another_command(capfd, tmp_path, monkeypatch):
+    """Both come as far as the run that is not there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    options = ("-n", "2", "--devices-per-process", "1")
+    assert main(["launch", "local", *options, "--", "eval", "missing", "--mesh.expert", "2"]) == 2
+    out, _ = capfd.readouterr()
+    assert "[0] process 0 of 2" in out and "[1] process 1 of 2" in out and "missing: no such folder" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -60,7 +84,7 @@ def test_two_processes_of_k2jax(capfd, tmp_path, monkeypatch):
             "k2jax launch: 3 problems\n"
             "  -n 0: must be at least 1\n"
             "  --devices-per-process -1: must be at least 1\n"
-            "  -- trian: must be a command that runs in several processes: train; did you mean train?\n",
+            "  -- trian: must be a command that runs in several processes: train, generate, eval; did you mean train?\n",
         ),
         (
             ("local", "-n", "2"),
@@ -71,11 +95,16 @@ def test_two_processes_of_k2jax(capfd, tmp_path, monkeypatch):
             "k2jax launch: 1 problem\n  no command: give one after --, such as -- train configs/tiny.py\n",
         ),
         (
-            ("slurm", "--hosts", "0", "--time", "soon", "--", "eval", "x"),
+            ("slurm", "--hosts", "0", "--time", "soon", "--", "export", "x"),
             "k2jax launch: 3 problems\n"
-            "  -- eval: must be a command that runs in several processes: train\n"
+            "  -- export: must be a command that runs in several processes: train, generate, eval\n"
             "  --hosts 0: must be at least 1\n"
             "  --time 'soon': must be MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS, such as 24:00:00 or 2-12\n",
+        ),
+        (
+            ("slurm", "--hosts", "2", "--run-dir", "runs/x", "--", "eval", "runs/x", "--mesh.expert", "2"),
+            "k2jax launch: 1 problem\n"
+            "  --run-dir runs/x: is train's alone; eval is given its run directory as an argument\n",
         ),
     ],
 )

@@ -17,7 +17,7 @@ from k2jax.errors import UserError
 from k2jax.files import write_atomic
 from k2jax.launch.distributed import COORDINATOR, NUM_PROCESSES, PROCESS_ID
 
-COMMANDS = ("train",)  # those that know of other processes
+COMMANDS = ("train", "generate", "eval")  # those that know of other processes
 _OURS = (COORDINATOR, NUM_PROCESSES, PROCESS_ID, "K2JAX_SIMULATE")
 _LONGEST_NAME = 40  # of the 63 characters of a host name, whose rest counts jobs and pods
 _RUN_DIR = re.compile(r"--train\.run[-_]dir(=.*)?", re.DOTALL)
@@ -91,6 +91,9 @@ def job_problems(job: Job) -> list[str]:
         problems.append(f"--name {job.name!r}: {rule}; nearest: {near}")
     if job.run_dir and any(_RUN_DIR.fullmatch(argument) for argument in job.command):
         problems.append(f"--run-dir {job.run_dir}: the command has a --train.run-dir as well; give one of them")
+    if job.run_dir and job.command[:1] != ("train",) and not command_problems(job.command):
+        rule = f"is train's alone; {job.command[0]} is given its run directory as an argument"
+        problems.append(f"--run-dir {job.run_dir}: {rule}")
     for text in (*job.command, job.run_dir or "", *job.environment):
         try:
             text.encode()
