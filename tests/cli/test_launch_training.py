@@ -66,7 +66,8 @@ def test_stopped_resumed_and_killed(place):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 130, out + err
-    [stopped] = re.findall(r"\[0\] stopped after step (\d+), saved", out)
+    resume = "Resume by what started the processes, each of which ran:\n\\[0\\]   k2jax train "
+    [stopped] = re.findall(rf"\[0\] stopped after step (\d+), saved. {resume}", out)
     assert "failed" not in err
 
     with launched(place) as process:

@@ -57,7 +57,8 @@ def train(args, rest: list[str]) -> int:
     processes.leave()
     if result.signal is not None:
         if first:
-            print(f"stopped after step {result.step}, saved. Resume with:\n  k2jax {shlex.join(sys.argv[1:])}")
+            how = "by what started the processes, each of which ran" if many else "with"
+            print(f"stopped after step {result.step}, saved. Resume {how}:\n  k2jax {shlex.join(sys.argv[1:])}")
         return 128 + result.signal
     if first:
         _show_result(folder, result, with_sample=not many)
