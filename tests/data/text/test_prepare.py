@@ -178,7 +178,7 @@ def test_no_document_or_a_side_without(tree, tmp_path):
         f"source = {str(tree)!r}: no document matches pattern = '**/*.md'; change one of them",
     )
     problems = refused(str(tree / "sub/latin.txt"), out, "train:300")
-    assert problems[0].endswith("(left out: 1 not UTF-8); change one of them")
+    assert problems[0].endswith("latin.txt': holds no document (left out: 1 not UTF-8); name other files")
     texts = [(tree / f"sub/{i:02}.txt").read_bytes().decode() for i in range(1, 40, 2)]
     places = sorted(int(hashlib.sha256(t.encode()).hexdigest()[:16], 16) / 2**64 for t in texts)
     rule = f"for these documents it must be above {places[0]:.6g} and at most {places[-1]:.6g}"

@@ -122,6 +122,8 @@ def _refuse_lopsided(work: Path, recipe: Recipe) -> None:
         f"{entry['count']} {reason}" for reason, entry in left_out(recipe, work, "read").reasons.items()
     )
     besides = f" (left out: {reasons})" if reasons else ""
+    if not any(counts) and all(Path(source_and_path(spec)[1]).is_file() for spec in recipe.sources):
+        raise UserError(f"source = {source!r}: holds no document{besides}; name other files")
     if not any(counts):
         rule = f"no document matches pattern = {recipe.pattern!r}{besides}"
         if "/" not in recipe.pattern and not recipe.pattern.startswith("**"):
