@@ -62,7 +62,7 @@ def test_two_processes_of_k2jax(capfd, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", sorted(subcommands()))
 def test_what_joins_other_processes_can_be_launched(command):
-    joins = "--coordinator" in subcommands()[command].format_help() or command == "train"  # whose help is its own
+    joins = command == "train" or "--coordinator" in subcommands()[command].format_help()  # train's help is its own
     assert joins == (not command_problems([command]))
 
 
@@ -84,7 +84,8 @@ def test_two_processes_of_another_command(capfd, tmp_path, monkeypatch):
             "k2jax launch: 3 problems\n"
             "  -n 0: must be at least 1\n"
             "  --devices-per-process -1: must be at least 1\n"
-            "  -- trian: must be a command that runs in several processes: train, generate, eval; did you mean train?\n",
+            "  -- trian: must be a command that runs in several processes: train, generate, eval; "
+            "did you mean train?\n",
         ),
         (
             ("local", "-n", "2"),
