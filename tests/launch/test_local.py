@@ -30,6 +30,16 @@ def run(script: str, count: int, grace: float = 5, log_dir: Path | None = None) 
     return supervise([sys.executable, "-c", RANK + script], rank_environments(count, None), log_dir, grace)
 
 
+@pytest.fixture(autouse=True)
+def default_signals():
+    """A shell that starts the tests in the background has them ignore signals, and so all that they start."""
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    before = [signal.signal(n, handler) for n, handler in zip(numbers, (signal.default_int_handler, signal.SIG_DFL))]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
 def launcher(script: str, count: int, grace: float = 5, **options) -> subprocess.Popen:
     """A launcher in a process of its own."""
     argv = [sys.executable, "-c", LAUNCHER, json.dumps([RANK + script, count, grace])]

@@ -60,7 +60,7 @@ def test_many_processes_train_as_one(place, mesh, counts):
     axes, name = (*MESHES[mesh], "--optim.ns-dtype", "float32"), mesh.replace(" ", "") + str(counts[0])
     one = trained(place, f"{name}-1", 1, 8, *axes)
     for count in counts:
-        run = trained(place, f"{name}-{count}", count, 8 // count, *axes, log_ranks="true")
+        run = trained(place, f"{name}-{count}", count, 8 // count, *axes, log_ranks="True")
         same(one, run)
         logs = {path.name: path.read_text() for path in (run / "ranks").iterdir()}
         assert {*logs} == {f"{i}.log" for i in range(1, count)} and all("step 10/10" in text for text in logs.values())
@@ -132,25 +132,25 @@ def another_config(lines):
 
 
 def another_count(lines):
-    lines[2][lines[2].index("--num-processes") + 1] = "4"
+    lines[2][lines[2].index("--num-processes") + 1] = "5"
 
 
 def another_store(lines):
-    lines[2] += ["--data.path", "other"]
+    lines[2] += ["--data.path", "./store/../store"]
 
 
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
         (doubled, "process id 1 was given twice: process 1 on "),
-        (missing, "after 3 s these processes have not come: 2 (of 3)"),
+        (missing, "after 3 s these processes have not come: 2 (of 4)"),
         (another_config, "config data.seed: must be the same in all processes; 0 in processes 0"),
-        pytest.param(another_count, "was told of 4 processes, process 0 of 3", marks=pytest.mark.grid),
+        pytest.param(another_count, "was told of 5 processes, process 0 of 4", marks=pytest.mark.grid),
         pytest.param(another_store, "config data.path: must be the same in all processes", marks=pytest.mark.grid),
     ],
 )
 def test_processes_that_do_not_fit_all_say_so(place, change, rule):
-    lines = many.commands(3, 1, *options(f"unfit-{change.__name__}"), "--mesh.fsdp", "3")
+    lines = many.commands(4, 1, *options(f"unfit-{change.__name__}"), "--mesh.fsdp", "4")
     change(lines)
     ended = many.run(place, lines, 60)
     assert ended.codes == [2] * len(lines) and all(rule in text for text in ended.outputs), ended

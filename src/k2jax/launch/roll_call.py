@@ -15,6 +15,7 @@ from k2jax.errors import UserError
 
 _GREETING = "k2jax roll call 1"
 _NOTICE = 30  # seconds between two lines about those that are missing
+_GRACE = 10  # seconds in which late ones still hear what is wrong
 _LINE = 65_536  # most bytes of a line
 _SILENCE = 20  # seconds after which what listens there is taken for another program
 
@@ -104,18 +105,21 @@ def _late(present: set[int], count: int, seconds: float) -> str:
 def _collect(server: socket.socket, me: Caller, deadline: float, seconds: float, say: Callable) -> tuple[list, list[str]]:
     """(connections of those that came, what is wrong) as soon as all are there, or something is wrong, or time is up."""
     waiting: list[tuple[socket.socket, Caller]] = []
-    notice = time.monotonic() + _NOTICE
+    notice, told_by = time.monotonic() + _NOTICE, None
     while True:
         for entry in [entry for entry in waiting if _is_gone(entry[0])]:  # one that is restarted comes again
             entry[0].close()
             waiting.remove(entry)
         callers = [me, *(caller for _, caller in waiting)]
         present = {caller.index for caller in callers}
+        now = time.monotonic()
         if problems := _problems(callers, me.count):
-            return waiting, problems
-        if len(present) == me.count:
+            told_by = told_by or now + _GRACE  # those on their way are to hear it too
+            if len(callers) >= me.count or now > told_by:
+                return waiting, problems
+        elif len(present) == me.count:
             return waiting, []
-        if (now := time.monotonic()) > deadline:
+        elif now > deadline:
             return waiting, [_late(present, me.count, seconds)]
         if now > notice:
             say(f"waiting for processes {_missing(present, me.count)}, {deadline - now:.0f} s at most")
