@@ -29,6 +29,7 @@ def talk() -> None:
 
 def one_fails() -> None:
     processes.keep_last_words(Path("ranks"))
+    processes.barrier("ready")  # all know where their last words go
     if processes.index() == 1:
         processes.fail(UserError("field: 3: must be 4", "other: 5: must be 6"))
     time.sleep(60)
