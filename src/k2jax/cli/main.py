@@ -10,6 +10,7 @@ from k2jax import processes
 from k2jax.cli import audit, data, launch, model, plan, run, verify
 from k2jax.config import MeshConfig
 from k2jax.errors import RunFailed, UserError, exit_code
+from k2jax.launch.distributed import JOIN_SECONDS
 
 _DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
 
@@ -72,7 +73,7 @@ def _process_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, as the others reach it")
     sub.add_argument("--num-processes", type=int, metavar="N", help="processes of the run")
     sub.add_argument("--process-id", type=int, metavar="I", help="of this one: 0 to N - 1")
-    sub.add_argument("--join-timeout", type=float, default=600, metavar="S", help="seconds to wait for the others")
+    sub.add_argument("--join-timeout", type=float, default=JOIN_SECONDS, metavar="S", help="seconds to wait for the others")
 
 
 def _run_commands(command) -> None:

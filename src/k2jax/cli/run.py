@@ -24,7 +24,7 @@ K2JAX_PROCESS_ID and K2JAX_SIMULATE stand for the options. --join-timeout S: pat
 
 def join_processes(args, stops_together: bool = False) -> None:
     """Choose this process's devices and connect it with the others of its run, by the options and the environment."""
-    simulate = os.environ.get("K2JAX_SIMULATE") if args.simulate is None else args.simulate
+    simulate = os.environ.get(distributed.SIMULATE) if args.simulate is None else args.simulate
     if simulate is not None:
         distributed.use_cpu_devices(simulate)
     options = {

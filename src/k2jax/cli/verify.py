@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from k2jax.errors import RunFailed, UserError
-from k2jax.runs.commits import committed_steps, damage
+from k2jax.runs.commits import check_committed, committed_steps, damage
 from k2jax.runs.folder import RunFolder, read_config
 
 
@@ -14,8 +14,7 @@ def verify(args, rest: list[str]) -> int:
     read_config(Path(args.run))
     folder, bad = RunFolder(Path(args.run)).checkpoints, []
     steps = committed_steps(folder)
-    if args.step is not None and args.step not in steps:
-        raise UserError(f"--step {args.step}: is not a committed step; there are {', '.join(map(str, steps)) or 'none'}")
+    check_committed(steps, args.step)
     for step in steps if args.step is None else [args.step]:
         problems = damage(folder, step)
         if problems:

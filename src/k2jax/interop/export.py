@@ -18,8 +18,9 @@ from k2jax.interop.tokenizer_files import tokenizer_files
 from k2jax.model.weights import Weight
 from k2jax.runs.commits import sound_step
 from k2jax.runs.folder import RunFolder, read_config
+from k2jax.train.content import name_of
 from k2jax.train.phases import rope_after
-from k2jax.train.restore import name_of, open_array
+from k2jax.train.restore import open_array
 
 DTYPES = {"bf16": ("BF16", "bfloat16"), "f32": ("F32", "float32")}  # ours: (safetensors', torch's)
 FILE_BYTES = 5 * 10**9

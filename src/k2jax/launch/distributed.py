@@ -14,11 +14,13 @@ from k2jax.errors import UserError
 from k2jax.launch.roll_call import Caller, call, listen, split_address
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "K2JAX_COORDINATOR", "K2JAX_NUM_PROCESSES", "K2JAX_PROCESS_ID"
+SIMULATE = "K2JAX_SIMULATE"  # CPU devices of a process, as --simulate of its command
 JOIN_SECONDS = 600  # of a cold start: machines that boot, images that load
 _LOOPBACK_SECONDS = 30  # a coordinator on this machine alone needs no machine to boot
 _HEARTBEAT_SECONDS = 30  # of silence until a process is given up; a garbage collector's or a disk's stall is shorter
 _SHUTDOWN_SECONDS = 120
-_PORT = 61_412  # where a cluster names hosts and no port
+PORT = 61_412  # where a cluster names hosts and no port
+_BY_HAND = "give --coordinator, --num-processes and --process-id"
 
 
 def use_cpu_devices(count: int | str) -> None:
@@ -45,6 +47,11 @@ class Membership:
     local_device_ids: tuple[int, ...] | None = None  # of several processes on one host each has its own
 
 
+def _port_of_job(number: str) -> int:
+    """Two jobs on one machine have two."""
+    return 61_440 + int(number) % 4096
+
+
 def _slurm(environ: Mapping[str, str]) -> Membership | None:
     names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID")  # srun's; a batch shell has not all
     if not all(name in environ for name in names):
@@ -52,7 +59,7 @@ def _slurm(environ: Mapping[str, str]) -> Membership | None:
     first = environ["SLURM_STEP_NODELIST"].split(",")[0]  # host, host[03, host[03-07,09], host[1-4]
     prefix, _, numbers = first.partition("[")
     host = prefix + numbers.split("-")[0].rstrip("]")
-    port = 61_440 + int(environ["SLURM_JOB_ID"]) % 4096  # two jobs on one machine have two
+    port = _port_of_job(environ["SLURM_JOB_ID"])
     together = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0]  # such as 8(x2)
     own = (int(environ["SLURM_LOCALID"]),) if int(together) > 1 else None
     return Membership(f"{host}:{port}", int(environ["SLURM_NTASKS"]), int(environ["SLURM_PROCID"]), "Slurm (srun)", own)
@@ -68,7 +75,7 @@ def _open_mpi(environ: Mapping[str, str]) -> Membership | None:
         host = rest.replace("[", "").replace("]", "").split(",")[0].rsplit(":", 1)[0]
         several = int(environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)) > 1
         own = (int(environ["OMPI_COMM_WORLD_LOCAL_RANK"]),) if several else None
-        return Membership(f"{host}:{61_440 + int(job) % 4096}", count, number, "Open MPI (mpirun)", own)
+        return Membership(f"{host}:{_port_of_job(job)}", count, number, "Open MPI (mpirun)", own)
     if count > 1:
         rule = f"give process 0's address to all: mpirun -x {COORDINATOR}=HOST:PORT"
         raise UserError(f"Open MPI {environ.get('OMPI_VERSION', '5')} does not name the first process's host; {rule}")
@@ -79,7 +86,7 @@ def _sky_pilot(environ: Mapping[str, str]) -> Membership | None:
     if "SKYPILOT_NODE_RANK" not in environ:
         return None
     hosts = environ["SKYPILOT_NODE_IPS"].split()
-    return Membership(f"{hosts[0]}:{_PORT}", len(hosts), int(environ["SKYPILOT_NODE_RANK"]), "SkyPilot")
+    return Membership(f"{hosts[0]}:{PORT}", len(hosts), int(environ["SKYPILOT_NODE_RANK"]), "SkyPilot")
 
 
 def _torchrun(environ: Mapping[str, str]) -> Membership | None:
@@ -100,8 +107,7 @@ def _cloud_tpu(environ: Mapping[str, str]) -> Membership | None:
     try:
         found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 60)
     except Exception as error:
-        rule = "give --coordinator, --num-processes and --process-id"
-        raise UserError(f"a TPU pod that cannot be asked for its hosts ({type(error).__name__}: {error}); {rule}") from None
+        raise UserError(f"a TPU pod that cannot be asked for its hosts ({type(error).__name__}: {error}); {_BY_HAND}") from None
     return None if None in found[:3] else Membership(*found[:3], "TPU pod")
 
 
@@ -159,8 +165,7 @@ def membership(options: Mapping[str, object], environ: Mapping[str, str]) -> Mem
         try:
             found = cluster(environ)
         except (ValueError, KeyError, IndexError) as error:
-            rule = "give --coordinator, --num-processes and --process-id"
-            raise UserError(f"{cluster.__name__[1:]}: variables that do not fit together ({error!r}); {rule}") from None
+            raise UserError(f"{cluster.__name__[1:]}: variables that do not fit together ({error!r}); {_BY_HAND}") from None
         if found is not None:
             return found if found.num_processes > 1 else None
     return None

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from k2jax.errors import UserError
+from k2jax.launch.distributed import COORDINATOR, NUM_PROCESSES, PORT
 from k2jax.launch.manifest import Job, fill, job_problems
 
 # GKE's names of the accelerators, and the dims of their topologies. Machine types of several hosts have 4 chips each.
@@ -18,7 +19,6 @@ _TPUS = {
     "tpu7x": ("tpu7x", 3),
 }
 _CHIPS = 4
-_PORT = 61_412
 _SCRIPT = 'export K2JAX_PROCESS_ID=$((SLICE_INDEX * PODS_OF_A_SLICE + JOB_COMPLETION_INDEX)); exec "$@"'
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*")
 _CLAIM = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
@@ -108,11 +108,11 @@ def _block(indent: int, key: str, lines: list[str]) -> str:
 
 def _environment(job: Job, pods: int) -> list[str]:
     ours = {
-        "K2JAX_COORDINATOR": f"{job.name}-workers-0-0.{job.name}:{_PORT}",
-        "K2JAX_NUM_PROCESSES": str(job.hosts),
+        COORDINATOR: f"{job.name}-workers-0-0.{job.name}:{PORT}",
+        NUM_PROCESSES: str(job.hosts),
         "PODS_OF_A_SLICE": str(pods),
+        **job.simulated(),
     }
-    ours |= {"K2JAX_SIMULATE": str(job.devices)} if job.devices is not None else {}
     theirs = {name: _verbatim(value) for name, value in job.variables().items()}
     lines = [f"- {{name: {_quoted(name)}, value: {_quoted(value)}}}" for name, value in (ours | theirs).items()]
     slice_index = "{fieldRef: {fieldPath: \"metadata.labels['jobset.sigs.k8s.io/job-index']\"}}"

@@ -23,9 +23,8 @@ from typing import BinaryIO
 
 from k2jax.errors import UserError
 from k2jax.launch import guardian
-from k2jax.launch.distributed import COORDINATOR, NUM_PROCESSES, PROCESS_ID
+from k2jax.launch.distributed import COORDINATOR, NUM_PROCESSES, PROCESS_ID, SIMULATE
 
-SIMULATE = "K2JAX_SIMULATE"  # CPU devices of a process, as --simulate of its command
 GRACE = 10.0  # seconds to end by oneself, before SIGTERM and again before SIGKILL
 _LAST_LINES = 20
 _LONGEST_LINE = 1 << 20  # bytes; a longer one is shown in pieces, so that memory is bounded
@@ -83,9 +82,7 @@ def _caught_signals() -> Iterator[list[int]]:
     """SIGINT, SIGTERM and SIGHUP are noted in the list instead of ending this process."""
     caught: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    before = {
-        number: handler for number, handler in before.items() if handler != signal.SIG_IGN
-    }  # nohup's, a shell's &
+    before = {n: handler for n, handler in before.items() if handler != signal.SIG_IGN}  # nohup's, a shell's &
     for number in before:
         signal.signal(number, lambda number, _: caught.append(number))
     try:

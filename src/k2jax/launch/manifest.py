@@ -15,10 +15,10 @@ from pathlib import Path
 
 from k2jax.errors import UserError
 from k2jax.files import write_atomic
-from k2jax.launch.distributed import COORDINATOR, NUM_PROCESSES, PROCESS_ID
+from k2jax.launch.distributed import COORDINATOR, NUM_PROCESSES, PROCESS_ID, SIMULATE
 
 COMMANDS = ("train", "generate", "eval")  # those that know of other processes
-_OURS = (COORDINATOR, NUM_PROCESSES, PROCESS_ID, "K2JAX_SIMULATE")
+_OURS = (COORDINATOR, NUM_PROCESSES, PROCESS_ID, SIMULATE)
 _LONGEST_NAME = 40  # of the 63 characters of a host name, whose rest counts jobs and pods
 _RUN_DIR = re.compile(r"--train\.run[-_]dir(=.*)?", re.DOTALL)
 
@@ -45,6 +45,10 @@ class Job:
     def variables(self) -> dict[str, str]:
         """The environment by names."""
         return dict(given.split("=", 1) for given in self.environment)
+
+    def simulated(self) -> dict[str, str]:
+        """The variable for `devices`, if there are."""
+        return {} if self.devices is None else {SIMULATE: str(self.devices)}
 
     def full_command(self) -> list[str]:
         """k2jax and its arguments, the run directory included."""

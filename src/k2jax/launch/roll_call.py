@@ -61,6 +61,10 @@ def _missing(present: set[int], count: int, most: int = 16) -> str:
     return ", ".join(absent[:most]) + (f" and {len(absent) - most} more" if len(absent) > most else "")
 
 
+def _line(values: dict) -> bytes:
+    return json.dumps({"greeting": _GREETING} | values).encode() + b"\n"
+
+
 def _hear(connection: socket.socket) -> Caller | None:
     """The caller at the other end; None if it is no process of ours."""
     try:
@@ -80,7 +84,7 @@ def _tell(connection: socket.socket, values: dict) -> bool:
     """Send a line to the other end; False if it has gone, and will be missed."""
     try:
         connection.settimeout(5)
-        connection.sendall(json.dumps({"greeting": _GREETING} | values).encode() + b"\n")
+        connection.sendall(_line(values))
         return True
     except OSError:
         return False
@@ -168,7 +172,7 @@ def _ask(address: str, me: Caller, seconds: float) -> list[str]:
     Raises UserError if something else listens there.
     """
     with socket.create_connection(split_address(address), timeout=5) as connection, connection.makefile("rb") as file:
-        connection.sendall(json.dumps({"greeting": _GREETING, **asdict(me)}).encode() + b"\n")
+        connection.sendall(_line(asdict(me)))
         try:
             connection.settimeout(_SILENCE)
             _read_answer(file)  # at once: it is there

@@ -41,7 +41,7 @@ def slurm_script(job: Job, time: str | None = None, partition: str | None = None
         raise UserError(*problems)
     lines = [f"--gpus-per-node={job.gpus}"] if job.gpus is not None else []
     lines += [f"--{name}={value}" for name, value in (("time", time), ("partition", partition)) if value is not None]
-    environment = job.variables() | ({"K2JAX_SIMULATE": str(job.devices)} if job.devices is not None else {})
+    environment = job.variables() | job.simulated()
     values = {
         "name": job.name,
         "hosts": str(job.hosts),

@@ -37,9 +37,9 @@ def committed_steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isascii() and name.isdigit() and name == str(int(name)))
 
 
-def read_record(folder: Path, step: int) -> dict:
-    """The commit record of a step. UserError if it was changed, or belongs to another step or run."""
-    path, expected = folder / f"{step}.json", identity(folder.parent)
+def _record_of(folder: Path, step: int, expected: dict[str, str] | None) -> dict:
+    """The commit record of a step. UserError if it was changed, or belongs to another step or not to `expected`."""
+    path = folder / f"{step}.json"
     record = read_sealed(path)
     kinds = {"step": int, "holds": list, "files": dict, "content": dict, "data_position": dict, "run": type(expected)}
     if wrong := [name for name, kind in kinds.items() if type(record.get(name)) is not kind]:
@@ -51,6 +51,11 @@ def read_record(folder: Path, step: int) -> dict:
         rule = "it was copied from elsewhere; move it away" if "id" in differs else "restore config.json from a copy"
         raise UserError(f"{path}: belongs to another run, its {' and '.join(differs)} differ from those of {folder.parent}; {rule}")
     return record
+
+
+def read_record(folder: Path, step: int) -> dict:
+    """The commit record of a step. UserError if it was changed, or belongs to another step or run."""
+    return _record_of(folder, step, identity(folder.parent))
 
 
 _WRITER = re.compile(r"(?:ocdbt\.|array_metadatas/)process_([0-9]+)(?:/|$)")  # Orbax's names of what one process writes
@@ -78,9 +83,9 @@ def damage(folder: Path, step: int, process: int = 0, processes: int = 1) -> lis
     process, processes: only of the files that fall to one of so many, to be read by all of them at once. Raises
     UserError if the run's own files are damaged. Orbax itself restores flipped bits without an error.
     """
-    identity(folder.parent)
+    run = identity(folder.parent)
     try:
-        expected = read_record(folder, step)["files"]
+        expected = _record_of(folder, step, run)["files"]
     except UserError as error:
         return [*error.problems]
     problems = []
@@ -96,13 +101,19 @@ def damage(folder: Path, step: int, process: int = 0, processes: int = 1) -> lis
     return problems
 
 
+def check_committed(steps: list[int], step: int | None) -> None:
+    """UserError if `step`, as a user gives it, is none of these; None is any."""
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"--step {step}: is not a committed step; there are {there}")
+
+
 def sound_step(folder: Path, step: int | None) -> int:
     """`step`, or for None the newest committed one. Raises UserError if it is not there, or damaged."""
     steps = committed_steps(folder)
     if not steps:
         raise UserError(f"{folder.parent}: has no committed checkpoint yet")
-    if step is not None and step not in steps:
-        raise UserError(f"--step {step}: is not a committed step; there are {', '.join(map(str, steps))}")
+    check_committed(steps, step)
     step = steps[-1] if step is None else step
     if wrong := damage(folder, step):
         raise UserError(*wrong, "give another --step, or resume the training, which goes back to the newest sound step")

@@ -17,8 +17,8 @@ from k2jax.config import CheckpointConfig
 from k2jax.errors import RunFailed, first_of
 from k2jax.processes import count, gather, index, is_first
 from k2jax.runs.commits import commit, committed_steps, file_digests, remove_step
-from k2jax.train.content import content_sums, named_digests
-from k2jax.train.restore import name_of, open_array, restore_items
+from k2jax.train.content import content_sums, name_of, named_digests
+from k2jax.train.restore import open_array, restore_items
 from k2jax.train.state import TrainState
 
 CHUNK_BYTES = 2**26  # an export reads parameters matrix by matrix, and a chunk is the least that can be read

@@ -1,8 +1,9 @@
 """Digests of a state's content, computed on the devices that hold it: the same on any mesh and number of processes.
 
 Of each element the bits and the place are mixed to 32 bits, and these are summed as integers, once as they are and once
-each row weighted by its place, so neither the order of the sum nor the cut of the array matters. The mix is a bijection of the bits: one changed element always changes the
-sum. A weighted sum of the bits themselves would miss every pair of flipped signs, as 2^31 times anything odd is 2^31.
+each row weighted by its place, so neither the order of the sum nor the cut of the array matters. The mix is a bijection
+of the bits: one changed element always changes the sum. A weighted sum of the bits themselves would miss every pair of
+flipped signs, as 2^31 times anything odd is 2^31.
 """
 
 import contextlib
@@ -146,6 +147,11 @@ def content_sums(tree) -> jax.Array:
         return _sums(leaves, mesh, specs)
 
 
+def name_of(path: tuple) -> str:
+    """The name of an array by its path in a tree of items: "model.params.moe.ffn.gate"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
 def named_digests(tree, sums: np.ndarray) -> dict[str, str]:
     """{path of an array: its digests, 16 hex digits for each index of its stack dims}, of `content_sums(tree)`.
 
@@ -153,8 +159,8 @@ def named_digests(tree, sums: np.ndarray) -> dict[str, str]:
     """
     digests, at = {}, 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name, size = jax.tree_util.keystr(path, simple=True, separator="."), math.prod(stack_of(leaf.shape))
-        digests[name] = sums[at : at + size].astype(">u4").tobytes().hex()
+        size = math.prod(stack_of(leaf.shape))
+        digests[name_of(path)] = sums[at : at + size].astype(">u4").tobytes().hex()
         at += size
     return digests
 

@@ -4,7 +4,6 @@ By TensorStore, without Orbax, which reads all arrays at once, each part beside 
 in host memory, or with a limit waits for ever for a part that is larger; and which all processes must call together.
 """
 
-import collections
 from pathlib import Path
 
 import jax
@@ -13,12 +12,7 @@ import tensorstore
 
 from k2jax.errors import RunFailed, first_of
 from k2jax.runs.commits import read_record
-from k2jax.train.content import content_problems
-
-
-def name_of(path: tuple) -> str:
-    """The name of an array by its path in a tree of items: "model.params.moe.ffn.gate"."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+from k2jax.train.content import content_problems, name_of
 
 
 def open_array(folder: Path, step: int, name: str) -> tensorstore.TensorStore:
@@ -32,16 +26,13 @@ def open_array(folder: Path, step: int, name: str) -> tensorstore.TensorStore:
 def _read(stored: tensorstore.TensorStore, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     """The array with the layout of `wanted`. Devices with the same part share one reading of it."""
     shape, sharding = wanted.shape, wanted.sharding
-    owners = collections.defaultdict(list)
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        owners[tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))].append(device)
-    parts = {}
-    reads = [(devices, stored[tuple(slice(*bounds) for bounds in index)].read()) for index, devices in owners.items()]
-    for devices, read in reads:
-        value = np.asarray(read.result())
-        parts |= {device: jax.device_put(value, device) for device in devices}
-    ordered = [parts[device] for device in sharding.addressable_devices_indices_map(shape)]
-    return jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, ordered))
+    bounds = {
+        device: tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
+    }
+    reads = {part: stored[tuple(slice(*ends) for ends in part)].read() for part in dict.fromkeys(bounds.values())}
+    parts = [jax.device_put(np.asarray(reads[part].result()), device) for device, part in bounds.items()]
+    return jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, parts))
 
 
 def restore_items(folder: Path, step: int, items: dict) -> dict:
