@@ -14,84 +14,61 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from measure import Peak
+
+from k2jax.train.state import TrainState
 
 NUM_WEIGHTS = 8  # as large as each other; there is a momentum of each
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def shapes(mesh: jax.sharding.Mesh, mib: int, cut: jax.P) -> TrainState:
+    """A state of so many MiB, its arrays cut as said."""
+
+    def array(shape, dtype=jnp.float32, spec=jax.P()):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    size = (4, 8, mib * 2**20 // 4 // (2 * NUM_WEIGHTS) // 32 // 256, 256)
+    weights, momenta = ({str(i): array(size, spec=cut) for i in range(NUM_WEIGHTS)} for _ in range(2))
+    return TrainState(array((), jnp.int32), weights, {}, momenta, {"norm": array((64,))})
 
 
-class Peak:
-    """The most bytes in memory inside a block, looked at every 5 ms, beyond those before it."""
+def random_state(abstract: TrainState) -> TrainState:
+    """Arrays of random bits that are finite numbers."""
 
-    def __enter__(self):
-        self.before = self.most = resident()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-        self._thread.start()
-        return self
+    def init():
+        keys = iter(jax.random.split(jax.random.key(0), 2 * NUM_WEIGHTS))
 
-    def _look(self) -> None:
-        while not self._stop.wait(0.005):
-            self.most = max(self.most, resident())
+        def weight(shape):
+            bits = jax.random.bits(next(keys), shape.shape)
+            return jax.lax.bitcast_convert_type((bits >> 2) | jnp.uint32(1 << 28), jnp.float32)
 
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
+        weights, momenta = jax.tree.map(weight, (abstract.params, abstract.opt_state))
+        return TrainState(jnp.int32(0), weights, {}, momenta, {"norm": jnp.zeros(64)})
 
-    @property
-    def more(self) -> int:
-        return self.most - self.before
+    layout = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.block_until_ready(jax.jit(jax.sharding.auto_axes(init, out_sharding=layout))())
 
 
 def worker(folder: Path, mib: int) -> None:
     """One process: makes its part of a state, saves it, restores it on another mesh, and prints the figures."""
-    import jax
-    import jax.numpy as jnp
-
     from k2jax import processes
     from k2jax.cli.run import join_processes
     from k2jax.config import CheckpointConfig
     from k2jax.sharding.mesh import mesh_of
     from k2jax.train.checkpoint import Saver, parts, restore_state
     from k2jax.train.content import content_sums
-    from k2jax.train.state import TrainState
 
     options = argparse.Namespace(simulate=None, coordinator=None, num_processes=None, process_id=None, join_timeout=60)
     join_processes(options)
-
-    def shapes(mesh, cut) -> TrainState:
-        def array(shape, dtype=jnp.float32, spec=jax.P()):
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
-
-        size = (4, 8, mib * 2**20 // 4 // (2 * NUM_WEIGHTS) // 32 // 256, 256)
-        weights, momenta = ({str(i): array(size, spec=cut) for i in range(NUM_WEIGHTS)} for _ in range(2))
-        return TrainState(array((), jnp.int32), weights, {}, momenta, {"norm": array((64,))})
-
-    def make(abstract):
-        def init():
-            keys = iter(jax.random.split(jax.random.key(0), 2 * NUM_WEIGHTS))
-
-            def weight(shape):
-                bits = jax.random.bits(next(keys), shape.shape)
-                return jax.lax.bitcast_convert_type((bits >> 2) | jnp.uint32(1 << 28), jnp.float32)
-
-            weights, momenta = jax.tree.map(weight, (abstract.params, abstract.opt_state))
-            return TrainState(jnp.int32(0), weights, {}, momenta, {"norm": jnp.zeros(64)})
-
-        layout = jax.tree.map(lambda x: x.sharding, abstract)
-        return jax.jit(jax.sharding.auto_axes(init, out_sharding=layout))()
-
     count = len(jax.devices())
     first, second = mesh_of(fsdp=count), mesh_of(expert=count)
     with jax.set_mesh(first):
-        state = jax.block_until_ready(make(shapes(first, jax.P(None, None, "fsdp"))))
+        state = random_state(shapes(first, mib, jax.P(None, None, "fsdp")))
         local = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards)
         jax.block_until_ready(content_sums(parts(state)))
         started = time.monotonic()
@@ -111,11 +88,19 @@ def worker(folder: Path, mib: int) -> None:
         processes.barrier("saved")
         with Peak() as restore:
             started = time.monotonic()
-            jax.block_until_ready(restore_state(folder / "checkpoints", 1, shapes(second, jax.P(None, "expert"))))
+            jax.block_until_ready(restore_state(folder / "checkpoints", 1, shapes(second, mib, jax.P(None, "expert"))))
             restored = time.monotonic() - started
     print(json.dumps({"local": local, "digest": digest, "blocked": blocked, "saved": saved, "save": save.more,
                       "restored": restored, "restore": restore.more}))  # fmt: skip
     processes.leave()
+
+
+def flip(path: Path, place: int, bit: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ bit]))
 
 
 def flips(folder: Path, tries: int) -> int:
@@ -126,16 +111,10 @@ def flips(folder: Path, tries: int) -> int:
     rng, found = random.Random(1), 0
     for _ in range(tries):
         (path,) = rng.choices(files, [path.stat().st_size for path in files] if rng.random() < 0.5 else None)
-        place, bit = rng.randrange(path.stat().st_size), 1 << rng.randrange(8)
-        with open(path, "r+b") as file:
-            for _ in range(2):  # flip it, look, flip it back
-                file.seek(place)
-                byte = file.read(1)[0]
-                file.seek(place)
-                file.write(bytes([byte ^ bit]))
-                file.flush()
-                if _ == 0:
-                    found += damage(folder / "checkpoints", 1) == [f"{path}: is not what was written (sha256)"]
+        where = path, rng.randrange(path.stat().st_size), 1 << rng.randrange(8)
+        flip(*where)
+        found += damage(folder / "checkpoints", 1) == [f"{path}: is not what was written (sha256)"]
+        flip(*where)
     assert damage(folder / "checkpoints", 1) == []
     return found
 

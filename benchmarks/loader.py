@@ -9,7 +9,6 @@ gives tokens alone; ours gives documents' ids and positions too. Exits with 1 wh
 
 import argparse
 import itertools
-import resource
 import sys
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import grain
 import numpy as np
+from measure import resident
 
 from k2jax.config import Config
 from k2jax.data.loader.batches import train_batches
@@ -92,18 +92,13 @@ def hand_off(batches, count: int, step_seconds: float) -> float:
     return float(np.median(waits[5:]))
 
 
-def resident() -> float:
-    """MiB of memory that this process holds now (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-
-
 def growth(folder: Path, count: int) -> tuple[float, float]:
     """MiB of the process after half of the batches, and after all."""
     batches, found = our_batches(folder, batch=8), []
     for number in range(count):
         next(batches)
         if number in (count // 2, count - 1):
-            found.append(resident())
+            found.append(resident() / 2**20)
     return tuple(found)
 
 

@@ -5,13 +5,12 @@ python benchmarks/restore_memory.py. Each restore in a process of its own.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
+
+from measure import Peak
 
 MESHES = {1: [{}], 8: [{"fsdp": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"expert": 8}]}
 
@@ -47,11 +46,6 @@ def save(folder: str, size: str) -> None:
     save_model(RunFolder(Path(folder)).checkpoints, model_part(params, init_router_bias(config.model)))
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 def restore(folder: str, sizes: dict[str, int]) -> dict:
     """Bytes of the model on all devices, and the largest growth of this process while it is restored."""
     import jax
@@ -60,22 +54,12 @@ def restore(folder: str, sizes: dict[str, int]) -> dict:
     from k2jax.inference.load import load_run
 
     jax.device_put(0, jax.devices()[-1]).block_until_ready()
-    before, peak, done = resident(), [0], threading.Event()
-
-    def watch():
-        while not done.is_set():
-            peak[0] = max(peak[0], resident())
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    loaded = load_run(folder, sizes=MeshConfig(**sizes) if sizes else None)
-    arrays = jax.tree.leaves((loaded.state.params, loaded.state.router_bias))
-    jax.block_until_ready(arrays)
-    done.set()
-    watcher.join()
+    with Peak() as peak:
+        loaded = load_run(folder, sizes=MeshConfig(**sizes) if sizes else None)
+        arrays = jax.tree.leaves((loaded.state.params, loaded.state.router_bias))
+        jax.block_until_ready(arrays)
     size = sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards)
-    return {"model": size, "peak": peak[0] - before}
+    return {"model": size, "peak": peak.more}
 
 
 def restored(folder: str, devices: int, sizes: dict[str, int]) -> dict:

@@ -7,9 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import micro
 import pytest
-
-from k2jax.data.text.prepare import prepare
 
 pytestmark = pytest.mark.grid
 ROOT = Path(__file__).parents[2]
@@ -20,8 +19,7 @@ STEP = re.compile(r"\[0\] step (\d+)/60 ")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launched")
-    source = Path(os.__file__).parent / "json"
-    prepare(str(source), str(folder / "store"), "byte", pattern="*.py", validation_fraction=0.5)
+    micro.make_store(folder)
     return folder
 
 

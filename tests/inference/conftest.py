@@ -1,7 +1,5 @@
 """A token store and an untrained model whose choices are sharp, as a run directory."""
 
-import json
-from pathlib import Path
 
 import jax
 import micro
@@ -9,7 +7,6 @@ import pytest
 
 from k2jax.config import Config, DataConfig, PhasesConfig, TrainConfig
 from k2jax.data.saved_tokenizer import save_tokenizer
-from k2jax.data.text.prepare import prepare
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.inference.load import load_run
 from k2jax.model.transformer import declarations, init_router_bias
@@ -25,8 +22,7 @@ WINDOW = 16
 def place(tmp_path_factory):
     """A token store, and a run directory with an untrained model whose choices are sharp."""
     folder = tmp_path_factory.mktemp("use")
-    source = Path(json.__file__).parent
-    prepare(str(source), str(folder / "store"), "byte", pattern="*.py", validation_fraction=0.5)
+    micro.make_store(folder)
     config = Config(
         model=micro.config().model,
         data=DataConfig(path=str(folder / "store"), sequence_length=WINDOW),

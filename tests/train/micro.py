@@ -1,4 +1,7 @@
-"""The smallest run with every feature on: what the tests of the whole trainer train."""
+"""The smallest run with every feature on: what the tests of the whole trainer train, and the text for it."""
+
+import os
+from pathlib import Path
 
 from k2jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 
@@ -20,3 +23,11 @@ def config() -> Config:
         ),
         checkpoint=CheckpointConfig(save_every=4, keep_last=2),
     )  # fmt: skip
+
+
+def make_store(folder: Path) -> None:
+    """`store` in `folder`: the standard library's json package in bytes, half of its files held out."""
+    from k2jax.data.text.prepare import prepare
+
+    source = Path(os.__file__).parent / "json"
+    prepare(str(source), str(folder / "store"), "byte", pattern="*.py", validation_fraction=0.5)

@@ -11,7 +11,6 @@ import jax
 import micro
 import pytest
 
-from k2jax.data.text.prepare import prepare
 from k2jax.errors import UserError
 from k2jax.runs.records import RecordFile, read_records
 from k2jax.sharding.mesh import single_device_mesh
@@ -38,8 +37,7 @@ def patch():
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, patch):
     folder = tmp_path_factory.mktemp("loop")
-    source = str(Path(os.__file__).parent / "json")
-    prepare(source, str(folder / "store"), "byte", pattern="*.py", validation_fraction=0.5)
+    micro.make_store(folder)
     values = {"run_dir": str(folder / "run"), "eval_every": 2, "num_steps": 5, "log_every": 100}
     changes = {f"train.{name}": value for name, value in values.items()}
     return micro.config().replace(changes | {"data.path": str(folder / "store"), "checkpoint.save_every": 2})

@@ -1,12 +1,11 @@
 """Many processes train one run as one process does, bit for bit, and stop and fail together."""
 
-import os
 from pathlib import Path
 
 import many
+import micro
 import pytest
 
-from k2jax.data.text.prepare import prepare
 from k2jax.train.metrics import WALL_CLOCK
 
 pytestmark = pytest.mark.slow
@@ -28,8 +27,7 @@ def options(name: str, **changes: object) -> list[str]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("many")
-    source = Path(os.__file__).parent / "json"
-    prepare(str(source), str(folder / "store"), "byte", pattern="*.py", validation_fraction=0.5)
+    micro.make_store(folder)
     return folder
 
 

@@ -1,14 +1,12 @@
 """The command on eight simulated devices and on one: the same losses."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import micro
 import pytest
-
-from k2jax.data.text.prepare import prepare
 
 MICRO = Path(__file__).parent / "micro.py"
 pytestmark = pytest.mark.slow
@@ -17,8 +15,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("meshes")
-    source = Path(os.__file__).parent / "json"
-    prepare(str(source), str(folder / "store"), "byte", pattern="*.py", validation_fraction=0.5)
+    micro.make_store(folder)
     return folder
 
 

@@ -1,17 +1,16 @@
 """The optimizer that a config names: found, checked, laid out like the parameters; and mistakes in it are named."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import micro
 import optax
 import pytest
 from test_step import make_config
 
-from k2jax.data.text.prepare import prepare
 from k2jax.errors import UserError
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import weight_leaves
@@ -201,13 +200,11 @@ def test_state_lies_as_the_parameters(tiny, make, buffers):
 @pytest.mark.grid
 def test_runs_with_any_chain(tmp_path, chains):
     """The command trains with a chain of the user's on eight devices, stops, resumes: records as of one go."""
-    source = Path(os.__file__).parent / "json"
-    prepare(str(source), str(tmp_path / "store"), "byte", pattern="*.py", validation_fraction=0.5)
-    micro = Path(__file__).parent / "micro.py"
+    micro.make_store(tmp_path)
 
     def train(run, function, steps, *more):
         command = [
-            sys.executable, "-m", "k2jax", "train", micro, "--simulate", "8", "--mesh.fsdp", "4", "--mesh.expert", "2",
+            sys.executable, "-m", "k2jax", "train", micro.__file__, "--simulate", "8", "--mesh.fsdp", "4", "--mesh.expert", "2",
             "--optim.optimizer", function, "--train.run-dir", run, "--train.num-steps", str(steps),
             *more,
         ]  # fmt: skip
@@ -230,8 +227,7 @@ def test_runs_with_any_chain(tmp_path, chains):
 @pytest.mark.slow
 def test_a_run_that_breaks_skips_then_stops(tmp_path):
     """A learning rate that blows the weights up: bad steps are written as such, and M in a row end the run."""
-    prepare(str(Path(os.__file__).parent / "json"), str(tmp_path / "store"), "byte", pattern="*.py",
-            validation_fraction=0.5)  # fmt: skip
+    micro.make_store(tmp_path)
     command = [
         sys.executable, "-m", "k2jax", "train", Path(__file__).parent / "micro.py", "--simulate", "1",
         "--optim.learning-rate", "1e15", "--optim.warmup-tokens", "0", "--guard.max-skips", "3",

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import jax
+import micro
 import numpy as np
 import pytest
 
-from k2jax.data.text.prepare import prepare
 from k2jax.runs.folder import read_config
 from k2jax.runs.records import read_records
 from k2jax.sharding.mesh import single_device_mesh
@@ -29,9 +29,7 @@ pytestmark = pytest.mark.slow
 def place(tmp_path_factory) -> Path:
     """A folder with a token store, and a cache that spares every later process the compilation."""
     folder = tmp_path_factory.mktemp("runs")
-    prepare(
-        str(Path(os.__file__).parent / "json"), str(folder / "store"), "byte", pattern="*.py", validation_fraction=0.5
-    )
+    micro.make_store(folder)
     return folder
 
 
