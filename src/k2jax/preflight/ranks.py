@@ -121,6 +121,7 @@ def check_storage(folder: Path, digests: dict[str, str], state_bytes: int) -> No
         entries = gather("storage", own)
         first = entries[0]["name"]  # new, so that no file system answers from memory
         seen = gather("shared", first is None or os.path.lexists(folder / first))
+    barrier("tidied")  # the first that raises ends the others, whose files would stay
     hosts = [entry["host"] for entry in entries]
     problems = [*differences([entry["digests"] for entry in entries], hosts)]
     shared = "it must be one directory that all processes share"
