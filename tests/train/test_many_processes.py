@@ -1,5 +1,6 @@
 """Many processes train one run as one process does, bit for bit, and stop and fail together."""
 
+import functools
 from pathlib import Path
 
 import many
@@ -15,6 +16,7 @@ MESHES = {
     "context 2 x expert 4": ("--mesh.context", "2", "--mesh.expert", "4"),
     "stage 2 x fsdp 4": ("--mesh.stage", "2", "--mesh.fsdp", "4", "--model.num-hidden-layers", "3"),
 }
+EXACT = "--optim.ns-dtype", "float32"  # bf16 amplifies what another order of sums rounds
 SHORT = {"num-steps": 10, "compile-cache": "../compiled", "self-check": "off"}
 
 
@@ -37,6 +39,12 @@ def trained(place: Path, name: str, count: int, devices: int, *arguments: str, *
     return place / name
 
 
+@functools.cache
+def alone(place: Path, mesh: str) -> Path:
+    """Ten steps of one process without jax.distributed, whose collectives are XLA's own."""
+    return trained(place, f"{mesh.replace(' ', '')}-alone", 0, 8, *MESHES[mesh], *EXACT)
+
+
 def same(one: Path, other: Path) -> None:
     """Every field of every record but the clock's, and every digest of the last checkpoint."""
     clock = (*WALL_CLOCK, "crc32")
@@ -56,15 +64,14 @@ def same(one: Path, other: Path) -> None:
 )
 def test_many_processes_train_as_one(place, mesh, counts):
     """One process that uses the same collectives: equal in every bit. One that uses XLA's own: within 1e-6."""
-    axes, name = (*MESHES[mesh], "--optim.ns-dtype", "float32"), mesh.replace(" ", "") + str(counts[0])
+    axes, name = (*MESHES[mesh], *EXACT), mesh.replace(" ", "") + str(counts[0])
     one = trained(place, f"{name}-1", 1, 8, *axes)
     for count in counts:
         run = trained(place, f"{name}-{count}", count, 8 // count, *axes, log_ranks="True")
         same(one, run)
         logs = {path.name: path.read_text() for path in (run / "ranks").iterdir()}
         assert {*logs} == {f"{i}.log" for i in range(1, count)} and all("step 10/10" in text for text in logs.values())
-    alone = trained(place, f"{name}-alone", 0, 8, *axes)
-    pairs = zip(many.records(alone), many.records(one), strict=True)
+    pairs = zip(many.records(alone(place, mesh)), many.records(one), strict=True)
     worst = max(abs(a["loss"] / b["loss"] - 1) for a, b in pairs)
     print(f"{mesh}: {worst:.1e} from one process without jax.distributed")
     assert worst <= 1e-6
@@ -84,11 +91,9 @@ CHAINS = {  # processes, devices of each, last step, mesh
 @pytest.mark.parametrize("chain", ["2 -> 1", pytest.param("4 -> 2 -> 1 -> 4", marks=pytest.mark.grid)])
 def test_other_counts_and_meshes_go_on_exactly(place, chain):
     """Another mesh each time: every restore proves the content by its digests, and rows come once."""
-    exact = ("--optim.ns-dtype", "float32")
     for count, devices, steps, mesh in CHAINS[chain]:
-        run = trained(place, f"moved {len(CHAINS[chain])}", count, devices, *exact, *MESHES[mesh], num_steps=steps)
-    one = trained(place, "unmoved", 0, 8, *exact, *MESHES["fsdp 2 x expert 2 x tensor 2"])
-    a, b = many.records(run), many.records(one)
+        run = trained(place, f"moved {len(CHAINS[chain])}", count, devices, *EXACT, *MESHES[mesh], num_steps=steps)
+    a, b = many.records(run), many.records(alone(place, "fsdp 2 x expert 2 x tensor 2"))
     assert [r["tokens"] for r in a] == [r["tokens"] for r in b] and len(a) == 10
     assert max(abs(x["loss"] / y["loss"] - 1) for x, y in zip(a, b, strict=True)) <= 1e-6
 
