@@ -18,11 +18,12 @@ jax.config.update("jax_num_cpu_devices", 4)
 from k2jax.config import Config, DataConfig, ModelConfig, TrainConfig  # noqa: E402
 from k2jax.model.transformer import declarations  # noqa: E402
 from k2jax.model.weights import weight_leaves
-from k2jax.plan.aot import communication, compile_step, lower_step  # noqa: E402
+from k2jax.plan.aot import communication, compile_step  # noqa: E402
 from k2jax.plan.hlo import collectives  # noqa: E402
 from k2jax.plan.topology import topology_mesh  # noqa: E402
 from k2jax.sharding.mesh import mesh_of  # noqa: E402
 from k2jax.train.banner import bytes_per_device  # noqa: E402
+from k2jax.train.compile_step import lower_step  # noqa: E402
 
 MODEL = ModelConfig(
     vocab_size=512, hidden_size=256, num_hidden_layers=9, num_attention_heads=4, q_lora_rank=64, kv_lora_rank=64,

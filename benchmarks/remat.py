@@ -24,11 +24,11 @@ from k2jax.launch.distributed import use_cpu_devices
 from k2jax.model.flops import flops_per_token
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import Weight, weight_leaves
-from k2jax.plan.aot import lower_step
 from k2jax.plan.topology import topology_devices
 from k2jax.sharding.mesh import make_mesh
 from k2jax.sharding.rules import spec
 from k2jax.train.batch import Batch
+from k2jax.train.compile_step import lower_step
 from k2jax.train.optimizer import make_optimizer
 from k2jax.train.state import init_state
 

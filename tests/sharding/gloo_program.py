@@ -12,8 +12,8 @@ import micro
 import numpy as np
 
 import k2jax
-from k2jax.plan.aot import lower_step
 from k2jax.sharding.gloo import sum_after_all_to_all
+from k2jax.train.compile_step import lower_step
 
 
 def scattered(mesh, dim: int, tiled: bool, axis) -> jax.Array:

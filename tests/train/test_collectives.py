@@ -4,8 +4,10 @@ import jax
 import pytest
 from collective_counts import MESHES, NUM_MOE_LAYERS, count, path_of, read
 
-# One mesh in the fast tier, the others where there is time.
-PARAMETERS = [pytest.param(axes, marks=() if "tensor" in axes else pytest.mark.slow, id=str(axes)) for axes in MESHES]
+# One mesh in the fast tier, three in the whole suite, the others where there is time.
+TIERS = {"tensor": (), "context": pytest.mark.slow, "stage": pytest.mark.slow}
+MARKS = [next((TIERS[axis] for axis in axes if axis in TIERS), pytest.mark.grid) for axes in MESHES]
+PARAMETERS = [pytest.param(axes, marks=marks, id=str(axes)) for axes, marks in zip(MESHES, MARKS, strict=True)]
 
 
 @pytest.mark.parametrize("axes", PARAMETERS)

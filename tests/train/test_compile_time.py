@@ -10,8 +10,8 @@ import re
 import jax
 
 from k2jax.config import Config, DataConfig, TrainConfig
-from k2jax.plan.aot import lower_step
 from k2jax.sharding.mesh import single_device_mesh
+from k2jax.train.compile_step import lower_step
 
 
 @functools.cache

@@ -99,7 +99,7 @@ def test_the_share_of_the_matmul_rate_is_of_the_same_work_each_step(config, star
 def test_second_start_finds_the_compiled_step(config, starts):
     first, second = starts[2]
     folder = Path(config.train.run_dir) / "compiled"
-    assert first.endswith(f" s, not in the cache, {folder}") and second.endswith(f" s, found in the cache, {folder}")
+    assert first.endswith(f" s in all, not in the cache, {folder}") and second.endswith(f" s in all, found in the cache, {folder}")
     assert any("train_step" in entry.name for entry in folder.iterdir())
     assert jax.config.jax_compilation_cache_dir is None  # other work of this process goes on without
 

@@ -1,15 +1,17 @@
 """The command on eight simulated devices and on one: the same losses."""
 
-import json
+import functools
 import subprocess
 import sys
 from pathlib import Path
 
+import many
 import micro
 import pytest
 
 MICRO = Path(__file__).parent / "micro.py"
 pytestmark = pytest.mark.slow
+LAYERS = "--model.num-hidden-layers", "3"  # a dense one and a stage of each MoE layer
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +22,16 @@ def place(tmp_path_factory) -> Path:
 
 
 def records(place: Path, name: str, *arguments: str) -> list[dict]:
-    command = [sys.executable, "-m", "k2jax", "train", MICRO, "--train.run-dir", name, *arguments]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "k2jax", "train", MICRO, "--train.run-dir", name, *LAYERS, *arguments]
+    done = subprocess.run(command, cwd=place, env=many.ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in (place / name / "metrics.jsonl").read_text().splitlines()]
+    return many.records(place / name)
 
 
-def losses(place: Path, name: str, *arguments: str) -> list[float]:
-    return [record["loss"] for record in records(place, name, *arguments)]
+@functools.cache
+def one_device(place: Path, ns_dtype: str) -> list[dict]:
+    """The reference of both tests."""
+    return records(place, f"one-{ns_dtype}", "--simulate", "1", "--optim.ns-dtype", ns_dtype)
 
 
 @pytest.mark.parametrize(
@@ -36,8 +40,8 @@ def losses(place: Path, name: str, *arguments: str) -> list[float]:
 def test_eight_devices_train_as_one(place, ns_dtype, bound):
     """All 20 losses, from the same seed. bf16 Newton-Schulz amplifies the rounding of the gradients' sums."""
     cut = ("--mesh.fsdp", "2", "--mesh.expert", "2", "--mesh.tensor", "2")
-    one = losses(place, f"one-{ns_dtype}", "--simulate", "1", "--optim.ns-dtype", ns_dtype)
-    eight = losses(place, f"eight-{ns_dtype}", "--simulate", "8", "--optim.ns-dtype", ns_dtype, *cut)
+    begun = records(place, f"eight-{ns_dtype}", "--simulate", "8", "--optim.ns-dtype", ns_dtype, *cut)
+    one, eight = ([record["loss"] for record in run] for run in (one_device(place, ns_dtype), begun))
     assert len(one) == len(eight) == 20 and one[-1] < 0.7 * one[0]
     assert abs(eight[0] / one[0] - 1) <= 1e-5
     assert max(abs(a / b - 1) for a, b in zip(eight, one, strict=True)) <= bound
@@ -45,11 +49,11 @@ def test_eight_devices_train_as_one(place, ns_dtype, bound):
 
 def test_stages_train_as_one_device_and_others_go_on(place):
     """All 20 losses and three validations: nine steps by pipeline stages, the rest on a mesh without any."""
-    layers = ("--model.num-hidden-layers", "3", "--optim.ns-dtype", "float32")
+    exact = ("--optim.ns-dtype", "float32")
     stages = ("--mesh.stage", "2", "--mesh.fsdp", "2", "--mesh.expert", "2", "--train.self-check", "on")
-    one = records(place, "one", "--simulate", "1", *layers)
-    begun = records(place, "stages", "--simulate", "8", *layers, *stages, "--train.num-steps", "9")
-    got = records(place, "stages", "--simulate", "4", *layers, "--mesh.fsdp", "2", "--mesh.tensor", "2")
+    one = one_device(place, "float32")
+    begun = records(place, "stages", "--simulate", "8", *exact, *stages, "--train.num-steps", "9")
+    got = records(place, "stages", "--simulate", "4", *exact, "--mesh.fsdp", "2", "--mesh.tensor", "2")
     assert len(begun) == 9 and got[:9] == begun and len(got) == len(one) == 20
     assert one[-1]["loss"] < 0.7 * one[0]["loss"]
     for key, count in (("loss", 20), ("validation_bits_per_byte", 3)):

@@ -1,6 +1,5 @@
 """A run that was stopped or killed, however often, ends in the same bits as one that was not."""
 
-import os
 import random
 import shutil
 import signal
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import many
 import micro
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def train(place: Path, moment: str, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {
+    environment = many.ENVIRONMENT | {
         "JAX_COMPILATION_CACHE_DIR": str(place / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -95,12 +95,13 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(place, reference
     shutil.rmtree(place / "run")
 
 
-def test_sigkill_at_ten_moments(place, reference):
-    """One run, killed ten times: before its first save, in a save, inside a record, at seeded file operations."""
+@pytest.mark.parametrize("num_seeded", [1, pytest.param(20, marks=pytest.mark.grid)])
+def test_sigkill_at_many_moments(place, reference, num_seeded):
+    """One run, killed again and again: before its first save, in saves, inside a record, at seeded file operations."""
     folder, operations = reference
     draw = random.Random(7)
     moments = ["file:1", "file:12", "metrics:2", "file:40", "metrics:9"]
-    moments += [f"file:{draw.randrange(20, operations // 2)}" for _ in range(5)]
+    moments += [f"file:{draw.randrange(20, operations // 2)}" for _ in range(num_seeded)]
     for moment in moments:
         killed = train(place, moment)
         assert killed.returncode == -signal.SIGKILL, (moment, killed.stdout, killed.stderr)

@@ -179,6 +179,7 @@ def test_step_is_the_same_everywhere(tiny, axes, num_microbatches, kernels):
     assert_same_step(one_step(tiny, (), 1), one_step(tiny, axes, num_microbatches, kernels=kernels))
 
 
+@pytest.mark.grid
 def test_bf16_newton_schulz_differs_by_so_much(tiny):
     """One step of eight devices against one: bf16 makes of the gradients' last bits a share of the update."""
     cut = (("fsdp", 2), ("expert", 2), ("tensor", 2))

@@ -17,32 +17,14 @@ from k2jax.plan.muon_work import muon_assignments
 from k2jax.plan.topology import MEMORY_GIB
 from k2jax.sharding.device_order import domain_counts, fast_domains
 from k2jax.sharding.host_picture import picture_hosts
-from k2jax.sharding.rules import spec
 from k2jax.tables import aligned
 from k2jax.train.banner import bytes_per_device
 from k2jax.train.batch import Batch
-from k2jax.train.optimizer import make_optimizer
-from k2jax.train.state import TrainState, abstract_state
-from k2jax.train.step import OPTIMIZER_SCOPE, make_train_step
+from k2jax.train.compile_step import abstract_batch, lower_step
+from k2jax.train.state import TrainState
+from k2jax.train.step import OPTIMIZER_SCOPE
 
 GIB = 2**30
-
-
-def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
-    """Shapes and shardings of one step's batch."""
-    microbatches = config.train.num_microbatches
-    shape = microbatches, config.data.batch_sequences // microbatches, config.data.sequence_length
-    rows = jax.ShapeDtypeStruct(shape, "int32", sharding=jax.NamedSharding(mesh, spec("MBT")))
-    return Batch(rows, rows, rows, rows)
-
-
-def lower_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, TrainState]:
-    """The step that a run of `config` would compile, and the shapes of its state, which is donated."""
-    with jax.set_mesh(mesh):
-        tx = make_optimizer(config, mesh)
-        state = abstract_state(config, tx, mesh)
-        step = jax.jit(make_train_step(config, tx), donate_argnums=0)
-        return step.lower(state, abstract_batch(config, mesh)), state
 
 
 def memory_by_kind(state: TrainState, batch: Batch, compiled: jax.stages.Compiled) -> dict[str, int]:

@@ -5,6 +5,7 @@ the compiler's flags. What compiles in less than a second is not kept.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,12 +45,12 @@ def _use(folder: str | None) -> None:
 
 
 @contextlib.contextmanager
-def cache_notes() -> Iterator[list[str]]:
-    """Afterwards the list says whether the one program that was compiled inside was found in the cache."""
+def cache_notes(thread: int) -> Iterator[list[str]]:
+    """Afterwards the list says whether the one program that `thread` compiled inside was found in the cache."""
     notes, hits = [], []
 
     def listen(event: str, **_) -> None:
-        if event == "/jax/compilation_cache/cache_hits":
+        if event == "/jax/compilation_cache/cache_hits" and threading.get_ident() == thread:
             hits.append(event)
 
     jax.monitoring.register_event_listener(listen)

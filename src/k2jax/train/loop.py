@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import jax
@@ -13,13 +14,13 @@ from k2jax.data.loader.rows import RowReader
 from k2jax.preflight.self_check import is_on, self_check
 from k2jax.processes import barrier, count, fail, is_joined, stop_is_due
 from k2jax.train.batch import BatchLayout
-from k2jax.train.compile_cache import cache_notes, compile_cache
+from k2jax.train.compile_cache import compile_cache
+from k2jax.train.compile_step import CompiledStep, begin_compile
 from k2jax.train.ledger import Ledger
 from k2jax.train.matmul_rate import matmul_seconds
 from k2jax.train.recorder import Recorder
 from k2jax.train.start import Run, open_run, start_state
 from k2jax.train.state import TrainState
-from k2jax.train.step import make_train_step
 from k2jax.train.validate import bits_per_byte, make_evaluator
 
 COMPILE_SECONDS = 3600  # between the first process that has compiled the step and the last
@@ -76,7 +77,10 @@ def run(config: Config, change_mixture: bool = False) -> Result:
             if is_on(config):
                 opened.outputs.say(self_check(config, opened.mesh))
             with compile_cache(config.train):
-                return train(opened, start_state(opened), stop)
+                # From shapes alone, beside the state: either may take minutes, and each leaves most of the host idle.
+                steps_left = opened.resumed_step is None or opened.resumed_step < config.train.num_steps
+                compiling = begin_compile(config, opened.mesh) if steps_left else None
+                return train(opened, start_state(opened), compiling, stop)
         except Exception as error:
             if count() > 1:  # at once: what is below waits for the others, who wait for this one
                 with contextlib.suppress(Exception):  # the disk that is full may be why this process fails
@@ -87,8 +91,8 @@ def run(config: Config, change_mixture: bool = False) -> Result:
             stop.restore()
 
 
-def train(run: Run, state: TrainState, stop: StopRequest) -> Result:
-    """The loop itself, from `state` to the last step or the first signal."""
+def train(run: Run, state: TrainState, compiling: Future[CompiledStep] | None, stop: StopRequest) -> Result:
+    """The loop itself, from `state` to the last step or the first signal. compiling: None where no step is left."""
     config, num_steps, outputs, saver = run.config, run.config.train.num_steps, run.outputs, run.saver
     step = first = int(jax.device_get(state.step))
     outputs.open_records()
@@ -115,10 +119,8 @@ def train(run: Run, state: TrainState, stop: StopRequest) -> Result:
     if step < num_steps and not stopped:
         batch = draw()
         with outputs.phase("compile") as said:
-            with cache_notes() as notes:
-                # The only one of a run: a `Compiled` takes arrays of these shapes and layouts or raises.
-                compiled = jax.jit(make_train_step(config, run.tx), donate_argnums=0).lower(state, batch).compile()
-            said += notes
+            compiled = compiling.result()  # the only one of a run
+            said += [f"{compiled.seconds:.1f} s in all", *compiled.notes]
         barrier("compile", COMPILE_SECONDS)  # the first collective of a process waits 30 s for the others, not more
         recorder.start_clock(matmul_seconds(config, run.mesh.size))
     with jax.transfer_guard("disallow"):
@@ -128,7 +130,7 @@ def train(run: Run, state: TrainState, stop: StopRequest) -> Result:
                     save()
                 # Nothing may come between a save and the next batch: the data position is the step alone.
                 batch = draw()
-            state, metrics = compiled(state, batch)
+            state, metrics = compiled.step(state, batch)
             recorder.write()
             step += 1
             extra = {}

@@ -1,0 +1,57 @@
+"""The training step, compiled from shapes alone: beside the making or restoring of a state, or for chips elsewhere."""
+
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+
+from k2jax.config import Config
+from k2jax.sharding.rules import spec
+from k2jax.train.batch import Batch
+from k2jax.train.compile_cache import cache_notes
+from k2jax.train.optimizer import make_optimizer
+from k2jax.train.state import TrainState, abstract_state
+from k2jax.train.step import make_train_step
+
+
+def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
+    """Shapes and shardings of one step's batch."""
+    microbatches = config.train.num_microbatches
+    shape = microbatches, config.data.batch_sequences // microbatches, config.data.sequence_length
+    rows = jax.ShapeDtypeStruct(shape, "int32", sharding=jax.NamedSharding(mesh, spec("MBT")))
+    return Batch(rows, rows, rows, rows)
+
+
+def lower_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, TrainState]:
+    """The step that a run of `config` compiles, and the shapes of its state, which is donated."""
+    with jax.set_mesh(mesh):
+        tx = make_optimizer(config, mesh)
+        state = abstract_state(config, tx, mesh)
+        step = jax.jit(make_train_step(config, tx), donate_argnums=0)
+        return step.lower(state, abstract_batch(config, mesh)), state
+
+
+class CompiledStep(NamedTuple):
+    """step: takes arrays of the shapes and layouts that it was compiled for, or raises. seconds: its own."""
+
+    step: jax.stages.Compiled
+    seconds: float
+    notes: list[str]
+
+
+def _compile(config: Config, mesh: jax.sharding.Mesh) -> CompiledStep:
+    started = time.monotonic()
+    with cache_notes(threading.get_ident()) as notes:
+        step = lower_step(config, mesh)[0].compile()
+    return CompiledStep(step, time.monotonic() - started, notes)
+
+
+def begin_compile(config: Config, mesh: jax.sharding.Mesh) -> Future[CompiledStep]:
+    """Compile the step in a thread of its own. XLA cannot be interrupted: an interpreter that ends waits for it."""
+    pool = ThreadPoolExecutor(1, "compile")
+    try:
+        return pool.submit(_compile, config, mesh)
+    finally:
+        pool.shutdown(wait=False)
