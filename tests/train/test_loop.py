@@ -12,6 +12,7 @@ import micro
 import pytest
 
 from k2jax.errors import UserError
+from k2jax.runs.goodput import account, read_starts
 from k2jax.runs.records import RecordFile, read_records
 from k2jax.sharding.mesh import single_device_mesh
 from k2jax.train import loop
@@ -102,6 +103,17 @@ def test_second_start_finds_the_compiled_step(config, starts):
     assert first.endswith(f" s in all, not in the cache, {folder}") and second.endswith(f" s in all, found in the cache, {folder}")
     assert any("train_step" in entry.name for entry in folder.iterdir())
     assert jax.config.jax_compilation_cache_dir is None  # other work of this process goes on without
+
+
+def test_every_second_of_both_starts_has_a_kind(config, starts):
+    """The kinds of a start add up to the wall clock between its first line and its last."""
+    found = read_starts(Path(config.train.run_dir) / "time.jsonl")
+    assert [(start.first, start.last, start.kept, start.ended) for start in found] == [(0, 5, 5, True), (5, 10, 10, True)]
+    for start in found:
+        assert sum(start.seconds.values()) == pytest.approx(start.unix[1] - start.unix[0], abs=0.2)
+        assert min(start.seconds[kind] for kind in ("start", "step", "evaluation", "save stall")) > 0
+    seconds = account(found)
+    assert found[1].seconds["restore"] > 0 and seconds["restart"] > 0 and seconds["lost work"] == 0
 
 
 class Killed(BaseException):

@@ -7,7 +7,7 @@ import os
 import sys
 
 from k2jax import processes
-from k2jax.cli import audit, data, launch, model, plan, run, verify
+from k2jax.cli import audit, data, goodput, launch, model, plan, run, verify
 from k2jax.config import MeshConfig
 from k2jax.errors import RunFailed, UserError, exit_code
 from k2jax.launch.distributed import JOIN_SECONDS
@@ -108,6 +108,10 @@ def _run_commands(command) -> None:
     sub = command("verify", verify.verify, "Check the digests of a run's checkpoints; name damaged files and arrays.")
     sub.add_argument("run", help="run directory")
     sub.add_argument("--step", type=int, help="only this step (default: all)")
+
+    sub = command("goodput", goodput.goodput, "Show what the time of a run went to, over all of its starts.")
+    sub.add_argument("run", help="run directory")
+    sub.add_argument("--json", action="store_true", help="print it as JSON")
 
     sub = command("plot", plan.plot, "Draw loss and max logit of runs into one PNG.")
     sub.add_argument("run", nargs="+", help="run directories")

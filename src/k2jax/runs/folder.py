@@ -38,6 +38,7 @@ class RunFolder:
     checkpoints = _Inside("checkpoints")  # folder of the committed steps: runs/commits.py
     damaged = _Inside("damaged")  # folder to which damaged ones are moved
     metrics = _Inside("metrics.jsonl")  # a record per step: runs/records.py
+    time = _Inside("time.jsonl")  # an account of each start's seconds: runs/goodput.py
     ledger = _Inside("ledger.jsonl")  # a record per replaced row
     tensorboard = _Inside("tb")  # folder
     ranks = _Inside("ranks")  # folder of the processes' logs and last words

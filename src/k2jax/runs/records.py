@@ -42,16 +42,16 @@ def _lines(path: Path) -> list[bytes]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def read_records(path: Path) -> list[dict]:
+def read_records(path: Path, ordered: bool = True) -> list[dict]:
     """The records of all complete lines, without their checks; a last line cut short by a crash is ignored.
 
-    [] if there is no such file. Raises UserError with every line that is not as it was written.
+    ordered: no step comes before the one above it. [] if there is no such file. Raises UserError with every line that is not as it was written.
     """
     records, problems, before = [], [], None
     for number, line in enumerate(_lines(path), 1):
         try:
             record = _from_line(f"{path}:{number}", line)
-            if before is not None and (record == before or record["step"] < before["step"]):
+            if ordered and before is not None and (record == before or record["step"] < before["step"]):
                 raise UserError(f"{path}:{number}: repeats or precedes the line before; restore the file from a copy")
             records.append(record)
             before = record

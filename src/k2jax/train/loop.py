@@ -100,17 +100,21 @@ def train(run: Run, state: TrainState, compiling: Future[CompiledStep] | None, s
     layout = BatchLayout(run.mesh, config.train.num_microbatches, config.data.batch_sequences, config.data.sequence_length)
     reader = RowReader(run.corpus, run.timeline, config)
     ledger = Ledger(run.folder.ledger, reader, config, first, layout.places)
-    batches, validation = train_batches(run.corpus, run.timeline, config, first, layout.places), None
+    batches = train_batches(run.corpus, run.timeline, config, first, layout.places)
+    metrics = validation = None  # of the step before; the last one
 
     def save():
         recorder.sync()  # a committed step's past is on the disk
         ledger.sync()
-        with recorder.untimed():
+        with recorder.untimed("save stall"):
             saver.save(step, state, data_position(run.timeline, config, step))
+        outputs.time.flush(step)  # a later start that goes on from here has lost what comes after this line
 
     def draw():
         """This process's rows of step `step`, the replaced ones entered in the ledger."""
-        rows = next(batches)
+        is_idle = metrics is None or metrics.loss.is_ready()  # else the devices have work until the batch is there
+        with outputs.time.spent_on("data wait" if is_idle else "step"):
+            rows = next(batches)
         if "replaced" in rows:
             ledger.enter(step, rows["replaced"])
         return layout.split(rows)
@@ -118,10 +122,11 @@ def train(run: Run, state: TrainState, compiling: Future[CompiledStep] | None, s
     stopped = step < num_steps and stop.is_due()
     if step < num_steps and not stopped:
         batch = draw()
-        with outputs.phase("compile") as said:
+        with outputs.phase("compile", "compile") as said:
             compiled = compiling.result()  # the only one of a run
             said += [f"{compiled.seconds:.1f} s in all", *compiled.notes]
         barrier("compile", COMPILE_SECONDS)  # the first collective of a process waits 30 s for the others, not more
+        outputs.time.begin_steps()
         recorder.start_clock(matmul_seconds(config, run.mesh.size))
     with jax.transfer_guard("disallow"):
         while step < num_steps and not stopped:
@@ -136,7 +141,7 @@ def train(run: Run, state: TrainState, compiling: Future[CompiledStep] | None, s
             extra = {}
             if step == num_steps or (config.train.eval_every and step % config.train.eval_every == 0):
                 jax.block_until_ready(metrics)
-                with recorder.untimed():
+                with recorder.untimed("evaluation"):
                     validation = bits_per_byte(evaluate(state), run.corpus)
                 extra = {"validation_bits_per_byte": validation}
             recorder.hold(step - 1, metrics, extra)
@@ -144,5 +149,6 @@ def train(run: Run, state: TrainState, compiling: Future[CompiledStep] | None, s
             stopped = step < num_steps and stop.is_due()
         if step > first:
             save()
-        saver.wait()
+        with recorder.untimed("save stall"):
+            saver.wait()
     return Result(step, stop.signal if stopped else None, validation)

@@ -1,6 +1,7 @@
 """Everything that a run shows and writes beside its checkpoints, in one value with one owner: the first process."""
 
 import contextlib
+from collections.abc import Iterator
 
 from rich.console import Console
 
@@ -12,6 +13,7 @@ from k2jax.files import write_atomic
 from k2jax.preflight.ranks import versions
 from k2jax.processes import index, is_first
 from k2jax.runs.folder import RunFolder, write_config
+from k2jax.runs.goodput import TimeLog
 from k2jax.runs.identity import make_identity
 from k2jax.runs.records import RecordFile
 from k2jax.train.display import Display
@@ -29,7 +31,7 @@ def describe_run(folder: RunFolder, config: Config, segments: list[dict], tokeni
 
 
 class Outputs:
-    """Display, metrics.jsonl and TensorBoard.
+    """Display, metrics.jsonl, TensorBoard, and the account of this start's time.
 
     The other processes write nothing, or with train.log_ranks what the first displays, as they see it, in ranks/N.log.
     """
@@ -44,13 +46,20 @@ class Outputs:
             console = Console(file=log, soft_wrap=True, highlight=False)
         self.display = Display(first_step, config.train.num_steps, config.train.log_every, console)
         self._files.callback(self.display.close)
+        self.time = TimeLog(folder.time if is_first() else None, first_step)
+        self._files.callback(self.time.close)
 
     def say(self, text: str) -> None:
         self.display.say(text)
 
-    def phase(self, name: str) -> contextlib.AbstractContextManager[list[str]]:
-        """A named part of the start, shown with its duration and with the notes appended to the yielded list."""
-        return self.display.phase(name)
+    @contextlib.contextmanager
+    def phase(self, name: str, kind: str) -> Iterator[list[str]]:
+        """A named part of the start, shown with its duration and with the notes appended to the yielded list.
+
+        kind: of the account of time.
+        """
+        with self.time.spent_on(kind), self.display.phase(name) as notes:
+            yield notes
 
     def open_records(self) -> None:
         """Open metrics.jsonl and TensorBoard, dropping the records of steps that a resumed run repeats."""
@@ -65,6 +74,7 @@ class Outputs:
         for file in self._records:
             file.write(record)
         self.display.step(record)
+        self.time.tick(record["step"] + 1)
 
     def sync(self) -> None:
         """Return when every record given so far is on the disk."""

@@ -28,10 +28,11 @@ class Recorder:
         self._matmul_seconds, self._last_time = matmul_seconds, time.monotonic()
 
     @contextlib.contextmanager
-    def untimed(self) -> Iterator[None]:
-        """Exclude this block from the step time."""
+    def untimed(self, kind: str) -> Iterator[None]:
+        """Exclude this block from the step time; in the account of time it is of this kind."""
         started = time.monotonic()
-        yield
+        with self._outputs.time.spent_on(kind):
+            yield
         self._last_time += time.monotonic() - started
 
     def hold(self, step: int, metrics: Metrics, extra: dict) -> None:

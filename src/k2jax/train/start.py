@@ -247,9 +247,9 @@ def start_state(run: Run) -> TrainState:
     if strangers:
         run.outputs.say(f"left alone, not made by k2jax: {', '.join(strangers)} in {folder}")
     if run.resumed_step is not None:
-        with run.outputs.phase(f"restore step {run.resumed_step}"):
+        with run.outputs.phase(f"restore step {run.resumed_step}", "restore"):
             return restore_state(folder, run.resumed_step, abstract_state(run.config, run.tx, run.mesh))
-    with run.outputs.phase("initialise"):
+    with run.outputs.phase("initialise", "start"):
         state = init_state(run.config, run.tx)
         if run.config.train.init_from is not None:
             state = with_model_of(run.config.train.init_from, state)
