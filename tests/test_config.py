@@ -391,5 +391,5 @@ def test_what_a_resumed_run_may_change():
         "data.index_dir", "data.skip_steps", "data.max_bad_rows", "train.num_steps", "guard.loss_zscore",
         "guard.grad_norm_zscore", "guard.max_skips", "train.log_every", "train.eval_every", "train.eval_sequences",
         "train.remat", "train.self_check", "train.compile_cache", "train.num_microbatches",
-        "train.microbatches_together", "train.log_ranks",
+        "train.microbatches_together", "train.log_ranks", "train.replay_bound",
     }  # fmt: skip

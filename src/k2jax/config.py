@@ -225,6 +225,7 @@ class TrainConfig:
     self_check: Free[Literal["auto", "on", "off"]] = "auto"  # kernels, exchange, at the start; auto: if many processes
     log_every: Free[int] = 1  # steps between plain progress lines; metrics.jsonl has every step
     log_ranks: Free[bool] = False  # processes other than the first log to ranks/N.log of the run directory
+    replay_bound: Free[OrZero[float | None]] = None  # of a restart: how far the loss of a step done again may be off
     eval_every: Free[int | None] = None  # steps between validations; the end is always validated
     eval_sequences: Free[int] = 256
 
@@ -235,6 +236,7 @@ class CheckpointConfig:
 
     save_every: int = 500
     keep_last: int = 3
+    keep_every: int | None = None  # saves whose step this divides are kept for good
     save_timeout_seconds: int = 1200
 
 

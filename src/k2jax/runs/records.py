@@ -68,8 +68,10 @@ class RecordFile:
 
     def __init__(self, path: Path, first_step: int):
         """Keep the records of steps before `first_step`, which a resumed run does not repeat; drop the others."""
-        self.kept = [record for record in read_records(path) if record["step"] < first_step]
-        write_atomic(path, "".join(map(to_line, self.kept)))
+        records = read_records(path)
+        kept = [record for record in records if record["step"] < first_step]
+        self.dropped = records[len(kept) :]
+        write_atomic(path, "".join(map(to_line, kept)))
         self._path, self._file = path, open(path, "a", encoding="utf-8")
 
     def write(self, record: dict) -> None:

@@ -130,9 +130,10 @@ class Saver:
             self._error = error
 
     def _prune(self) -> None:
-        """Remove all but the newest `keep_last` committed steps."""
+        """Remove all but the newest `keep_last` committed steps, and those that are kept for good."""
         for step in committed_steps(self._folder)[: -self._config.keep_last]:
-            remove_step(self._folder, step)
+            if self._config.keep_every is None or step % self._config.keep_every:
+                remove_step(self._folder, step)
 
     def poll(self) -> None:
         """Raise what a background save failed with."""

@@ -18,6 +18,7 @@ from k2jax.runs.identity import make_identity
 from k2jax.runs.records import RecordFile
 from k2jax.train.display import Display
 from k2jax.train.metrics import TensorBoard
+from k2jax.train.replay import Replay
 
 
 def describe_run(folder: RunFolder, config: Config, segments: list[dict], tokenizer: Tokenizer | None) -> None:
@@ -37,7 +38,7 @@ class Outputs:
     """
 
     def __init__(self, folder: RunFolder, config: Config, first_step: int):
-        self._folder, self._first_step = folder, first_step
+        self._folder, self._first_step, self._replay_bound = folder, first_step, config.train.replay_bound
         self._files, self._records = contextlib.ExitStack(), ()
         console = None if is_first() else Console(quiet=True)
         if not is_first() and config.train.log_ranks:
@@ -65,15 +66,18 @@ class Outputs:
         """Open metrics.jsonl and TensorBoard, dropping the records of steps that a resumed run repeats."""
         if is_first():
             metrics = RecordFile(self._folder.metrics, self._first_step)
+            self._replay = Replay(metrics.dropped, self._replay_bound)
             self._records = metrics, TensorBoard(self._folder.tensorboard, self._first_step)
             for file in self._records:
                 self._files.callback(file.close)
 
     def record(self, record: dict) -> None:
-        """Write the record of one step, and show it."""
+        """Write the record of one step, and show it. Raises RunFailed as `Replay` does, for a step done again."""
         for file in self._records:
             file.write(record)
         self.display.step(record)
+        if self._records and (text := self._replay.compare(record)):
+            self.say(text)
         self.time.tick(record["step"] + 1)
 
     def sync(self) -> None:
