@@ -88,6 +88,14 @@ def test_only_the_newest_are_kept_and_leftovers_go(tmp_path, mesh_of):
     assert_equal(restore_state(tmp_path, 8, abstract(make_state(mesh_of()))), make_state(mesh_of(), 8))
 
 
+def test_every_so_many_steps_one_is_kept_for_good(tmp_path, mesh_of):
+    saver = Saver(tmp_path, CheckpointConfig(keep_last=1, keep_every=8))
+    for step in (0, 4, 8, 12, 16, 20):
+        saver.save(step, make_state(mesh_of(), step), {})
+    saver.wait()
+    assert committed_steps(tmp_path) == [0, 8, 16, 20]
+
+
 def test_saved_steps_without_a_record_stop_the_run(tmp_path, mesh_of):
     saver = Saver(tmp_path, CheckpointConfig())
     saver.save(4, make_state(mesh_of()), {})
