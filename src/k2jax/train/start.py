@@ -224,18 +224,16 @@ def open_run(config: Config, change_mixture: bool) -> Iterator[Run]:
             return timeline.segments, notes
 
         segments, notes = on_first("describe", describe)
-        outputs = Outputs(folder, config, step or 0)
         saver = Saver(folder.checkpoints, config.checkpoint)
+        held.callback(saver.join)  # a failure elsewhere loses no save that had begun
+        outputs = Outputs(folder, config, step or 0)
+        held.callback(outputs.close)
         run = Run(config, folder, mesh, tx, corpus, make_timeline(segments, config), step, saver, outputs)
         outputs.say("\n".join([banner(config, abstract, mesh),
                                describe_mixture(run.timeline, config), *damaged, *notes]))  # fmt: skip
         if count() > 1:
             outputs.say(check_axes(mesh))
-        try:
-            yield run
-        finally:
-            outputs.close()
-            saver.join()  # a failure elsewhere loses no save that had begun
+        yield run
 
 
 def start_state(run: Run) -> TrainState:
