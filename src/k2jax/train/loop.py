@@ -11,9 +11,10 @@ from k2jax.data.loader.batches import data_position, train_batches
 from k2jax.data.loader.rows import RowReader
 from k2jax.errors import RunFailed, UserError
 from k2jax.preflight.self_check import is_on, self_check
-from k2jax.processes import barrier, count, fail, index, is_joined, say
+from k2jax.processes import count, fail, index, is_joined, say
 from k2jax.train.batch import BatchLayout
 from k2jax.train.compile_cache import cache_notes, compile_cache
+from k2jax.train.compiling import compile_together
 from k2jax.train.ledger import Ledger
 from k2jax.train.matmul_rate import matmul_seconds
 from k2jax.train.recorder import Recorder
@@ -22,8 +23,6 @@ from k2jax.train.state import TrainState
 from k2jax.train.step import make_train_step
 from k2jax.train.stop import StopRequest
 from k2jax.train.validate import bits_per_byte, make_evaluator
-
-COMPILE_SECONDS = 3600  # between the first process that has compiled the step and the last
 
 
 @dataclass(frozen=True)
@@ -103,9 +102,8 @@ def train(run: Run, state: TrainState, stop: StopRequest) -> Result:
         with outputs.phase("compile") as said:
             with cache_notes() as notes:
                 # The only one of a run: a `Compiled` takes arrays of these shapes and layouts or raises.
-                compiled = jax.jit(make_train_step(config, run.tx), donate_argnums=0).lower(state, batch).compile()
+                compiled = compile_together(jax.jit(make_train_step(config, run.tx), donate_argnums=0), state, batch)
             said += notes
-        barrier("compile", COMPILE_SECONDS)  # the first collective of a process waits 30 s for the others, not more
         recorder.start_clock(matmul_seconds(config, run.mesh.size))
     with jax.transfer_guard("disallow"):
         while step < num_steps and not stopped:
