@@ -11,11 +11,11 @@ import jax
 import micro
 import pytest
 
-from k2jax.errors import UserError
+from k2jax.errors import RunFailed, UserError
 from k2jax.runs.goodput import account, read_starts
 from k2jax.runs.records import RecordFile, read_records
 from k2jax.sharding.mesh import single_device_mesh
-from k2jax.train import loop
+from k2jax.train import loop, mistakes
 from k2jax.train import start as start_module
 from k2jax.train.batch import BatchLayout
 from k2jax.train.display import Display
@@ -28,7 +28,8 @@ BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 @pytest.fixture(scope="module")
 def patch():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(start_module, "make_mesh", lambda config: single_device_mesh())
+        for module in (start_module, mistakes):
+            patch.setattr(module, "make_mesh", lambda config: single_device_mesh())
         before = jax.config.jax_persistent_cache_min_compile_time_secs
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         yield patch
@@ -241,3 +242,14 @@ def test_processes_compare_the_held_out_store_too(config, monkeypatch, patch, tm
     digest = asked[0]["digest of data.path"]
     assert asked[0] == {"digest of data.path": digest, "digest of data.validation_path": None}
     assert asked[1] == {"digest of data.path": digest, "digest of data.validation_path": digest}
+
+
+@pytest.mark.parametrize(("error", "waits"), [(RunFailed("bad rows"), True), (OSError(errno.ENOSPC, "full"), False)])
+def test_a_save_that_has_begun_is_ended_before_a_failure_that_breaks_nothing(config, monkeypatch, error, waits):
+    """For as long as a save may take; what another process may have broken ends this one at once."""
+    order = []
+    saver = types.SimpleNamespace(is_saving=lambda: True, join=lambda seconds: order.append(seconds))
+    outputs = types.SimpleNamespace(close=lambda: order.append("closed"))
+    monkeypatch.setattr(loop, "fail", lambda error: order.append(error))
+    loop.fail_with_others(types.SimpleNamespace(saver=saver, outputs=outputs, config=config), error)
+    assert order == [*[config.checkpoint.save_timeout_seconds] * waits, "closed", error]

@@ -1,19 +1,22 @@
 """`k2jax train`."""
 
+import argparse
+import contextlib
 import os
 import shlex
 import sys
 from pathlib import Path
 
 from k2jax import processes
-from k2jax.cli.overrides import load_config, override, print_fields
+from k2jax.cli.overrides import load_config, overridden, print_fields
+from k2jax.config import Config
 from k2jax.errors import UserError
 from k2jax.files import write_atomic
 from k2jax.launch import distributed
 
 TRAIN_USAGE = """usage: k2jax train CONFIG [--simulate N] [--section.field value ...]
 
-Trains, or resumes the run in train.run_dir. Ctrl-C finishes the step, saves and prints how to resume.
+Trains, or resumes the run in train.run_dir. Ctrl-C finishes the step, saves and prints how to resume; again, it ends at once.
 CONFIG is a Python file with config(), such as configs/tiny.py; `k2jax train CONFIG --help` lists its fields.
 --simulate N runs on N CPU devices, even where there is an accelerator.
 --coordinator HOST:PORT --num-processes N --process-id I join N processes, on any number of hosts, to one run; without
@@ -22,33 +25,73 @@ K2JAX_PROCESS_ID and K2JAX_SIMULATE stand for the options. --join-timeout S: pat
 --change-mixture lets a resumed run use other sources, weights or epochs; the steps done keep theirs."""
 
 
-def join_processes(args, stops_together: bool = False) -> None:
-    """Choose this process's devices and connect it with the others of its run, by the options and the environment."""
-    simulate = os.environ.get(distributed.SIMULATE) if args.simulate is None else args.simulate
-    if simulate is not None:
-        distributed.use_cpu_devices(simulate)
-    options = {
+def process_options(sub: argparse.ArgumentParser) -> None:
+    """The options of commands that run in several processes."""
+    sub.add_argument("--simulate", type=int, metavar="N", help="run on N CPU devices")
+    sub.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, as the others reach it")
+    sub.add_argument("--num-processes", type=int, metavar="N", help="processes of the run")
+    sub.add_argument("--process-id", type=int, metavar="I", help="of this one: 0 to N - 1")
+    patience = distributed.JOIN_SECONDS
+    sub.add_argument("--join-timeout", type=float, default=patience, metavar="S", help="seconds to wait for the others")
+
+
+def train_options(sub: argparse.ArgumentParser) -> None:
+    """The options of `train`, beside the fields of its config."""
+    sub.add_argument("config", metavar="CONFIG", nargs="?")
+    process_options(sub)
+    sub.add_argument("--change-mixture", action="store_true", help="resume with another mixture")
+
+
+def _membership_options(args) -> dict[str, object]:
+    return {
         distributed.COORDINATOR: args.coordinator,
         distributed.NUM_PROCESSES: args.num_processes,
         distributed.PROCESS_ID: args.process_id,
     }
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
-    distributed.join(options, os.environ, say, args.join_timeout, stops_together)
+def say(text: str) -> None:
+    """A line for the user that is no result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def before_joining(args) -> contextlib.AbstractContextManager[None]:
+    """Of a UserError inside, before `join_processes`, the other processes of the run are told."""
+    return distributed.before_joining(_membership_options(args), os.environ, args.join_timeout)
+
+
+def join_processes(args) -> None:
+    """Choose this process's devices and connect it with the others of its run, by the options and the environment."""
+    simulate = os.environ.get(distributed.SIMULATE) if args.simulate is None else args.simulate
+    if simulate is not None:
+        with before_joining(args):
+            distributed.use_cpu_devices(simulate)
+    distributed.join(_membership_options(args), os.environ, say, args.join_timeout)
+
+
+def _further_problems(config: Config, problems: list[str], args) -> list[str]:
+    """Mistakes beside the config's own `problems`, for which the run is not begun."""
+    from k2jax.train.mistakes import device_problems, path_problems
+
+    joins = distributed.membership(_membership_options(args), os.environ) is not None  # devices that are not known yet
+    if joins or any(problem.startswith("mesh.") for problem in problems):
+        return path_problems(config)
+    join_processes(args)
+    return [*device_problems(config), *path_problems(config)]
 
 
 def train(args, rest: list[str]) -> int:
     if args.config is None:
         print(TRAIN_USAGE)
         return 0 if {"-h", "--help"} & set(rest) else 2
-    config = load_config(args.config)
     if {"-h", "--help"} & set(rest):
-        print_fields(config, f"k2jax train {args.config}")
+        print_fields(load_config(args.config), f"k2jax train {args.config}")
         return 0
-    config = override(config, rest)
-    join_processes(args, stops_together=True)
+    with before_joining(args):
+        config, problems = overridden(load_config(args.config), rest)
+        if problems:
+            raise UserError(*problems, *_further_problems(config, problems, args))
+    join_processes(args)
     from k2jax.train.loop import run
 
     result = run(config, args.change_mixture)
