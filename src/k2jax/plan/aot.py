@@ -14,7 +14,7 @@ from k2jax.errors import RunFailed
 from k2jax.optim.spread import chunks
 from k2jax.plan.hlo import Collective, collectives, slice_exchanges
 from k2jax.plan.muon_work import muon_assignments
-from k2jax.plan.topology import MEMORY_GIB
+from k2jax.plan.topology import MEMORY_BYTES
 from k2jax.sharding.device_order import domain_counts, fast_domains
 from k2jax.sharding.host_picture import picture_hosts
 from k2jax.tables import aligned
@@ -164,7 +164,7 @@ def describe_step(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str,
         "lower_seconds": lower_seconds,
         "compile_seconds": compile_seconds,
         "memory": memory_by_kind(state, abstract_batch(config, mesh), compiled),
-        "memory_of_device": MEMORY_GIB.get(kind, 0) * GIB or None,
+        "memory_of_device": MEMORY_BYTES.get(kind),
         "communication": communication(found),
         "optimizer_beyond_exchanges": beyond,
     }
