@@ -1,6 +1,7 @@
 """Loss on held-out text, in bits per byte: comparable between tokenizers and with other models."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from k2jax.errors import UserError
 from k2jax.inference.load import LoadedModel
 from k2jax.inference.mesh import DATA_AXES, padded_to
 from k2jax.model.rope import make_rope
+from k2jax.sharding.compile_options import program_options
 from k2jax.sharding.rules import AXES_OF, spec
 from k2jax.train.batch import Batch
 from k2jax.train.phases import rope_after
@@ -52,7 +54,7 @@ def _mean_loss(loaded: LoadedModel, corpus: Corpus, count: int, length: int, sou
     rope, loss_fn = make_rope(config.model, rope_after(loaded.config, int(state.step))), make_loss(config)
     num_rows = padded_to(loaded.mesh, DATA_AXES, min(count, BATCH_ROWS))
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=program_options(config.kernels, loaded.mesh))
     def loss_sum(params, router_bias, batch: Batch):
         return loss_fn(params, router_bias, batch, rope).loss
 

@@ -3,10 +3,18 @@
 Each has its reason; a test of the marker `gpu` or `tpu` fails when upstream no longer needs it.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
+
+from k2jax.config import KernelsConfig
+from k2jax.config_rules import read_options
+from k2jax.errors import UserError
+
 OptionValue = str | bool | int
+REFUSED = "No such compile option", "While setting option"  # in what XLA says
 
 
 class CompileOption(NamedTuple):
@@ -45,23 +53,37 @@ WITHOUT_DEVICE = {
 }
 
 
-def read_options(given: Sequence[str]) -> dict[str, str]:
-    """{"xla_flag": "value"} of "xla_flag=value" each. ValueError with the rule that one breaks."""
-    options = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not (equals and name.startswith("xla_") and name.isidentifier()):
-            raise ValueError(f"{text!r} must be NAME=VALUE with a name such as 'xla_gpu_graph_level=0'")
-        if name in options:
-            raise ValueError(f"{name!r} must be given once")
-        options[name] = value
-    return options
+def compile_options(platform: str) -> dict[str, OptionValue]:
+    """The options of every program for `platform` ("cpu", "gpu", "tpu")."""
+    return {option.name: option.value for option in OPTIONS[platform]}
 
 
-def compile_options(platform: str, given: Sequence[str] = (), has_device: bool = True) -> dict[str, OptionValue]:
-    """The options of a program for `platform` ("cpu", "gpu", "tpu"), with those of a user in their place or beside them.
+def options_without_device(mesh: jax.sharding.Mesh) -> dict[str, OptionValue]:
+    """What compiling for the devices of `mesh` takes besides where they are not here."""
+    return {option.name: option.value for option in WITHOUT_DEVICE.get(mesh.devices.flat[0].platform, ())}
 
-    given: kernels.compiler_options. has_device: False where the program is compiled for a machine that is not here.
+
+def program_options(kernels: KernelsConfig, mesh: jax.sharding.Mesh | None = None) -> dict[str, OptionValue]:
+    """The options, for `jax.jit`, of a program on `mesh` (None: jax's own default device).
+
+    Those of `compile_options`, with the user's in their place or beside them.
     """
-    own = OPTIONS[platform] + (() if has_device else WITHOUT_DEVICE.get(platform, ()))
-    return {option.name: option.value for option in own} | read_options(given)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return compile_options(platform) | read_options(kernels.compiler_options or ())
+
+
+def describe_options(kernels: KernelsConfig, mesh: jax.sharding.Mesh) -> str:
+    """The options in words."""
+    options = program_options(kernels, mesh)
+    return ", ".join(f"{name}={value}" for name, value in options.items()) or "no options"
+
+
+@contextlib.contextmanager
+def refusing_options() -> Iterator[None]:
+    """Options that the compiler does not know, or whose value it cannot read, raise UserError inside."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not any(words in str(error) for words in REFUSED):
+            raise
+        raise UserError(f"kernels.compiler_options: XLA refuses one: {str(error).splitlines()[0]}") from None

@@ -13,6 +13,7 @@ from k2jax.data.loader.batches import data_position, train_batches
 from k2jax.data.loader.rows import RowReader
 from k2jax.preflight.self_check import is_on, self_check
 from k2jax.processes import barrier, count, fail, is_joined, stop_is_due
+from k2jax.sharding.compile_options import refusing_options
 from k2jax.train.batch import BatchLayout
 from k2jax.train.compile_cache import compile_cache
 from k2jax.train.compile_step import CompiledStep, begin_compile
@@ -71,7 +72,7 @@ def run(config: Config, change_mixture: bool = False) -> Result:
     change_mixture: the sources, their weights and epochs may differ from those of the run until now.
     Raises UserError for what a user can correct before the first step, RunFailed if the run itself went wrong.
     """
-    with open_run(config, change_mixture) as opened:
+    with open_run(config, change_mixture) as opened, refusing_options():
         stop = StopRequest()
         try:
             if is_on(config):
