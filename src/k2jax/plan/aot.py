@@ -149,8 +149,15 @@ def slices_along(mesh: jax.sharding.Mesh) -> dict[str, int]:
     return domain_counts(dict(mesh.shape), fast_domains(mesh.devices.ravel().tolist()))
 
 
+def is_one_program(mesh: jax.sharding.Mesh) -> bool:
+    """Whether the HLO is that of all devices: of GPUs always, of TPUs if they are one slice."""
+    return mesh.devices.flat[0].platform == "gpu" or math.prod(slices_along(mesh).values()) == 1
+
+
 def step_collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     """All collectives of a step's HLO, those between slices too."""
+    if is_one_program(mesh):
+        return collectives(text, mesh.shape)
     slices = slices_along(mesh)
     inside = {axis: size // slices[axis] for axis, size in mesh.shape.items()}
     crossed = tuple(axis for axis, count in slices.items() if count > 1)
@@ -174,7 +181,7 @@ def describe_step(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str,
     found = step_collectives(program_text(compiled), mesh)
     slices = slices_along(mesh)
     beyond = None  # libtpu does not say whence the collectives of several slices come
-    if math.prod(slices.values()) == 1:
+    if is_one_program(mesh):
         optimizer = [one for one in found if part_of(one) == "optimizer"]
         beyond = beyond_exchanges(optimizer, expected_exchanges(config, mesh.shape))
     tokens = config.batch_tokens // config.train.num_microbatches // (mesh.size // mesh.shape["stage"])
