@@ -11,7 +11,7 @@ STDLIB = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdli
 # XLA on a CPU takes its temporary memory anew each step; in pages of 2 MiB that is a tenth of the step faster.
 train bench: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
-.PHONY: train test test-fast test-grid test-hosts test-interop test-tpu test-kernels test-data env data comparators bench clean
+.PHONY: train test test-fast test-grid test-hosts test-interop test-tpu test-gpu test-kernels test-data env data comparators bench clean
 
 env: $(VENV)/ready
 
@@ -51,7 +51,7 @@ test-hosts: env
 
 # What every change must pass on the other Python: all but the tests that train in processes of their own.
 test-fast: env
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not grid and not interop and not tpu and not kernels and not data'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not grid and not interop and not tpu and not kernels and not data and not gpu'
 
 # Against the libraries that read what k2jax exports: transformers, mlx-lm, lm-eval. Installs PyTorch.
 test-interop: env
@@ -63,6 +63,12 @@ test-interop: env
 test-tpu: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-$(VERSION).txt -e '.[test,tpu-compiler]'
 	$(BIN)/python -m pytest -m tpu tests/optim tests/sharding tests/plan
+
+# Steps compiled for H100 without having one, in an environment of its own: a CUDA plugin makes JAX look for a GPU.
+test-gpu:
+	test -d .venv-gpu || $(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$(VERSION).txt -e '.[test,gpu-compiler]'
+	.venv-gpu/bin/python -m pytest -m gpu tests/plan tests/sharding tests/train tests/kernels
 
 # tokamax's kernels, interpreted and compiled for TPU v5p, in an environment of their own: docs/experts.md says why.
 test-kernels:

@@ -164,6 +164,7 @@ class KernelsConfig:
     grouped_matmul: Literal["auto", "blocked", "ragged_dot", "tokamax"] = "auto"  # the experts' matmul
     attention: Literal["chunked", "tokamax"] = "chunked"  # everywhere; or kernels for TPU and GPU: docs/attention.md
     attention_chunk: int | None = None  # queries, and keys, that attention takes at a time; None: by sequence length
+    compiler_options: tuple[str, ...] | None = None  # XLA's, "xla_name=value", beside ours or in their place
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from os.path import expanduser
 from typing import Literal
@@ -73,6 +73,19 @@ def read_steps(text: str) -> tuple[int, int]:
     if not (dash and first.isdecimal() and last.isdecimal()) or int(first) > int(last):
         raise ValueError("must be FIRST-LAST, two steps that rise, such as '1200-1219'")
     return int(first), int(last) + 1
+
+
+def read_options(given: Sequence[str]) -> dict[str, str]:
+    """{"xla_flag": "value"} of "xla_flag=value" each. ValueError with the rule that one breaks."""
+    options = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (equals and name.startswith("xla_") and name.isidentifier()):
+            raise ValueError(f"{text!r} must be NAME=VALUE with a name such as 'xla_gpu_graph_level=0'")
+        if name in options:
+            raise ValueError(f"{name!r} must be given once")
+        options[name] = value
+    return options
 
 
 @dataclass(frozen=True)
@@ -184,6 +197,10 @@ def _fit_problems(values: dict):
     yield from _phase_problems(values)
     yield from _mixture_problems(values)
     yield from _data_problems(values)
+    try:
+        read_options(values.get("kernels.compiler_options") or ())
+    except ValueError as rule:
+        yield f"kernels.compiler_options: {rule}"
 
 
 def _pipeline_problems(values: dict):

@@ -33,11 +33,11 @@ def layer(tiny):
         """Run the layer on `weights` and note what its attention is given."""
         seen = {}
 
-        def spy(q, sources, weights, make, q_at, k_at, scale, kernels):
-            k, v = make(*sources, *weights)
+        def spy(q, sources, weights, make, q_at, k_at, scale, kernels, split):
+            k, v = make(*sources, *split(*weights))
             seen["logits"] = scale * jnp.einsum("bhsk,bhzk->bhsz", q, k)
             seen["v"], seen["k_rope"] = v, k[..., -config.qk_rope_head_dim :]
-            return attention(q, sources, weights, make, q_at, k_at, scale, kernels)
+            return attention(q, sources, weights, make, q_at, k_at, scale, kernels, split)
 
         attention = mla.attention
         with monkeypatch.context() as patch:

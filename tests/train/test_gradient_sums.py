@@ -19,5 +19,5 @@ def test_experts_gradients_are_added_in_float32(tiny, mesh_of):
         jaxpr = jax.make_jaxpr(jax.grad(mean_loss(model, "layer", "bfloat16")))(params, batch)
     summed = [v.aval for e in equations(jaxpr.jaxpr) if e.primitive.name.startswith("psum") for v in e.invars]
     matrices = [aval.dtype for aval in summed if aval.ndim == 3]
-    # gate, up and down of the MoE layer, and of both layers the parts of kv_b that make keys and values
-    assert len(matrices) == 7 and set(matrices) == {jnp.dtype("float32")}, summed
+    # gate, up and down of the MoE layer, and kv_b of both layers: its parts one by one would be summed in bf16 on GPUs
+    assert len(matrices) == 5 and set(matrices) == {jnp.dtype("float32")}, summed

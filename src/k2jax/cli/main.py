@@ -80,9 +80,9 @@ def _run_commands(command) -> None:
     sub.add_argument("--json", action="store_true", help="print it all as JSON")
     sub.add_argument("--png", metavar="FILE", help="draw the mesh")
 
-    sub = command("plan", plan.plan, "Compile the training step for TPUs that are not here: memory, collectives.")
+    sub = command("plan", plan.plan, "Compile the training step for TPUs or GPUs that are not here: memory, collectives.")
     sub.add_argument("config", metavar="CONFIG", help="a config file or run directory; --section.field value overrides")
-    sub.add_argument("--topology", metavar="NAME", required=True, help="v5p:8x8x16, v6e:16x16; slices: 2xv5p:8x8x16")
+    sub.add_argument("--topology", metavar="NAME", required=True, help="v5p:8x8x16, v6e:16x16; slices: 2xv5p:8x8x16; GPUs: h100:HOSTSx8, h200:HOSTSx8, gb200:RACKSx18x4")
     sub.add_argument("--json", action="store_true", help="print it all as JSON")
 
     sub = command("audit", audit.audit, "Show the documents of a step, the steps of a document, or tokens per source.")

@@ -1,6 +1,7 @@
 """Loss on held-out text, in bits per byte: comparable between tokenizers and with other models."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from k2jax.errors import UserError
 from k2jax.inference.load import LoadedModel
 from k2jax.inference.mesh import DATA_AXES, padded_to
 from k2jax.model.rope import make_rope
+from k2jax.sharding.compile_options import program_options
 from k2jax.sharding.rules import AXES_OF
 from k2jax.train.batch import Batch, BatchLayout
 from k2jax.train.compiling import compiled_when_called
@@ -55,7 +57,7 @@ def _mean_loss(loaded: LoadedModel, corpus: Corpus, count: int, length: int, sou
     places = np.arange(num_rows) if layout is None else layout.places  # rows of each batch that this process needs
     on_devices = (lambda x: x[None]) if layout is None else layout.on_mesh
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=program_options(config.kernels, loaded.mesh))
     def loss_sum(params, router_bias, batch: Batch):
         return loss_fn(params, router_bias, jax.tree.map(lambda x: x[0], batch), rope).loss
 

@@ -2,11 +2,13 @@
 
 XLA's `lax.ragged_dot` costs as many dense matmuls as there are groups on a CPU. The blocked form below
 runs one small matmul per tile, a tile being up to BLOCK_ROWS rows of one group: at most
-num_blocks + num_groups of them, whatever the routing. TPU and GPU have kernels of their own.
+num_blocks + num_groups of them, whatever the routing. TPU and GPU have kernels of their own; but `lax.ragged_dot` is
+dense on GPUs too, with a masked copy of the rows for each group.
 
     M rows, G groups, I inputs, O outputs (of one weight, or of several side by side)
 """
 
+import functools
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal
@@ -17,7 +19,7 @@ from jax import lax
 
 from k2jax.config import KernelsConfig
 from k2jax.dtypes import wide
-from k2jax.kernels.tokamax import call_kernel, load_tokamax
+from k2jax.kernels.tokamax import call_kernel, kernel_problem, load_tokamax
 
 BLOCK_ROWS = 256  # benchmarks/moe_layer.py --blocks measures others
 Implementation = Literal["blocked", "ragged_dot", "tokamax"]
@@ -118,15 +120,22 @@ def _ragged_dot(x_MI, weights, group_sizes_G):
     return _zero_past_the_sum(lax.ragged_dot(x_MI, jnp.concatenate(weights, -1), group_sizes_G), group_sizes_G)
 
 
-def _tokamax(x_MI, weights, group_sizes_G):
+def _tokamax_kernel(x_MI, w_GIO, group_sizes_G):
+    # its kernels by name: left to itself it may fall back to `lax.ragged_dot` without a word
     tokamax = load_tokamax("grouped_matmul")
+    return tokamax.ragged_dot(x_MI, w_GIO, group_sizes_G, implementation=("mosaic", "triton"))
 
-    def kernel(x_MI, w_GIO, group_sizes_G):
-        # its kernels by name: left to itself it may fall back to `lax.ragged_dot` without a word
-        return tokamax.ragged_dot(x_MI, w_GIO, group_sizes_G, implementation=("mosaic", "triton"))
 
+@functools.cache
+def tokamax_problem() -> str | None:
+    """Why tokamax's kernel cannot be used on jax's default device; None if it can. Forward and backward are tried."""
+    bf16, int32 = jnp.bfloat16, jnp.int32
+    return kernel_problem(_tokamax_kernel, ((256, 256), bf16), ((2, 256, 256), bf16), ((2,), int32))
+
+
+def _tokamax(x_MI, weights, group_sizes_G):
     x_MI = _zero_past_the_sum(x_MI, group_sizes_G)
-    y_MO = call_kernel(kernel, x_MI, jnp.concatenate(weights, -1), group_sizes_G)
+    y_MO = call_kernel(_tokamax_kernel, x_MI, jnp.concatenate(weights, -1), group_sizes_G)
     return _zero_past_the_sum(y_MO, group_sizes_G)
 
 
@@ -134,7 +143,9 @@ def choose_grouped_matmul(kernels: KernelsConfig, platform: str) -> Implementati
     """The implementation that `kernels.grouped_matmul` means on a platform ("cpu", "gpu", "tpu")."""
     if kernels.grouped_matmul != "auto":
         return kernels.grouped_matmul
-    return "blocked" if platform == "cpu" else "ragged_dot"
+    if platform == "tpu":
+        return "ragged_dot"
+    return "tokamax" if platform == "gpu" and tokamax_problem() is None else "blocked"
 
 
 def grouped_matmul(

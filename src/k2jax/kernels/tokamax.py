@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax._src import config as jax_config
 
 from k2jax.errors import UserError
@@ -26,6 +27,32 @@ def load_tokamax(field: str):
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # or it reads our command line as its own
     return tokamax
+
+
+def kernel_problem(kernel: Callable, *arguments: tuple[tuple[int, ...], jnp.dtype]) -> str | None:
+    """Why kernel(*arguments), or its gradient for the floats among them, does not even trace; None if it does.
+
+    arguments: (shape, dtype) of each. What runs here is not ours and may raise anything for a jax that it does not know.
+    """
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arguments]
+    floats = tuple(i for i, x in enumerate(shapes) if jnp.issubdtype(x.dtype, jnp.floating))
+
+    def total(*x):
+        return sum(jnp.sum(y.astype(jnp.float32)) for y in jax.tree.leaves(kernel(*x)))
+
+    try:
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # it may be asked within a mesh
+            jax.eval_shape(jax.grad(total, floats), *shapes)
+    except UserError as error:
+        return "; ".join(error.problems)
+    except Exception as error:
+        return f"tokamax does not work with jax {jax.__version__} here ({type(error).__name__}: {first_line(error)})"
+    return None
+
+
+def first_line(error: Exception) -> str:
+    """Of its message; its name if there is none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:

@@ -8,8 +8,9 @@ All take keys and values whole, and queries of the same tokens in the same order
 import jax
 import jax.numpy as jnp
 
+from k2jax.errors import UserError
 from k2jax.kernels.chunked_attention import ATTENTION_OUT
-from k2jax.kernels.tokamax import call_kernel, load_tokamax
+from k2jax.kernels.tokamax import call_kernel, first_line, load_tokamax
 
 TILE = 128  # sequences are whole tiles
 _LARGEST_BLOCK = 1024
@@ -53,9 +54,10 @@ def _gpu(q_BHSK, k_BHSK, v_BHSU, segment_BS):
                 *inputs, mask=mask, logits_scale=1.0, return_residuals=True
             )
             return out_BSHU.swapaxes(1, 2), max_BHS
-        except (KeyError, NotImplementedError) as error:
-            errors.append(f"{name}: {error}")
-    raise NotImplementedError("tokamax has no attention for this device and these shapes: " + "; ".join(errors))
+        except Exception as error:  # not ours: for a jax or a shape that it does not know it may raise anything
+            errors.append(f"{name}: {type(error).__name__}: {first_line(error)}")
+    rule = f"tokamax has none that works with jax {jax.__version__}, this device and these shapes"
+    raise UserError(f"kernels.attention = 'tokamax': {rule} ({'; '.join(errors)}); use 'chunked'")
 
 
 def library_attention(

@@ -38,11 +38,13 @@ def attention(
     k_at: TokenIndex,
     scale: float | jax.Array,
     kernels: KernelsConfig = KernelsConfig(),
+    split: Callable = lambda *weights: weights,
 ) -> tuple[jax.Array, jax.Array]:
     """Output [B, H, S, U] and the signed maximum [H] of the scaled logits over visible pairs (float32, no gradient).
 
-    make(*sources, *weights) -> keys, values as in `chunked_attention`. sources: arrays [B, T, ...]; weights: arrays
-    [..., H, ...] whose dims are C, H and N or U. On a mesh sources are laid out as the residual stream is.
+    make(*sources, *split(*weights)) -> keys, values as in `chunked_attention`. sources: arrays [B, T, ...]; weights:
+    arrays [..., H, ...] whose dims are C, H and N, U or both. On a mesh sources are laid out as the residual stream is,
+    and a weight's gradient is summed over devices as a whole: what is one weight must be given as one, and split here.
     kernels.attention = "tokamax" is for queries and keys of the same tokens in order, which see those before them.
     """
     chunk, sources, is_cut = chunk_tokens(k_at.index.shape[1], kernels), tuple(sources), on_mesh()
@@ -55,6 +57,7 @@ def attention(
             q_BHSK, scale, sources = varying(q_BHSK, "BHSK"), varying(scale, ""), varying(sources, "BT")
             q_at, k_at = varying(q_at, "BS"), varying(k_at, "BZ")
             weights = tuple(replicated(w, uncut_axes("CHN")) for w in weights)
+        weights = split(*weights)
         if kernels.attention == "tokamax":
             out_BHSU, max_BHS = library_attention(q_BHSK, *make(*sources, *weights), q_at.segment, scale, platform())
         else:

@@ -21,7 +21,9 @@ def describe_experts(config: Config, mesh: jax.sharding.Mesh) -> str:
     transport = choose_transport(kernels, device, num_shards, config.model.num_experts_per_tok)
     room = "room for all rows" if kernels.expert_buffer is None else f"room for {kernels.expert_buffer} balanced loads"
     exchange = "no exchange, one shard" if transport == "local" else f"exchange {transport} x {num_shards}, {room}"
-    return f"{exchange}; grouped matmul {choose_grouped_matmul(kernels, device)}"
+    multiply = choose_grouped_matmul(kernels, device)
+    dense = " (dense on a GPU: all rows once for each expert)" if (multiply, device) == ("ragged_dot", "gpu") else ""
+    return f"{exchange}; grouped matmul {multiply}{dense}"
 
 
 def describe_pipeline(config: Config) -> str:

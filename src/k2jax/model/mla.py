@@ -94,16 +94,16 @@ class MLA(nnx.Module):
         """Output [B, T, D] and the largest logit of each head [H]."""
         nope, dtype = self.config.qk_nope_head_dim, x_BTD.dtype
         q_BHSK = self._queries(x_BTD, positions)
-        kv_b_CHG = self.kv_b.use(dtype)
         out_BHSU, max_logit_H = attention(
             q_BHSK,
             self._latents(x_BTD, positions),
-            (kv_b_CHG[..., :nope], kv_b_CHG[..., nope:]),
+            (self.kv_b.use(dtype),),
             keys_and_values,
             positions.q_at,
             positions.k_at,
             positions.rope.softmax_scale,
             self.kernels,
+            lambda kv_b_CHG: (kv_b_CHG[..., :nope], kv_b_CHG[..., nope:]),
         )
         out_BHSU = named(out_BHSU, ATTENTION_OUT)
         return project("BHSU,HUD->BSD", out_BHSU, self.o.use(dtype), out_spec("BTD")), max_logit_H

@@ -14,7 +14,9 @@ from k2jax.errors import RunFailed
 from k2jax.optim.spread import chunks
 from k2jax.plan.hlo import Collective, collectives, slice_exchanges
 from k2jax.plan.muon_work import muon_assignments
-from k2jax.plan.topology import MEMORY_GIB
+from k2jax.plan.topology import MEMORY_BYTES
+from k2jax.preflight.availability import check_kernels
+from k2jax.sharding.compile_options import options_without_device, refusing_options
 from k2jax.sharding.device_order import domain_counts, fast_domains
 from k2jax.sharding.host_picture import picture_hosts
 from k2jax.tables import aligned
@@ -105,13 +107,29 @@ def beyond_exchanges(found: list[Collective], num_exchanges: int) -> list[str]:
 
 
 def compile_step(lowered: jax.stages.Lowered, options: Mapping[str, str] | None = None) -> jax.stages.Compiled:
-    """Raises RunFailed, with the compiler's list of what is large, where a device has not the memory."""
+    """Raises RunFailed, with the compiler's list of what is large, where a TPU has not the memory.
+
+    options: besides those that the step is lowered with.
+    """
     try:
-        return lowered.compile(compiler_options=dict(options or {}))
+        with refusing_options():
+            return lowered.compile(compiler_options=dict(options or {}))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise RunFailed(f"does not fit: {error}") from None
+
+
+def check_fit(memory: Mapping[str, int], device_kind: str) -> None:
+    """Raises RunFailed where a device has not the memory: XLA:GPU compiles what does not fit."""
+    limit = MEMORY_BYTES.get(device_kind)
+    if limit is None or memory["total"] <= limit:
+        return
+    kinds = ", ".join(f"{name} {memory[name] / GIB:.2f}G" for name in ("arguments", "temp", "outputs", "program"))
+    total, room = (size / GIB for size in (memory["total"], limit))
+    raise RunFailed(
+        f"does not fit: used {total:.2f}G of {room:.2f}G of {device_kind}: {kinds}; exceeded by {total - room:.2f}G"
+    )
 
 
 def program_text(compiled: jax.stages.Compiled) -> str:
@@ -131,8 +149,15 @@ def slices_along(mesh: jax.sharding.Mesh) -> dict[str, int]:
     return domain_counts(dict(mesh.shape), fast_domains(mesh.devices.ravel().tolist()))
 
 
+def is_one_program(mesh: jax.sharding.Mesh) -> bool:
+    """Whether the HLO is that of all devices: of GPUs always, of TPUs if they are one slice."""
+    return mesh.devices.flat[0].platform == "gpu" or math.prod(slices_along(mesh).values()) == 1
+
+
 def step_collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     """All collectives of a step's HLO, those between slices too."""
+    if is_one_program(mesh):
+        return collectives(text, mesh.shape)
     slices = slices_along(mesh)
     inside = {axis: size // slices[axis] for axis, size in mesh.shape.items()}
     crossed = tuple(axis for axis, count in slices.items() if count > 1)
@@ -140,19 +165,25 @@ def step_collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
 
 
 def describe_step(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str, str] | None = None) -> dict:
-    """JSON values: what `k2jax plan` prints. Raises RunFailed if the step does not fit a device of `mesh`."""
+    """JSON values: what `k2jax plan` prints.
+
+    Raises UserError for kernels or options that the devices do not have, RunFailed if the step does not fit one.
+    """
+    check_kernels(config, mesh)
     started = time.monotonic()
     lowered, state = lower_step(config, mesh)
     lower_seconds = time.monotonic() - started
-    compiled = compile_step(lowered, options)
+    kind = mesh.devices.flat[0].device_kind
+    compiled = compile_step(lowered, options_without_device(mesh) | dict(options or {}))
+    memory = memory_by_kind(state, abstract_batch(config, mesh), compiled)
+    check_fit(memory, kind)
     compile_seconds = time.monotonic() - started - lower_seconds
     found = step_collectives(program_text(compiled), mesh)
     slices = slices_along(mesh)
     beyond = None  # libtpu does not say whence the collectives of several slices come
-    if math.prod(slices.values()) == 1:
+    if is_one_program(mesh):
         optimizer = [one for one in found if part_of(one) == "optimizer"]
         beyond = beyond_exchanges(optimizer, expected_exchanges(config, mesh.shape))
-    kind = mesh.devices.flat[0].device_kind
     tokens = config.batch_tokens // config.train.num_microbatches // (mesh.size // mesh.shape["stage"])
     return {
         "device_kind": kind,
@@ -163,8 +194,8 @@ def describe_step(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str,
         "tokens_per_device_and_microbatch": tokens,
         "lower_seconds": lower_seconds,
         "compile_seconds": compile_seconds,
-        "memory": memory_by_kind(state, abstract_batch(config, mesh), compiled),
-        "memory_of_device": MEMORY_GIB.get(kind, 0) * GIB or None,
+        "memory": memory,
+        "memory_of_device": MEMORY_BYTES.get(kind),
         "communication": communication(found),
         "optimizer_beyond_exchanges": beyond,
     }

@@ -1,4 +1,4 @@
-"""A mesh of TPUs that are not here: libtpu compiles for a topology by its name, on any machine."""
+"""A mesh of accelerators that are not here, by the name of their topology: libtpu compiles for TPUs on any machine."""
 
 import difflib
 import importlib.util
@@ -11,6 +11,7 @@ from jax.experimental import topologies
 
 from k2jax.config import MeshConfig
 from k2jax.errors import UserError
+from k2jax.plan.gpu_targets import GPU_TARGETS, form, gpu_devices, is_gpu
 from k2jax.sharding.mesh import make_mesh
 from k2jax.sharding.names import AXES
 
@@ -18,6 +19,8 @@ from k2jax.sharding.names import AXES
 GENERATIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
 # Memory of one device, by jax's name of its kind; libtpu's own limit is a little below (it keeps some for itself).
 MEMORY_GIB = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}
+MEMORY_BYTES = {kind: gib * 2**30 for kind, gib in MEMORY_GIB.items()}
+MEMORY_BYTES |= {target.device_kind: target.memory_bytes for target in GPU_TARGETS.values()}
 # What libtpu reads so as not to look for the machine that it is told to compile for.
 NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -52,8 +55,11 @@ def _check_name(name: str) -> None:
     generation, _, dims = slice_name.partition(":")
     problem = f"--topology {name}: must be GENERATION:AxBxC, or NxGENERATION:AxBxC for N slices,"
     if generation not in GENERATIONS:
-        near = difflib.get_close_matches(generation, GENERATIONS, n=1, cutoff=0.5)
-        raise UserError(f"{problem} with one of {', '.join(GENERATIONS)}" + "; nearest: " * bool(near) + "".join(near))
+        near = difflib.get_close_matches(generation, [*GENERATIONS, *GPU_TARGETS], n=1, cutoff=0.5)
+        gpus = " or ".join(map(form, GPU_TARGETS))
+        raise UserError(
+            f"{problem} with one of {', '.join(GENERATIONS)}, or {gpus}" + "; nearest: " * bool(near) + "".join(near)
+        )
     count = GENERATIONS[generation]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", dims) or len(dims.split("x")) != count:
         numbers = [max(int(n), 1) for n in re.findall(r"\d+", dims)]
@@ -63,10 +69,12 @@ def _check_name(name: str) -> None:
 
 
 def topology_devices(name: str) -> list:
-    """The devices of a topology such as v5p:8x8x16, or of two slices 2xv5p:8x8x16, for compiling alone.
+    """The devices of a topology such as v5p:8x8x16, of two slices 2xv5p:8x8x16, or of GPUs h100:16x8; to compile alone.
 
-    Raises UserError for a name that libtpu does not know, and where it is not installed.
+    Raises UserError for a name that the compiler does not know, and where it is not installed.
     """
+    if is_gpu(name):
+        return gpu_devices(name)
     _check_name(name)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu, which compiles for TPUs, is not installed: pip install 'k2jax[tpu-compiler]'")
@@ -80,10 +88,9 @@ def topology_devices(name: str) -> list:
         raise UserError(f"--topology {name}: libtpu refuses it: {str(error).splitlines()[0]}") from None
 
 
-def _mismatch(config: MeshConfig, name: str, num_devices: int) -> str:
-    sizes = {axis: getattr(config, axis) for axis in AXES}
+def _nearest_tpus(sizes: dict[str, int], name: str, num_devices: int) -> list[str]:
+    """Changes of a mesh or of a topology of TPUs by which their numbers of devices agree."""
     needed = math.prod(sizes.values())
-    product = " * ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items() if size > 1)
     num_slices, slice_name = split_name(name)
     generation, dims = slice_name.split(":")
     of_slice = num_devices // num_slices
@@ -91,16 +98,36 @@ def _mismatch(config: MeshConfig, name: str, num_devices: int) -> str:
     axis = "replica" if num_slices > 1 else "fsdp"
     fitting, rest = divmod(num_devices, needed // sizes[axis])
     near = []
-    if not rest and (axis == "fsdp" or fitting * config.stage % num_slices == 0):
+    if not rest and (axis == "fsdp" or fitting * sizes["stage"] % num_slices == 0):
         near.append(f"mesh.{axis} = {fitting}")
     if num_slices > 1 and needed % of_slice == 0:
         near.append(f"--topology {join_name(needed // of_slice, slice_name)}")
     elif needed % (of_chip * num_slices) == 0:
         cube = _cube(needed // (of_chip * num_slices), GENERATIONS[generation])
         near.append(f"--topology {join_name(num_slices, f'{generation}:{cube}')}")
-    has = f"--topology {name} has {num_devices}"
+    return near
+
+
+def _nearest_gpus(sizes: dict[str, int], name: str, num_devices: int) -> list[str]:
+    """The same for GPUs, of which a mesh may have any number of NVLink domains, as the given one has them."""
+    needed = math.prod(sizes.values())
+    fitting, rest = divmod(num_devices, needed // sizes["fsdp"])
+    near = [] if rest else [f"mesh.fsdp = {fitting}"]
+    generation, _, dims = name.partition(":")
+    num_domains, *inner = dims.split("x")
+    domains, rest = divmod(needed, num_devices // int(num_domains))
+    return near if rest else [*near, f"--topology {generation}:{'x'.join([str(domains), *inner])}"]
+
+
+def _mismatch(config: MeshConfig, name: str, num_devices: int) -> str:
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    product = " * ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items() if size > 1)
+    near = (_nearest_gpus if is_gpu(name) else _nearest_tpus)(sizes, name, num_devices)
     nearest = "; nearest: " * bool(near) + " or ".join(near)
-    return f"{product or 'the mesh (all axes 1)'}: needs {needed} devices, {has}{nearest}"
+    return (
+        f"{product or 'the mesh (all axes 1)'}: needs {math.prod(sizes.values())} devices, "
+        f"--topology {name} has {num_devices}{nearest}"
+    )
 
 
 def topology_mesh(config: MeshConfig, name: str) -> jax.sharding.Mesh:

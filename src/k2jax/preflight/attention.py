@@ -13,6 +13,7 @@ from k2jax.kernels.tokamax_attention import TILE
 from k2jax.model.attention import attention
 from k2jax.model.mla import keys_and_values
 from k2jax.preflight.compare import CheckResult, difference, num_rows, on_one_device
+from k2jax.sharding.compile_options import program_options
 from k2jax.sharding.place import place, whole
 
 LATENT, CHUNK = 64, 64
@@ -69,7 +70,7 @@ def check_attention(config: Config, mesh: jax.sharding.Mesh) -> CheckResult:
         out_BHSU, pull, max_H = jax.vjp(lambda *x: _plain(*x, at, scale), *arguments, has_aux=True)
         return out_BHSU, max_H, *pull(dout_BHSU)
 
-    got = jax.device_get(jax.jit(chosen_path)(at, arguments, dout_BHSU))
+    got = jax.device_get(jax.jit(chosen_path, compiler_options=program_options(config.kernels, mesh))(at, arguments, dout_BHSU))
     want = on_one_device(plain_path, at, arguments, dout_BHSU)
     gradients = [
         f"gradient of {name}" for name in ("queries", "latents", "rotary keys", "key weights", "value weights")

@@ -4,6 +4,7 @@ import jax
 
 from k2jax.config import Config
 from k2jax.errors import UserError
+from k2jax.kernels.grouped_matmul import tokamax_problem
 from k2jax.kernels.tokamax_attention import TILE
 
 
@@ -15,6 +16,8 @@ def check_kernels(config: Config, mesh: jax.sharding.Mesh) -> None:
         problems.append("kernels.exchange = 'ragged': CPUs have no such collective; use 'dense', 'ring' or 'auto'")
     if kernels.grouped_matmul == "tokamax" and platform == "cpu":
         problems.append("kernels.grouped_matmul = 'tokamax': has no kernel for CPUs; use 'blocked' or 'auto'")
+    if kernels.grouped_matmul == "tokamax" and platform == "gpu" and (problem := tokamax_problem()) is not None:
+        problems.append(f"kernels.grouped_matmul = 'tokamax': {problem}; use 'blocked' or 'auto'")
     if kernels.attention == "tokamax":
         if platform == "cpu":
             problems.append("kernels.attention = 'tokamax': has no kernel for CPUs; use 'chunked'")

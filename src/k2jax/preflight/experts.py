@@ -13,6 +13,7 @@ from k2jax.model.moe import MoE, choose_experts
 from k2jax.model.weights import Param, RouterBias, Stack
 from k2jax.preflight import compare as size
 from k2jax.preflight.compare import CheckResult, difference, on_one_device
+from k2jax.sharding.compile_options import program_options
 from k2jax.sharding.place import place, whole
 
 
@@ -78,7 +79,7 @@ def check_experts(config: Config, mesh: jax.sharding.Mesh) -> CheckResult | None
         y_BTD, pull = jax.vjp(lambda *a: _dense_experts(*a, bias_X, model), params, x_BTD, score_BTX)
         return y_BTD, *pull(dy_BTD)
 
-    y, dparams, dx, dscore, load = jax.device_get(jax.jit(chosen_path)(arguments, dy_BTD))
+    y, dparams, dx, dscore, load = jax.device_get(jax.jit(chosen_path, compiler_options=program_options(config.kernels, mesh))(arguments, dy_BTD))
     want_y, want_dparams, want_dx, want_dscore = on_one_device(dense_path, arguments, dy_BTD)
     found = [difference("output", y, want_y), difference("gradient of the tokens", dx, want_dx)]
     found += [difference(f"gradient of {name}", dparams[name], want_dparams[name]) for name in sorted(dparams)]

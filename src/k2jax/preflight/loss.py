@@ -11,6 +11,7 @@ from k2jax.config import Config
 from k2jax.model.head import head_loss
 from k2jax.preflight import compare as size
 from k2jax.preflight.compare import CheckResult, difference, on_one_device
+from k2jax.sharding.compile_options import program_options
 from k2jax.sharding.place import place, whole
 
 IDS = 384  # of each shard
@@ -37,7 +38,7 @@ def check_loss(config: Config, mesh: jax.sharding.Mesh) -> CheckResult:
         loss = lambda x, w: optax.softmax_cross_entropy_with_integer_labels(x @ w, target_YBT).sum()  # noqa: E731
         return jax.value_and_grad(loss, (0, 1))(x_YBTD, w_DV)
 
-    loss, (dx, dw) = jax.device_get(jax.jit(chosen_path)(x_YBTD, w_DV, target_YBT))
+    loss, (dx, dw) = jax.device_get(jax.jit(chosen_path, compiler_options=program_options(config.kernels, mesh))(x_YBTD, w_DV, target_YBT))
     want_loss, (want_dx, want_dw) = on_one_device(plain_path, x_YBTD, w_DV, target_YBT)
     found = [difference("loss", loss, want_loss), difference("gradient of the hidden states", dx, want_dx)]
     found.append(difference("gradient of the head", dw, want_dw))

@@ -21,12 +21,23 @@ SLOW_AXES_OF_GPUS = ("replica", "stage", "fsdp", "expert")
 SPLITTABLE = ("TPU v5 lite", "TPU v5e")
 
 
+# Of devices that are compiled for alone: there jax gives all GPUs the `slice_index` 0, whatever was asked for.
+_DOMAIN_OF_ABSENT = {}
+
+
+def enter_domains(devices: list, domain_size: int) -> None:
+    """Say that so many devices of a topology that is not here, one after another, are a fast domain each."""
+    _DOMAIN_OF_ABSENT.update((device, number // domain_size) for number, device in enumerate(devices))
+
+
 def domain_of(device) -> int:
     """Number of the fast domain of a device.
 
     jax gives `slice_index` to TPUs and to GPUs, of which those of one host are a slice, unless JAX_PARTITION_INDEX says
     which hosts one NVLink domain joins. GPUs without it: a process is a domain. CPUs of all processes are one.
     """
+    if device in _DOMAIN_OF_ABSENT:
+        return _DOMAIN_OF_ABSENT[device]
     if (index := getattr(device, "slice_index", None)) is not None:
         return index
     return device.process_index if device.platform == "gpu" else 0
@@ -142,14 +153,10 @@ def order_domains(sizes: dict[str, int], outer: dict[str, int], domains: list[li
 
     Raises NotImplementedError if their torus does not have such axes.
     """
-    first = domains[0][0]
-    return mesh_utils.create_hybrid_device_mesh(
-        tuple(size // outer[axis] for axis, size in sizes.items()),
-        tuple(outer[axis] for axis in sizes),
-        [device for domain in domains for device in domain],
-        process_is_granule=getattr(first, "slice_index", None) is None,
-        allow_split_physical_axes=first.device_kind in SPLITTABLE,
-    )
+    inner = {axis: size // outer[axis] for axis, size in sizes.items()}
+    blocks = np.empty(len(domains), object)
+    blocks[:] = [order_domain(inner, domain) for domain in domains]
+    return np.block(blocks.reshape(tuple(outer[axis] for axis in sizes)).tolist())
 
 
 def crossed_axes(mesh_devices: np.ndarray, number_of: Callable) -> list[str]:

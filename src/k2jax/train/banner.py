@@ -11,6 +11,7 @@ from k2jax.model.flops import count_parameters, flops_per_token
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import weight_leaves
 from k2jax.preflight.ranks import versions
+from k2jax.sharding.compile_options import describe_options
 from k2jax.sharding.host_picture import picture_hosts
 from k2jax.train.state import TrainState
 
@@ -61,6 +62,7 @@ def banner(config: Config, abstract: TrainState, mesh: jax.sharding.Mesh) -> str
         ("per device", f"{_si(bytes_per_device(abstract.params), 'B')} parameters, "
                        f"{_si(bytes_per_device(abstract.opt_state), 'B')} optimizer state"),
         ("attention", describe_attention(config)),
+        ("compiler", describe_options(config.kernels, mesh)),
         ("per token", f"{_si(flops, 'FLOP')} forward and backward"),
         ("batch", f"{config.data.batch_sequences} x {config.data.sequence_length} = {config.batch_tokens:,} tokens, "
                   f"{microbatches} microbatch{'es' * (microbatches > 1)}; {config.train.num_steps:,} steps, "

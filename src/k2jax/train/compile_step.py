@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 
 from k2jax.config import Config
+from k2jax.sharding.compile_options import program_options
 from k2jax.sharding.rules import spec
 from k2jax.train.batch import Batch
 from k2jax.train.compile_cache import cache_notes
@@ -29,7 +30,8 @@ def lower_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowe
     with jax.set_mesh(mesh):
         tx = make_optimizer(config, mesh)
         state = abstract_state(config, tx, mesh)
-        step = jax.jit(make_train_step(config, tx), donate_argnums=0)
+        options = program_options(config.kernels, mesh)
+        step = jax.jit(make_train_step(config, tx), donate_argnums=0, compiler_options=options)
         return step.lower(state, abstract_batch(config, mesh)), state
 
 

@@ -13,6 +13,7 @@ from k2jax.data.loader.rows import RowReader
 from k2jax.errors import RunFailed, UserError
 from k2jax.preflight.self_check import is_on, self_check
 from k2jax.processes import count, fail, index, is_joined, say
+from k2jax.sharding.compile_options import refusing_options
 from k2jax.train.batch import BatchLayout
 from k2jax.train.compile_cache import compile_cache
 from k2jax.train.compile_step import CompiledStep, begin_compile
@@ -63,7 +64,7 @@ def run(config: Config, change_mixture: bool = False) -> Result:
         try:
             if is_on(config):
                 opened.outputs.say(self_check(config, opened.mesh))
-            with compile_cache(config.train):
+            with compile_cache(config.train), refusing_options():
                 # From shapes alone, beside the state: either may take minutes, and each leaves most of the host idle.
                 steps_left = opened.resumed_step is None or opened.resumed_step < config.train.num_steps
                 compiling = begin_compile(config, opened.mesh) if steps_left else None

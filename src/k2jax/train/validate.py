@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 
 from k2jax.config import Config
 from k2jax.data.loader.batches import validation_batches
 from k2jax.data.loader.corpus import Corpus
+from k2jax.sharding.compile_options import program_options
 from k2jax.train.batch import Batch, BatchLayout, passes
 from k2jax.train.compiling import compiled_when_called
 from k2jax.train.phases import phase_of, phase_rope
@@ -29,7 +31,7 @@ def make_evaluator(config: Config, corpus: Corpus, mesh: jax.sharding.Mesh, sour
     rows = math.gcd(rows, config.train.eval_sequences)  # both are multiples of the batch axes, so their gcd is
     layout = BatchLayout(mesh, num_stages, rows, config.data.sequence_length)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=program_options(config.kernels, mesh))
     def loss_sum(params, router_bias, step, batch: Batch):
         rope = phase_rope(config, phase_of(config, step - 1))  # of the last step done
         return loss_fn(params, router_bias, jax.tree.map(lambda x: x[0], passes(batch)), rope).loss

@@ -1,0 +1,89 @@
+"""Options of XLA that a program needs on a platform: of the training step, of `k2jax plan` and of inference alike.
+
+Each has its reason; a test of the marker `gpu` or `tpu` fails when upstream no longer needs it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+
+from k2jax.config import KernelsConfig
+from k2jax.config_rules import read_options
+from k2jax.errors import UserError
+
+OptionValue = str | bool | int
+REFUSED = "No such compile option", "While setting option"  # in what XLA says
+
+
+class CompileOption(NamedTuple):
+    """An option as `jax.stages.Lowered.compile` takes it, and why it is set."""
+
+    name: str
+    value: OptionValue
+    reason: str
+
+
+# By the platform, as `place.platform` names it.
+OPTIONS = {
+    "cpu": (),
+    "gpu": (
+        CompileOption(
+            "xla_disable_hlo_passes",
+            "all-reduce-reassociate",
+            "it adds up before it reduces, in bf16 what we reduce in float32, and leaves a reduce-scatter of both "
+            "dtypes that XLA's own verifier refuses",
+        ),
+        CompileOption(
+            "xla_gpu_unsupported_enable_ragged_all_to_all_multi_host_decomposer",
+            False,
+            "between hosts it makes of the experts' exchange an all-gather of every device's buffer",
+        ),
+    ),
+    "tpu": (),
+}
+# What a compiler without the device that it compiles for needs besides.
+WITHOUT_DEVICE = {
+    "gpu": (
+        CompileOption(
+            "xla_gpu_enable_cub_radix_sort", False, "CUB's sort asks the device for the size of its scratch memory"
+        ),
+    ),
+}
+
+
+def compile_options(platform: str) -> dict[str, OptionValue]:
+    """The options of every program for `platform` ("cpu", "gpu", "tpu")."""
+    return {option.name: option.value for option in OPTIONS[platform]}
+
+
+def options_without_device(mesh: jax.sharding.Mesh) -> dict[str, OptionValue]:
+    """What compiling for the devices of `mesh` takes besides where they are not here."""
+    return {option.name: option.value for option in WITHOUT_DEVICE.get(mesh.devices.flat[0].platform, ())}
+
+
+def program_options(kernels: KernelsConfig, mesh: jax.sharding.Mesh | None = None) -> dict[str, OptionValue]:
+    """The options, for `jax.jit`, of a program on `mesh` (None: jax's own default device).
+
+    Those of `compile_options`, with the user's in their place or beside them.
+    """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return compile_options(platform) | read_options(kernels.compiler_options or ())
+
+
+def describe_options(kernels: KernelsConfig, mesh: jax.sharding.Mesh) -> str:
+    """The options in words."""
+    options = program_options(kernels, mesh)
+    return ", ".join(f"{name}={value}" for name, value in options.items()) or "no options"
+
+
+@contextlib.contextmanager
+def refusing_options() -> Iterator[None]:
+    """Options that the compiler does not know, or whose value it cannot read, raise UserError inside."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not any(words in str(error) for words in REFUSED):
+            raise
+        raise UserError(f"kernels.compiler_options: XLA refuses one: {str(error).splitlines()[0]}") from None
