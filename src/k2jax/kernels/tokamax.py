@@ -8,7 +8,6 @@ from jax._src import config as jax_config
 
 from k2jax.errors import UserError
 
-
 HOW_TO_INSTALL = "needs tokamax: pip install 'k2jax[kernels]', then pip install --no-deps tokamax==0.0.12"
 
 
