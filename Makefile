@@ -61,7 +61,9 @@ test-interop: env
 # The optimizer at Kimi K2's size, compiled for 1,024 and 4,096 TPU v5p without having one: minutes, and 3 GiB of memory.
 # libtpu makes every later start of JAX look for a TPU; `make clean` or pip uninstall removes it.
 test-tpu: env
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-$(VERSION).txt -e '.[test,tpu-compiler]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-$(VERSION).txt \
+		-e '.[test,kernels,tpu-compiler]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps tokamax==0.0.12
 	$(BIN)/python -m pytest -m tpu tests/optim tests/sharding tests/plan
 
 # Steps compiled for H100 without having one, in an environment of its own: a CUDA plugin makes JAX look for a GPU.

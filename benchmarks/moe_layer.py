@@ -42,10 +42,10 @@ def balanced_routing() -> np.ndarray:
 def grouped_layer(implementation, block, expert_TA, x_TD, weight_TA, gate_EDF, up_EDF, down_EFD):
     """As model/moe.py has it: returns y [T, D] and the rows dropped."""
 
-    def experts(row_WD, group_sizes_E):
+    def experts(row_WD, weight_W, group_sizes_E):
         multiply = partial(grouped_matmul, group_sizes_G=group_sizes_E, implementation=implementation, block=block)
         gate_WF, up_WF = jnp.split(multiply(row_WD, (gate_EDF, up_EDF)), 2, 1)
-        return multiply(jax.nn.silu(gate_WF) * up_WF, (down_EFD,))
+        return multiply(jax.nn.silu(gate_WF) * up_WF * weight_W[:, None], (down_EFD,))
 
     out = exchange_experts(x_TD, expert_TA, weight_TA, experts, EXPERTS, None, 1)
     return out.y_TD, out.dropped

@@ -76,11 +76,9 @@ def repeated(weight: Weight, remat: str) -> bool:
     """True if the backward pass multiplies by this weight of a layer once more, forwards."""
     if remat == "none" or not weight.stack.startswith("L"):
         return False
-    of_k2 = ("q_b_proj", "kv_b_proj", "experts.{E}.down_proj")
-    # No gradient of a layer needs what is added to the stream at its end.
-    unneeded = ("shared_experts.down_proj", "mlp.down_proj")
-    names = of_k2 if remat.startswith("k2") else None
-    return any(n in weight.hf for n in names) if names else not any(n in weight.hf for n in unneeded)
+    if remat.startswith("k2"):
+        return any(name in weight.hf for name in ("q_b_proj", "kv_b_proj"))
+    return "down_proj" not in weight.hf  # no gradient of a layer needs what is added to the stream at its end
 
 
 def share_repeated(remat: str) -> float:

@@ -68,7 +68,8 @@ def config() -> Config:
             balance_alpha=(1e-4, 1e-4),
         ),
         data=DataConfig(path="data/k2", sequence_length=4096, batch_sequences=16_384),
-        kernels=KernelsConfig(expert_buffer=1.5),  # all rows that could come are 48 times the balanced load
+        # All rows that could come are 48 times the balanced load. attention, "auto": on TPU tokamax's (docs/attention.md).
+        kernels=KernelsConfig(expert_buffer=1.5),
         mesh=MeshConfig(fsdp=16, expert=64),  # the torus of 8 x 8 x 16 chips: experts over a plane, fsdp along the rest
         train=TrainConfig(run_dir="runs/k2_1t", num_steps=230_968, num_microbatches=4, eval_sequences=1024),
     )

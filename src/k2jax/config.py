@@ -162,7 +162,7 @@ class KernelsConfig:
     exchange: Literal["auto", "ragged", "dense", "ring"] = "auto"  # how tokens reach their experts: docs/experts.md
     expert_buffer: float | None = None  # rows that a device may receive, in balanced loads; None: all, none is dropped
     grouped_matmul: Literal["auto", "blocked", "ragged_dot", "tokamax"] = "auto"  # the experts' matmul
-    attention: Literal["chunked", "tokamax"] = "chunked"  # everywhere; or kernels for TPU and GPU: docs/attention.md
+    attention: Literal["auto", "chunked", "tokamax"] = "auto"  # in chunks, or kernels of TPU and GPU: docs/attention.md
     attention_chunk: int | None = None  # queries, and keys, that attention takes at a time; None: by sequence length
     compiler_options: tuple[str, ...] | None = None  # XLA's, "xla_name=value", beside ours or in their place
 

@@ -191,7 +191,7 @@ def test_step_agrees_with_chunks(monkeypatch, axes, remat):
 @pytest.mark.parametrize("field", ["grouped_matmul", "attention"])
 def test_without_tokamax_it_says_what_to_do(monkeypatch, field):
     monkeypatch.setitem(__import__("sys").modules, "tokamax", None)
-    with pytest.raises(UserError, match=f"kernels.{field} = 'tokamax': needs tokamax .*docs/experts.md"):
+    with pytest.raises(UserError, match=f"kernels.{field} as 'tokamax'.*needs tokamax: pip install .*docs/experts.md"):
         if field == "attention":
             library_attention(*np.zeros((3, 1, 1, 128, 8)), np.zeros((1, 128), np.int32), 1.0, "tpu")
         else:

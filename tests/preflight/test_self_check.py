@@ -1,14 +1,17 @@
 """The start-up check passes on every mesh as it is, and fails for whatever is broken on purpose."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
-from k2jax.config import Config, KernelsConfig, TrainConfig
+from k2jax.config import Config, KernelsConfig, MeshConfig, TrainConfig
 from k2jax.errors import RunFailed, UserError
 from k2jax.kernels import chunked_attention, cross_entropy, grouped_matmul
-from k2jax.preflight import compare
+from k2jax.model.choices import describe_attention
+from k2jax.preflight import availability, compare
 from k2jax.preflight.availability import check_kernels
 from k2jax.preflight.self_check import is_on, self_check
 from k2jax.sharding import exchange, transports
@@ -47,8 +50,8 @@ def test_it_passes_and_says_what_and_how_long(tiny, mesh_of, axes, kernels, dtyp
 
 def broken_transport(monkeypatch):
     """Two shards' rows come back in each other's place."""
-    whole = transports.combine_rows
-    monkeypatch.setattr(transports, "combine_rows", lambda y, *a: whole(y[::-1], *a))
+    whole = transports.sum_rows
+    monkeypatch.setattr(transports, "sum_rows", lambda y, *a: whole(y[::-1], *a))
 
 
 def broken_gradient(monkeypatch):
@@ -98,6 +101,43 @@ def test_kernels_that_a_cpu_lacks_are_the_users_to_mend(tiny, mesh_of):
     ]
     assert "such as 256" in error.value.problems[-1]
     check_kernels(config_of(tiny, exchange="ragged"), mesh_of(fsdp=2))  # nothing to exchange
+
+
+def far_mesh(platform, **axes):
+    """As much of a mesh of absent devices as the choice of kernels looks at."""
+    sizes = dataclasses.asdict(MeshConfig(**axes))
+    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]), shape=sizes)
+
+
+@pytest.mark.parametrize(
+    ("platform", "attention", "length", "context", "said"),
+    [
+        ("tpu", "auto", 4096, 1, "tokamax's splash kernel"),
+        ("tpu", "auto", 4096, 2, "chunks of 256 queries and keys"),
+        ("tpu", "auto", 4000, 1, "chunks of 256 queries and keys"),
+        ("tpu", "chunked", 4096, 1, "chunks of 256 queries and keys"),
+        ("gpu", "auto", 4096, 1, "chunks of 256 queries and keys"),
+        ("gpu", "tokamax", 4096, 1, "tokamax's kernels"),
+        ("cpu", "auto", 4096, 1, "chunks of 256 queries and keys"),
+    ],
+)
+def test_attention_goes_by_platform_and_mesh_and_is_said(
+    tiny, monkeypatch, platform, attention, length, context, said
+):
+    """Without tokamax there is no other way than what is chosen: one error that names it and both remedies."""
+    config = config_of(tiny, attention=attention).replace({"data.sequence_length": length})
+    mesh = far_mesh(platform, context=context)
+    assert describe_attention(config, mesh) == said
+    for installed in (True, False):
+        monkeypatch.setattr(availability, "is_installed", lambda installed=installed: installed)
+        if installed or "chunks" in said:
+            check_kernels(config, mesh)
+            continue
+        with pytest.raises(UserError) as error:
+            check_kernels(config, mesh)
+        (problem,) = error.value.problems
+        assert problem.startswith(f"kernels.attention = '{attention}'")
+        assert "pip install --no-deps tokamax" in problem and "use 'chunked'" in problem
 
 
 def skipped_chunk(monkeypatch):

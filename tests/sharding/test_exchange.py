@@ -20,12 +20,31 @@ from k2jax.sharding.place import place
 NUM_TOKENS, NUM_CHOICES, NUM_EXPERTS, WIDTH = 24, 3, 8, 5
 
 
-def linear_experts(w_EIO, row_WI, group_sizes_E):
-    """Row i times its expert's matrix, by a mask over all experts: needs neither gather nor scatter."""
+@jax.custom_vjp
+def poison_gradient(x, is_row_W1):
+    """x, whose gradient is NaN where it is no row."""
+    return x
+
+
+poison_gradient.defvjp(
+    lambda x, is_row_W1: (x, is_row_W1), lambda is_row_W1, dx: (jnp.where(is_row_W1, dx, jnp.nan), None)
+)
+
+
+def linear_experts(w_EIO, row_WI, weight_W, group_sizes_E):
+    """Row i times its expert's matrix and its weight, by a mask over all experts: needs neither gather nor scatter.
+
+    Rows past the sum may be given as anything, and so may their gradients: here as NaN, which must reach nothing.
+    """
     ends_E = jnp.cumsum(group_sizes_E)
     row = jnp.arange(row_WI.shape[0])[:, None]
     mine_WE = (row < ends_E) & (row >= ends_E - group_sizes_E)
-    return jnp.einsum("WE,WI,EIO->WO", mine_WE.astype(row_WI.dtype), row_WI, w_EIO)
+    is_row_W1 = row < ends_E[-1]
+    row_WI, weight_W1 = (
+        poison_gradient(jnp.where(is_row_W1, x, 0), is_row_W1) for x in (row_WI, weight_W[:, None])
+    )
+    y_WO = jnp.einsum("WE,WI,EIO->WO", mine_WE.astype(row_WI.dtype), row_WI * weight_W1, w_EIO)
+    return jnp.where(is_row_W1, y_WO, jnp.nan)
 
 
 def exchange(mesh, expert_TA, transport="dense", buffer=None):
@@ -168,9 +187,9 @@ def equations(jaxpr):
 
 
 # (primitive, times in the forward pass, times forward and backward together): the routing's counts travel once, by
-# all_gather; a ring sends indices and weights too, and the transpose of a gather is a scattering sum.
+# all_gather, and weights as rows do; a ring sends indices too, and the transpose of a gather is a scattering sum.
 MOVES = {
-    "dense": [("all_to_all", 2, 4), ("all_gather", 1, 1), ("reduce_scatter", 0, 0)],
+    "dense": [("all_to_all", 3, 6), ("all_gather", 1, 1), ("reduce_scatter", 0, 0)],
     "ring": [("all_to_all", 0, 0), ("all_gather", 5, 6), ("reduce_scatter", 1, 3)],
 }
 
@@ -193,7 +212,7 @@ def test_rows_move_by_their_collective_and_never_by_float_scatter(mesh_of, trans
     assert not [e for e in scatters if jnp.issubdtype(e.outvars[0].aval.dtype, jnp.floating)]
     assert not [line for line in hlo.splitlines() if re.search(r"= f\d+\S* scatter\(", line)]
     if transport == "dense":
-        assert sum("all-to-all(" in line for line in hlo.splitlines()) == 4
+        assert sum("all-to-all(" in line for line in hlo.splitlines()) == 6
 
 
 def test_model_dispatches_every_token_once(tiny, mesh_of):

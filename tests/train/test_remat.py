@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import k2jax
-from k2jax.config import Config, Remat, TrainConfig
+from k2jax.config import Config, KernelsConfig, Remat, TrainConfig
 from k2jax.model.layer_report import LayerReport
 from k2jax.model.rope import make_rope
 from k2jax.model.transformer import declarations, init_router_bias
@@ -124,6 +124,21 @@ def test_each_policy_repeats_what_it_says(tiny):
         want = {name: 1 + (name in up if "k2" in remat else name != "mlp.down_proj.weight") for name in once}
         want["mlp.up_proj.weight"] = 2 if "k2" in remat else 4
         assert forward_matmuls(model, remat) == want, remat
+
+
+@pytest.mark.parametrize("remat, matmuls, crossings", [("none", 6, 6), ("k2", 6, 6), ("layer", 7, 7)])
+def test_neither_the_last_matmul_of_the_experts_nor_its_way_is_made_again(tiny, mesh_of, remat, matmuls, crossings):
+    """In the gradient's program of one stack of layers. Matmuls: gate and up at once, and down, forward 2, backward 4.
+    Crossings: rows out and back, their weights out, and the three gradients. `layer` makes gate and up again, and for
+    them the rows cross again; their weights do not."""
+    kernels = KernelsConfig(grouped_matmul="ragged_dot", exchange="dense")
+    loss_fn = make_loss(Config(model=tiny, kernels=kernels, train=TrainConfig(compute_dtype="float32", remat=remat)))
+    params = init_params(declarations(tiny), jax.random.key(0), 0.1)
+    with jax.set_mesh(mesh_of(expert=4)):
+        batch = jax.device_put(make_batch(tiny), jax.NamedSharding(mesh_of(expert=4), spec("BT")))
+        loss = lambda p: loss_fn(p, init_router_bias(tiny), batch, make_rope(tiny, "plain")).loss  # noqa: E731
+        found = Counter(e.primitive.name for e in equations(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
+    assert (found["ragged_dot_general"], found["all_to_all"]) == (matmuls, crossings)
 
 
 def test_expert_choice_is_not_made_again(tiny):

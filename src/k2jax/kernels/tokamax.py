@@ -1,5 +1,6 @@
 """Kernels of tokamax: how it is imported beside our command line, and called inside `jax.shard_map`."""
 
+import importlib.util
 from collections.abc import Callable
 
 import jax
@@ -7,6 +8,13 @@ import jax.numpy as jnp
 from jax._src import config as jax_config
 
 from k2jax.errors import UserError
+
+HOW_TO_INSTALL = "needs tokamax: pip install 'k2jax[kernels]', then pip install --no-deps tokamax==0.0.12"
+
+
+def is_installed() -> bool:
+    """True if Python finds tokamax; what it needs itself may still be missing."""
+    return importlib.util.find_spec("tokamax") is not None
 
 
 def load_tokamax(field: str):
@@ -22,8 +30,8 @@ def load_tokamax(field: str):
             import tokamax
         from absl import flags
     except ImportError as error:
-        rule = f"needs tokamax ({error}); docs/experts.md says how to install it"
-        raise UserError(f"kernels.{field} = 'tokamax': {rule}, or choose another") from None
+        rule = f"{HOW_TO_INSTALL} ({error}; docs/experts.md)"
+        raise UserError(f"kernels.{field} as 'tokamax', which 'auto' may mean: {rule}; or choose another") from None
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # or it reads our command line as its own
     return tokamax

@@ -6,13 +6,14 @@ a time. B sequences, T, S, Z positions, H heads, K query and key dim, U value di
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from k2jax.config import KernelsConfig
 from k2jax.kernels.chunked_attention import TokenIndex, chunked_attention
-from k2jax.kernels.tokamax_attention import library_attention
+from k2jax.kernels.tokamax_attention import TILE, library_attention
 from k2jax.sharding.place import on_mesh, platform, replicated, uncut_axes, varying
 from k2jax.sharding.rules import AXES_OF, spec
 
@@ -27,6 +28,17 @@ def chunk_tokens(length: int, kernels: KernelsConfig = KernelsConfig()) -> int:
     if kernels.attention_chunk is not None:
         return kernels.attention_chunk
     return next((chunk for longest, chunk in CHUNK_TO_LENGTH if length <= longest), LONGEST_CHUNK)
+
+
+def choose_attention(kernels: KernelsConfig, platform: str, length: int, context: int) -> Literal["chunked", "tokamax"]:
+    """The implementation that `kernels.attention` means on a platform, for keys of `length` tokens cut over `context`.
+
+    On TPU chunks move eight times the bytes of tokamax's kernel, and for K2 more than all else in a layer together. So
+    "auto" is that kernel wherever it can work, whether or not tokamax is installed: a run without it ends, and is told.
+    """
+    if kernels.attention != "auto":
+        return kernels.attention
+    return "tokamax" if platform == "tpu" and context == 1 and length % TILE == 0 else "chunked"
 
 
 def attention(
@@ -45,9 +57,11 @@ def attention(
     make(*sources, *split(*weights)) -> keys, values as in `chunked_attention`. sources: arrays [B, T, ...]; weights:
     arrays [..., H, ...] whose dims are C, H and N, U or both. On a mesh sources are laid out as the residual stream is,
     and a weight's gradient is summed over devices as a whole: what is one weight must be given as one, and split here.
-    kernels.attention = "tokamax" is for queries and keys of the same tokens in order, which see those before them.
+    tokamax's kernels are for queries and keys of the same tokens in order, which see those before them.
     """
-    chunk, sources, is_cut = chunk_tokens(k_at.index.shape[1], kernels), tuple(sources), on_mesh()
+    length, sources, is_cut = k_at.index.shape[1], tuple(sources), on_mesh()
+    context = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+    chosen, chunk = choose_attention(kernels, platform(), length, context), chunk_tokens(length, kernels)
 
     def local(q_BHSK, sources, weights, q_at, k_at, scale):
         if is_cut:
@@ -58,7 +72,7 @@ def attention(
             q_at, k_at = varying(q_at, "BS"), varying(k_at, "BZ")
             weights = tuple(replicated(w, uncut_axes("CHN")) for w in weights)
         weights = split(*weights)
-        if kernels.attention == "tokamax":
+        if chosen == "tokamax":
             out_BHSU, max_BHS = library_attention(q_BHSK, *make(*sources, *weights), q_at.segment, scale, platform())
         else:
             out_BHSU, max_BHS = chunked_attention(q_BHSK, sources, weights, make, q_at, k_at, scale, (chunk, chunk))

@@ -4,15 +4,16 @@ import jax
 
 from k2jax.config import Config
 from k2jax.kernels.grouped_matmul import choose_grouped_matmul
-from k2jax.model.attention import chunk_tokens
+from k2jax.model.attention import choose_attention, chunk_tokens
 from k2jax.sharding.exchange import choose_transport
 
 
-def describe_attention(config: Config) -> str:
-    """By what it is computed."""
-    if config.kernels.attention == "tokamax":
-        return "tokamax"
-    return f"chunks of {chunk_tokens(config.data.sequence_length, config.kernels)} queries and keys"
+def describe_attention(config: Config, mesh: jax.sharding.Mesh) -> str:
+    """By what it is computed on `mesh`."""
+    device, context, length = mesh.devices.flat[0].platform, mesh.shape["context"], config.data.sequence_length
+    if choose_attention(config.kernels, device, length, context) == "tokamax":
+        return "tokamax's splash kernel" if device == "tpu" else "tokamax's kernels"
+    return f"chunks of {chunk_tokens(length, config.kernels)} queries and keys"
 
 
 def describe_experts(config: Config, mesh: jax.sharding.Mesh) -> str:

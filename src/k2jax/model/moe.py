@@ -16,7 +16,7 @@ from k2jax.dtypes import wide
 from k2jax.kernels.grouped_matmul import choose_grouped_matmul, grouped_matmul
 from k2jax.kernels.project import project
 from k2jax.model.layer_report import LayerReport
-from k2jax.model.remat import DISPATCHED, EXPERT_CHOICE, EXPERT_DOWN, GATE_UP, ROUTER_LOGITS, named
+from k2jax.model.remat import DISPATCHED, EXPERT_CHOICE, GATE_UP, ROUTER_LOGITS, ROW_WEIGHT, named
 from k2jax.model.weights import RouterBias, Stack
 from k2jax.sharding.exchange import choose_transport, exchange_experts
 from k2jax.sharding.place import on_mesh, platform, replicated, uncut_axes
@@ -136,12 +136,13 @@ class MoE(nnx.Module):
         gate_EDF, up_EDF, down_EFD = weights
         multiply = choose_grouped_matmul(kernels, platform())
 
-        def experts(row_WD, group_sizes_E):
-            row_WD = named(row_WD, DISPATCHED)
+        def experts(row_WD, weight_W, group_sizes_E):
+            row_WD, weight_W = named(row_WD, DISPATCHED), named(weight_W, ROW_WEIGHT)
             both = named(grouped_matmul(row_WD, (gate_EDF, up_EDF), group_sizes_E, multiply), GATE_UP)
             gate_WF, up_WF = jnp.split(both, 2, 1)
-            y_WD = grouped_matmul(jax.nn.silu(gate_WF) * up_WF, (down_EFD,), group_sizes_E, multiply)
-            return named(y_WD, EXPERT_DOWN)
+            # Weighted before the last matmul, whose output the backward pass then never needs: neither it nor its way.
+            hidden_WF = (jax.nn.silu(gate_WF) * up_WF * weight_W[:, None]).astype(row_WD.dtype)
+            return grouped_matmul(hidden_WF, (down_EFD,), group_sizes_E, multiply)
 
         score_TX = score_BTX.reshape(-1, score_BTX.shape[-1])
         expert_TA, weight_TA = choose_experts(score_TX, bias_X, config)

@@ -20,16 +20,17 @@ ATTENDED = "attended"
 Q_LATENT, KV_LATENT = "q_latent", "kv_latent"
 # Scores of the router, and the experts that each token chose.
 ROUTER_LOGITS, EXPERT_CHOICE = "router_logits", "expert_choice"
-# Rows that the experts work on, as they came; inputs of SwiGLU in every FFN; what the experts' down-projection gives.
-DISPATCHED, GATE_UP, EXPERT_DOWN = "dispatched", "gate_up", "expert_down"
+# Rows that the experts work on, and their weights, as they came; inputs of SwiGLU in every FFN.
+DISPATCHED, ROW_WEIGHT, GATE_UP = "dispatched", "row_weight", "gate_up"
 
 # The K2 report (2.4.3) makes norms, SwiGLU, MLA up-projections and MoE down-projections again; these are the rest.
 KEPT_BY_K2 = (
     LAYER_INPUT, ATTENDED, Q_LATENT, KV_LATENT, ATTENTION_OUT, ATTENTION_LSE, ROUTER_LOGITS, DISPATCHED, GATE_UP,
 )  # fmt: skip
 # Kept, on the device, whatever else is made again. Scores that differ in their last bit would choose other experts,
-# and the backward pass would be that of another function than the forward pass.
-ALWAYS_KEPT = (EXPERT_CHOICE,)
+# and the backward pass would be that of another function than the forward pass. Rows' weights, 4 bytes each, would
+# cross the mesh again.
+ALWAYS_KEPT = (EXPERT_CHOICE, ROW_WEIGHT)
 
 
 def named(x: jax.Array, name: str) -> jax.Array:

@@ -10,11 +10,11 @@ import numpy as np
 from k2jax.config import Config
 from k2jax.kernels.chunked_attention import TokenIndex
 from k2jax.kernels.tokamax_attention import TILE
-from k2jax.model.attention import attention
+from k2jax.model.attention import attention, choose_attention
 from k2jax.model.mla import keys_and_values
 from k2jax.preflight.compare import CheckResult, difference, num_rows, on_one_device
 from k2jax.sharding.compile_options import program_options
-from k2jax.sharding.place import place, whole
+from k2jax.sharding.place import place, platform, whole
 
 LATENT, CHUNK = 64, 64
 DIMS = "BHSK", "BT", "BT", "CHN", "CHN"  # of the arguments: queries, latents, rotary keys, what makes keys and values
@@ -76,6 +76,7 @@ def check_attention(config: Config, mesh: jax.sharding.Mesh) -> CheckResult:
         f"gradient of {name}" for name in ("queries", "latents", "rotary keys", "key weights", "value weights")
     ]
     names = ["attention's output", "largest logits", *gradients]
-    remedy = "set kernels.attention = 'chunked'" if kernels.attention == "tokamax" else "try another mesh"
+    chosen = choose_attention(kernels, platform(), at.index.shape[1], mesh.shape["context"])
+    remedy = "set kernels.attention = 'chunked'" if chosen == "tokamax" else "try another mesh"
     found = [difference(name, g, w) for name, g, w in zip(names, got, want, strict=True)]
-    return CheckResult(f"attention {kernels.attention}", found, remedy)
+    return CheckResult(f"attention {chosen}", found, remedy)

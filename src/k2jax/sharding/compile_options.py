@@ -25,6 +25,11 @@ class CompileOption(NamedTuple):
     reason: str
 
 
+_OFFLOAD = "SparseCore runs it beside matmuls, where the TensorCore would wait for it"
+_NOT_FUSED = "what is fused with matmuls is not given to SparseCore"
+_TRACED = "shows in a profile what SparseCore does"
+_UNDOCUMENTED = "undocumented; MaxText and AXLearn set it wherever SparseCore runs collectives, and it was compiled so here"
+
 # By the platform, as `place.platform` names it.
 OPTIONS = {
     "cpu": (),
@@ -41,7 +46,34 @@ OPTIONS = {
             "between hosts it makes of the experts' exchange an all-gather of every device's buffer",
         ),
     ),
-    "tpu": (),
+    "tpu": (
+        CompileOption(
+            "xla_tpu_scoped_vmem_limit_kib",
+            28_672,
+            "by default lax.ragged_dot has 16 MiB and takes 128 columns at a time, so that rows are read 32 times from "
+            "HBM; of 16 to 80 MiB this gives tiles that divide K2's widths and the least time: docs/experts.md",
+        ),
+        *(
+            CompileOption(f"xla_tpu_enable_sparse_core_collective_offload_{kind}", True, _OFFLOAD)
+            for kind in ("all_gather", "all_reduce", "reduce_scatter", "ragged_all_to_all")
+        ),
+        *(
+            CompileOption(f"xla_tpu_enable_async_collective_fusion_fuse_{kind}", False, _NOT_FUSED)
+            for kind in ("all_gather", "all_reduce", "reduce_scatter")
+        ),
+        *(
+            CompileOption(f"xla_tpu_enable_{kind}_offload_tracing", True, _TRACED)
+            for kind in ("all_gather", "all_reduce", "reduce_scatter")
+        ),
+        *(
+            CompileOption(name, value, _UNDOCUMENTED)
+            for name, value in (
+                ("xla_tpu_use_tc_device_shape_on_sc", True),
+                ("xla_sc_disable_megacore_partitioning", True),
+                ("xla_sc_enable_instruction_fusion", False),
+            )
+        ),
+    ),
 }
 # What a compiler without the device that it compiles for needs besides.
 WITHOUT_DEVICE = {

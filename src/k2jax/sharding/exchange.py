@@ -8,7 +8,6 @@ the rows of an expert stand in the same order, and with a bounded buffer the sam
     S shards as senders, R rows that one shard works on
 """
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -16,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from k2jax.config import KernelsConfig
-from k2jax.sharding.permute import combine_rows, inverse, take_rows
-from k2jax.sharding.transports import Route, dense, ragged, ring
+from k2jax.sharding.permute import inverse, sum_rows, take_rows
+from k2jax.sharding.transports import Experts, Route, choice_weights, dense, ragged, ring
 
 Transport = Literal["local", "ragged", "dense", "ring"]
 TRANSPORTS = {"ragged": ragged, "dense": dense, "ring": ring}
@@ -86,16 +85,17 @@ def _local(x_TD, expert_TA, weight_TA, experts, num_experts):
     """One shard owns all experts: rows are sorted by expert and that is all."""
     order, rank_TA, load_E = _sorted_choices(expert_TA, num_experts)
     place_TA = (jnp.cumsum(load_E) - load_E)[expert_TA] + rank_TA
-    rows_RD = take_rows(x_TD, order // expert_TA.shape[1], place_TA)
-    y_TD = combine_rows(experts(rows_RD, load_E), weight_TA, place_TA, order)
-    return Exchanged(y_TD.astype(x_TD.dtype), load_E, jnp.zeros_like(load_E[0]))
+    token_R = order // expert_TA.shape[1]
+    weight_R = choice_weights(weight_TA, order, place_TA)
+    y_RD = experts(take_rows(x_TD, token_R, place_TA), weight_R, load_E)
+    return Exchanged(sum_rows(y_RD, place_TA, token_R), load_E, jnp.zeros_like(load_E[0]))
 
 
 def exchange_experts(
     x_TD: jax.Array,
     expert_TA: jax.Array,
     weight_TA: jax.Array,
-    experts: Callable[[jax.Array, jax.Array], jax.Array],
+    experts: Experts,
     num_experts: int,
     axis: str | None,
     num_shards: int,
@@ -104,8 +104,9 @@ def exchange_experts(
 ) -> Exchanged:
     """Weighted sum of each token's experts, over the mesh axis `axis` (None or one shard: no exchange).
 
-    experts(rows [R, D], group_sizes [E]): the local experts on rows sorted by expert; rows past the sum may hold
-    anything finite. expert_TA: global ids, distinct per token; weight_TA: float32 or wider.
+    experts(rows [R, D], weight [R], group_sizes [E]) -> [R, D]: the local experts on rows sorted by expert, times
+    each row's weight. Rows past the sum hold anything, NaN too, and may be given as anything, their gradients as well.
+    expert_TA: global ids, distinct per token; weight_TA: float32 or wider.
     buffer: rows a shard has room for as a multiple of the balanced load, None for all that could come.
     """
     if axis is None or num_shards == 1:
@@ -118,4 +119,4 @@ def exchange_experts(
     route = Route(axis, lax.axis_index(axis), order, rank_TA, expert_TA, count_SPE, kept_SPE, room)
     y_TD = TRANSPORTS[transport](x_TD, weight_TA, experts, route)
     here_SE, kept_SE = count_SPE[:, route.here], kept_SPE[:, route.here]
-    return Exchanged(y_TD.astype(x_TD.dtype), here_SE.sum(0), (here_SE - kept_SE).sum())
+    return Exchanged(y_TD, here_SE.sum(0), (here_SE - kept_SE).sum())

@@ -1,8 +1,9 @@
 """Moving rows by index alone: gathers whose transpose is again a gather, because every move's inverse is at hand.
 
 No float is ever scattered, forward or backward, and no array of one row per choice is made but the one asked for.
+Places that no row goes to are not filled: they hold some row or other, and nobody reads them.
 
-    T rows, A places that each of them went to, W places, D width
+    T rows, A places that each of them went to, W places
 """
 
 import jax
@@ -11,62 +12,54 @@ import jax.numpy as jnp
 from k2jax.dtypes import wide
 
 
-def _rows(x, index):
-    """x[index], zero where index == len(x)."""
-    return x.at[index].get(mode="fill", fill_value=0)
+def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[index], any row of x where index == len(x). Without a fill, which is another pass over the result."""
+    return x.at[jnp.minimum(index, x.shape[0] - 1)].get(mode="promise_in_bounds")
+
+
+def _sum_of_rows(y: jax.Array, place_TA: jax.Array) -> jax.Array:
+    """sum over a of y[place[t, a]], in the dtype of y: nothing from where place == len(y), whatever y holds."""
+
+    def rows(place_T):
+        is_row_T = (place_T < y.shape[0]).reshape(-1, *(1,) * (y.ndim - 1))
+        return jnp.where(is_row_T, _rows(y, place_T), 0)  # chosen and not multiplied: 0 * nan is nan
+
+    if place_TA.shape[1] == 1:
+        return rows(place_TA[:, 0])
+    total = sum(rows(place_TA[:, a]).astype(wide(y.dtype)) for a in range(place_TA.shape[1]))
+    return total.astype(y.dtype)
 
 
 @jax.custom_vjp
-def take_rows(x_TD: jax.Array, source_W: jax.Array, target_TA: jax.Array) -> jax.Array:
-    """y[i] = x[source[i]], zero where source[i] == len(x).
+def take_rows(x: jax.Array, source_W: jax.Array, place_TA: jax.Array) -> jax.Array:
+    """y[i] = x[source[i]], any row where source[i] == len(x): [T, ...] -> [W, ...].
 
-    `target` [len(x), n] lists the places that row j went to (len(y) for none), so that the gradient is a gather too.
+    `place` lists the places that row t went to (len(y) for none), so that the gradient is a gather too.
     """
-    del target_TA
-    return _rows(x_TD, source_W)
+    del place_TA
+    return _rows(x, source_W)
 
 
-def _take_forward(x_TD, source_W, target_TA):
-    return _rows(x_TD, source_W), target_TA
-
-
-def _take_backward(target_TA, dy_WD):
-    if target_TA.shape[1] == 1:
-        return _rows(dy_WD, target_TA[:, 0]), None, None
-    dx_TD = sum(_rows(dy_WD, target_TA[:, a]).astype(wide(dy_WD.dtype)) for a in range(target_TA.shape[1]))
-    return dx_TD.astype(dy_WD.dtype), None, None
-
-
-take_rows.defvjp(_take_forward, _take_backward)
+take_rows.defvjp(
+    lambda x, source_W, place_TA: (_rows(x, source_W), place_TA),
+    lambda place_TA, dy: (_sum_of_rows(dy, place_TA), None, None),
+)
 
 
 @jax.custom_vjp
-def combine_rows(
-    y_WD: jax.Array, weight_TA: jax.Array, place_TA: jax.Array, choice_of_place_W: jax.Array
-) -> jax.Array:
-    """sum over a of weight[t, a] * y[place[t, a]], in the weights' dtype; nothing from where place == len(y).
+def sum_rows(y: jax.Array, place_TA: jax.Array, source_W: jax.Array) -> jax.Array:
+    """Sum of the rows of y at a row's places: [W, ...] -> [T, ...], the transpose of `take_rows`.
 
-    choice_of_place: for each row of y the t * A + a that it belongs to, T * A for none.
+    Summed in at least float32 and rounded to the dtype of y, so that what comes back as a gradient is no wider.
     """
-    del choice_of_place_W
-    num_choices = weight_TA.shape[1]
-    return sum(weight_TA[:, a, None] * _rows(y_WD, place_TA[:, a]) for a in range(num_choices))
+    del source_W
+    return _sum_of_rows(y, place_TA)
 
 
-def _combine_forward(y_WD, weight_TA, place_TA, choice_of_place_W):
-    return combine_rows(y_WD, weight_TA, place_TA, choice_of_place_W), (y_WD, weight_TA, place_TA, choice_of_place_W)
-
-
-def _combine_backward(saved, dout_TD):
-    y_WD, weight_TA, place_TA, choice_of_place_W = saved
-    num_choices = weight_TA.shape[1]
-    weight_W = _rows(weight_TA.reshape(-1), choice_of_place_W)
-    dy_WD = weight_W[:, None] * _rows(dout_TD, choice_of_place_W // num_choices)  # T * A // A = T: zeros
-    dweight = [jnp.sum(dout_TD * _rows(y_WD, place_TA[:, a]), -1) for a in range(num_choices)]
-    return dy_WD.astype(y_WD.dtype), jnp.stack(dweight, 1).astype(weight_TA.dtype), None, None
-
-
-combine_rows.defvjp(_combine_forward, _combine_backward)
+sum_rows.defvjp(
+    lambda y, place_TA, source_W: (_sum_of_rows(y, place_TA), source_W),
+    lambda source_W, dx: (_rows(dx, source_W), None, None),
+)
 
 
 def inverse(place: jax.Array, size: int, none: int) -> jax.Array:

@@ -3,7 +3,11 @@
     T tokens here, A experts per token, P shards, E experts of one shard, S shards as senders, M = T * A choices here,
     R rows that one shard has room for, W = P * cell slots of the dense transport, N = S * T tokens of all shards
 
-At its owner a row stands by expert, then by sender, then by token: sorted for the experts, so nothing moves again.
+At its owner a row stands by expert, then by sender, then by token: sorted for the experts, so nothing moves again. Its
+weight travels with it and acts there, so that a token's rows are only added up when they are back: their gradient is
+the token's, and that of a weight needs no row that has to come back once more.
+
+Rows past those that came hold anything, NaN too: neither the experts' weights nor a sum ever reads them.
 """
 
 from collections.abc import Callable
@@ -14,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from k2jax.sharding.permute import combine_rows, inverse, take_rows
+from k2jax.sharding.permute import inverse, sum_rows, take_rows
 
-Experts = Callable[[jax.Array, jax.Array], jax.Array]
+Experts = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+LANES = 128  # of a TPU's tiles: the narrowest row that its ragged collective takes
 
 
 class Route(NamedTuple):
@@ -76,11 +81,26 @@ def _column(table_SPE, here):
     return table_SPE[:, here].reshape(-1)
 
 
+def unwritten(x: jax.Array, num_rows: int) -> jax.Array:
+    """[num_rows, D] in the dtype of x, of whatever its memory holds: a fill would be one more pass over it.
+
+    Seemingly made of x: JAX would take out of a scan over layers what depends on nothing there, and then has to copy it
+    in every layer. A function with a batching rule of its own is one operation to JAX and none to the compiler.
+    """
+    axes = tuple(sorted(jax.typeof(x).manual_axis_type.varying))  # the mesh axes over which x varies
+
+    @jax.custom_batching.sequential_vmap
+    def make(x):
+        return lax.pcast(lax.empty((num_rows, *x.shape[1:]), x.dtype), axes, to="varying")
+
+    return make(x)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _ragged_move(x, way: Slices, back: Slices, axis: str, num_rows: int):
-    """x's slices at their receivers, [num_rows, D], zero where none came; the gradient travels back."""
-    empty = jnp.zeros_like(x, shape=(num_rows, x.shape[1]))  # like, so that it varies over the mesh axes that x does
-    return lax.ragged_all_to_all(x, empty, way.start, way.size, way.place, way.received, axis_name=axis)
+    """x's slices at their receivers, [num_rows, D], anything where none came; the gradient travels back."""
+    buffer = unwritten(x, num_rows)
+    return lax.ragged_all_to_all(x, buffer, way.start, way.size, way.place, way.received, axis_name=axis)
 
 
 def _ragged_forward(x, way, back, axis, num_rows):
@@ -95,16 +115,22 @@ def _ragged_backward(axis, num_rows, saved, dy):
 _ragged_move.defvjp(_ragged_forward, _ragged_backward)
 
 
+def choice_weights(weight_TA: jax.Array, choice_W: jax.Array, place_TA: jax.Array) -> jax.Array:
+    """[W]: the weight of the choice t * A + a that stands at each place, any where none does."""
+    return take_rows(weight_TA.reshape(-1), choice_W, place_TA.reshape(-1, 1))
+
+
 def ragged(x_TD: jax.Array, weight_TA: jax.Array, experts: Experts, route: Route) -> jax.Array:
     """Each row travels once per choice and nothing else does. TPU and GPU: XLA has no such collective on a CPU."""
     out, back = ragged_slices(route)
-    num_choices = weight_TA.shape[1]
-    place_TA = out.start[route.expert_TA] + route.rank_TA  # in the order of experts, the dropped ones too
-    sent_MD = take_rows(x_TD, route.order_M // num_choices, place_TA)
-    rows_RD = _ragged_move(sent_MD, out, back, route.axis, route.room)
-    y_RD = experts(rows_RD, route.group_sizes_E)
-    returned_MD = _ragged_move(y_RD, back, out, route.axis, sent_MD.shape[0])
-    return combine_rows(returned_MD, weight_TA, place_TA, route.order_M)
+    token_M = route.order_M // weight_TA.shape[1]
+    place_TA = _own_choices(route, out.start.reshape(route.kept_SPE.shape[1:]), token_M.size)
+    sent_MD = take_rows(x_TD, token_M, place_TA)
+    weight_ML = jnp.pad(choice_weights(weight_TA, route.order_M, place_TA)[:, None], ((0, 0), (0, LANES - 1)))
+    rows_RD, weight_RL = (_ragged_move(sent, out, back, route.axis, route.room) for sent in (sent_MD, weight_ML))
+    y_RD = experts(rows_RD, weight_RL[:, 0], route.group_sizes_E)
+    returned_MD = _ragged_move(y_RD, back, out, route.axis, token_M.size)
+    return sum_rows(returned_MD, place_TA, token_M)
 
 
 def _swap(x: jax.Array, axis: str, num_shards: int) -> jax.Array:
@@ -123,7 +149,9 @@ def dense(x_TD: jax.Array, weight_TA: jax.Array, experts: Experts, route: Route)
     first_PE = before_SPE[route.here] + jnp.arange(num_shards)[:, None] * cell
     slot_TA = _own_choices(route, first_PE, num_slots)
     choice_W = inverse(slot_TA.reshape(-1), num_slots, slot_TA.size)
-    received_WD = _swap(take_rows(x_TD, choice_W // num_choices, slot_TA), route.axis, num_shards)
+    token_W = choice_W // num_choices  # T * A // A = T: none
+    sent = take_rows(x_TD, token_W, slot_TA), choice_weights(weight_TA, choice_W, slot_TA)
+    received_WD, weight_W = (_swap(rows, route.axis, num_shards) for rows in sent)
 
     # Where the slots of each sender's cell go among the rows sorted by expert.
     kept_SE, before_SE = route.kept_SPE[:, route.here], before_SPE[:, route.here]
@@ -133,15 +161,16 @@ def dense(x_TD: jax.Array, weight_TA: jax.Array, experts: Experts, route: Route)
     filled_SC = slot < kept_SE.sum(1)[:, None]
     row_W = jnp.where(filled_SC, shift_SC + slot, route.room).reshape(-1)
     slot_R = inverse(row_W, route.room, num_slots)
-    y_RD = experts(take_rows(received_WD, slot_R, row_W[:, None]), route.group_sizes_E)
+    rows_RD, weight_R = (take_rows(received, slot_R, row_W[:, None]) for received in (received_WD, weight_W))
+    y_RD = experts(rows_RD, weight_R, route.group_sizes_E)
     returned_WD = _swap(take_rows(y_RD, row_W, slot_R[:, None]), route.axis, num_shards)
-    return combine_rows(returned_WD, weight_TA, slot_TA, choice_W)
+    return sum_rows(returned_WD, slot_TA, token_W)
 
 
 def ring(x_TD: jax.Array, weight_TA: jax.Array, experts: Experts, route: Route) -> jax.Array:
     """Every shard sees all tokens, works on those of its own experts, and the outputs are summed on the way back.
 
-    The sum over the shards is in the dtype of x, where the other transports sum a token's experts in the weights'.
+    The sum over the shards is in the dtype of x, where the other transports sum a token's experts in float32.
     """
     axis, num_shards = route.axis, route.kept_SPE.shape[0]
     num_choices = weight_TA.shape[1]
@@ -153,6 +182,7 @@ def ring(x_TD: jax.Array, weight_TA: jax.Array, experts: Experts, route: Route) 
     taken_NA = (owner_NA == route.here) & (rank_NA < kept_SX[first_S, expert_NA])
     row_NA = jnp.where(taken_NA, first_SX[first_S, expert_NA] + rank_NA, route.room)
     choice_R = inverse(row_NA.reshape(-1), route.room, row_NA.size)
-    y_RD = experts(take_rows(gather(x_TD), choice_R // num_choices, row_NA), route.group_sizes_E)
-    y_ND = combine_rows(y_RD, gather(weight_TA), row_NA, choice_R).astype(x_TD.dtype)
-    return lax.psum_scatter(y_ND, axis, scatter_dimension=0, tiled=True)
+    token_R = choice_R // num_choices
+    weight_R = choice_weights(gather(weight_TA), choice_R, row_NA)
+    y_RD = experts(take_rows(gather(x_TD), token_R, row_NA), weight_R, route.group_sizes_E)
+    return lax.psum_scatter(sum_rows(y_RD, row_NA, token_R), axis, scatter_dimension=0, tiled=True)

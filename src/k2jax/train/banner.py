@@ -61,7 +61,7 @@ def banner(config: Config, abstract: TrainState, mesh: jax.sharding.Mesh) -> str
         ("optimizer", f"{config.optim.optimizer}: {groups} parameters; QK-Clip tau {config.optim.qk_clip_tau}"),
         ("per device", f"{_si(bytes_per_device(abstract.params), 'B')} parameters, "
                        f"{_si(bytes_per_device(abstract.opt_state), 'B')} optimizer state"),
-        ("attention", describe_attention(config)),
+        ("attention", describe_attention(config, mesh)),
         ("compiler", describe_options(config.kernels, mesh)),
         ("per token", f"{_si(flops, 'FLOP')} forward and backward"),
         ("batch", f"{config.data.batch_sequences} x {config.data.sequence_length} = {config.batch_tokens:,} tokens, "

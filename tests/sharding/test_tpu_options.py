@@ -1,0 +1,34 @@
+"""What the TPU's compiler makes of our options: the tiles of K2's matmuls of experts, compiled for v5p without one."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from k2jax.plan.topology import topology_devices
+from k2jax.sharding.compile_options import OPTIONS, compile_options
+
+ROWS, HIDDEN, WIDTH, EXPERTS = 131_072, 7168, 4096, 6  # of one device: rows, and gate and up side by side
+
+
+@pytest.mark.tpu
+def test_rows_are_read_a_quarter_as_often():
+    """By default the kernel takes 128 columns at a time. If this fails for that, libtpu needs the option no longer."""
+    place = jax.sharding.SingleDeviceSharding(topology_devices("v5p:2x2x1")[0])
+    shapes = ((ROWS, HIDDEN), jnp.bfloat16), ((EXPERTS, HIDDEN, WIDTH), jnp.bfloat16), ((EXPERTS,), jnp.int32)
+    lowered = jax.jit(jax.lax.ragged_dot).lower(*(jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes))
+
+    def columns(options):
+        found = re.findall(r'ragged_dot_tiling="\d+,\d+,(\d+)"', lowered.compile(compiler_options=options).as_text())
+        return [int(n) for n in found]
+
+    assert columns({}) == [128]
+    assert columns(compile_options("tpu")) == [512]
+
+
+def test_every_option_has_a_reason():
+    for options in OPTIONS.values():
+        assert len({option.name for option in options}) == len(options)
+        assert all(option.reason for option in options)
+    assert compile_options("tpu")["xla_tpu_scoped_vmem_limit_kib"] == 28_672
