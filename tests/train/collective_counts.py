@@ -14,7 +14,7 @@ import jax
 import k2jax
 from k2jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from k2jax.plan.aot import lower_step
-from k2jax.plan.hlo import Collective, collectives
+from k2jax.plan.collectives import Collective, collectives
 
 FOLDER = Path(__file__).parent / "golden"
 MESHES = [

@@ -12,7 +12,7 @@ import jax
 from k2jax.config import Config
 from k2jax.errors import RunFailed
 from k2jax.optim.spread import chunks
-from k2jax.plan.hlo import Collective, collectives, slice_exchanges
+from k2jax.plan.collectives import Collective, collectives, slice_exchanges
 from k2jax.plan.muon_work import muon_assignments
 from k2jax.plan.topology import MEMORY_GIB
 from k2jax.sharding.device_order import domain_counts, fast_domains

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from k2jax.plan.aot import beyond_exchanges
-from k2jax.plan.hlo import _first_group, collectives, slice_exchanges
+from k2jax.plan.collectives import collectives, first_group, slice_exchanges
 
 MODULE = """\
 %body.1 (p: (s32[], f32[2])) -> (s32[], f32[2]) {
@@ -100,7 +100,7 @@ def test_exchanges_between_slices():
     ],
 )
 def test_groups(groups, first):
-    assert _first_group(f"all-reduce(%x), replica_groups={groups}, to_apply=%add").tolist() == first
+    assert first_group(f"all-reduce(%x), replica_groups={groups}, to_apply=%add").tolist() == first
 
 
 def test_against_a_program_whose_collectives_are_known(mesh_of):
