@@ -12,8 +12,10 @@ import jax
 from k2jax.config import Config
 from k2jax.errors import RunFailed
 from k2jax.optim.spread import chunks
-from k2jax.plan.collectives import Collective, collectives, slice_exchanges
+from k2jax.plan.chips import is_known
+from k2jax.plan.collectives import Collective, collectives, part_of, slice_exchanges
 from k2jax.plan.muon_work import muon_assignments
+from k2jax.plan.program_report import describe_program, program_lines
 from k2jax.plan.topology import MEMORY_GIB
 from k2jax.sharding.device_order import domain_counts, fast_domains
 from k2jax.sharding.host_picture import picture_hosts
@@ -23,7 +25,7 @@ from k2jax.train.banner import bytes_per_device
 from k2jax.train.batch import Batch
 from k2jax.train.optimizer import make_optimizer
 from k2jax.train.state import TrainState, abstract_state
-from k2jax.train.step import OPTIMIZER_SCOPE, make_train_step
+from k2jax.train.step import make_train_step
 
 GIB = 2**30
 
@@ -70,15 +72,6 @@ def memory_by_kind(state: TrainState, batch: Batch, compiled: jax.stages.Compile
         "host": found.host_temp_size_in_bytes + found.host_argument_size_in_bytes,
         "total": found.argument_size_in_bytes + found.temp_size_in_bytes + outputs + program,
     }
-
-
-def part_of(collective: Collective) -> str:
-    """The part of the step that a collective belongs to, by jax's name for it."""
-    if OPTIMIZER_SCOPE in collective.op_name:
-        return "optimizer"
-    if "transpose(jvp" in collective.op_name:
-        return "backward"
-    return "forward" if "jvp" in collective.op_name else "other"
 
 
 def communication(found: list[Collective]) -> list[dict]:
@@ -157,6 +150,12 @@ def step_collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     return collectives(text, inside) + slice_exchanges(text, crossed)
 
 
+def has_figures(mesh: jax.sharding.Mesh) -> bool:
+    """True if the program of such a mesh can be played: chips with known figures, in one slice if they are TPUs."""
+    first = mesh.devices.flat[0]
+    return is_known(first.device_kind) and (first.platform == "gpu" or math.prod(slices_along(mesh).values()) == 1)
+
+
 def describe_step(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str, str] | None = None) -> dict:
     """JSON values: what `k2jax plan` prints. Raises RunFailed if the step does not fit a device of `mesh`."""
     started = time.monotonic()
@@ -164,7 +163,8 @@ def describe_step(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str,
     lower_seconds = time.monotonic() - started
     compiled = compile_step(lowered, options)
     compile_seconds = time.monotonic() - started - lower_seconds
-    found = step_collectives(program_text(compiled), mesh)
+    text = program_text(compiled)
+    found = step_collectives(text, mesh)
     slices = slices_along(mesh)
     beyond = None  # libtpu does not say whence the collectives of several slices come
     if math.prod(slices.values()) == 1:
@@ -185,6 +185,7 @@ def describe_step(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str,
         "memory_of_device": MEMORY_GIB.get(kind, 0) * GIB or None,
         "communication": communication(found),
         "optimizer_beyond_exchanges": beyond,
+        "program": describe_program(text, config, mesh) if has_figures(mesh) else None,
     }
 
 
@@ -241,4 +242,5 @@ def plan_lines(found: dict) -> list[str]:
         *aligned(traffic),
         "",
         f"the optimizer's matrices: {matrices}",
+        *(["", *program_lines(found["program"])] if found["program"] else []),
     ]

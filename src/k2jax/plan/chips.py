@@ -40,10 +40,19 @@ CHIPS = {
 }
 
 
+def _is_named(kind: str, name: str) -> bool:
+    return kind == name or (name.startswith("NVIDIA") and kind.startswith(name))
+
+
+def is_known(kind: str) -> bool:
+    """True for a device kind with figures."""
+    return any(_is_named(kind, name) for name in CHIPS)
+
+
 def chip_of(kind: str) -> Chip:
     """Raises UserError for a kind that is not in the table."""
     for name, chip in CHIPS.items():
-        if kind == name or (name.startswith("NVIDIA") and kind.startswith(name)):
+        if _is_named(kind, name):
             return chip
     raise UserError(f"there are no figures of {kind!r}; there are of {', '.join(CHIPS)}")
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from k2jax.plan.hlo import Computation, Instruction, Module, arrays, calls, num_bytes, parse
+from k2jax.train.step import OPTIMIZER_SCOPE
 
 KIND = re.compile(
     r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast|ragged-all-to-all)"
@@ -67,6 +68,19 @@ class Collective(NamedTuple):
         if self.kind == "ragged-all-to-all":
             return min(num_bytes(kind) for kind in self.taken[:2])  # what is sent, and the buffer of what comes in
         return max(sum(map(num_bytes, self.taken)), self.num_bytes)
+
+
+def part_of_name(op_name: str) -> str:
+    """The part of the step that an operation belongs to, by jax's name for it."""
+    if OPTIMIZER_SCOPE in op_name:
+        return "optimizer"
+    if "transpose(jvp" in op_name:
+        return "backward"
+    return "forward" if "jvp" in op_name else "other"
+
+
+def part_of(collective: Collective) -> str:
+    return part_of_name(collective.op_name)
 
 
 def _ints(text: str) -> list[int]:

@@ -7,7 +7,7 @@ import math
 import re
 
 from k2jax.plan.costs import Costs, Work
-from k2jax.plan.hlo import Computation, Instruction
+from k2jax.plan.hlo import Array, Computation, Instruction
 
 KERNEL = 'custom_call_target="tpu_custom_call"'
 # frontend_attributes={mosaic_fusion_entry_point="true",ragged_dot_tiling="128,1024,512"}: rows, contracted dim, columns
@@ -15,6 +15,10 @@ TILING = re.compile(r'ragged_dot_tiling="(\d+),(\d+),(\d+)"')
 # "cost_estimate":{"flops":"2147483648","transcendentals":"0","bytes_accessed":"10485776",...}: no bytes are read from it
 COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 SPLASH = re.compile(r"splash_m[hq]a_(fwd|dkv)")
+
+
+def _hbm(array: Array) -> int:
+    return array.num_bytes if array.space == 0 else 0
 
 
 def is_ragged_dot(one: Instruction) -> bool:
@@ -31,40 +35,38 @@ def ragged_dot_work(computation: Computation, one: Instruction, filled: float) -
     tile_rows, tile_inner, tile_columns = map(int, TILING.search(one.attributes).groups())
     left, right = (computation.by_name[name].arrays[0] for name in one.operands[-2:])
     result = one.arrays[0]
-    rows, inner = left.dims[0] * filled, left.dims[1]
-    of_weights = len(result.dims) == 3  # [R, K], [R, N] -> [E, K, N]: the gradient of the weights
-    columns = result.dims[-1]
+    rows, inner, columns = left.dims[0] * filled, left.dims[1], result.dims[-1]
     num_columns, num_inner = math.ceil(columns / tile_columns), math.ceil(inner / tile_inner)
-    read_left = filled * left.num_bytes * num_columns
-    written = result.num_bytes if of_weights else filled * result.num_bytes
-    if of_weights:
-        read_right = filled * right.num_bytes * num_inner
-        flops = 2 * rows * num_inner * tile_inner * num_columns * tile_columns
+    if len(result.dims) == 3:  # [R, K], [R, N] -> [E, K, N]: the gradient of the weights
+        again = filled * num_inner
+        written, flops = _hbm(result), 2 * rows * num_inner * tile_inner * num_columns * tile_columns
     else:
         again = 1 if num_inner == 1 else rows / tile_rows / right.dims[0]
-        read_right = right.num_bytes * again
-        flops = 2 * rows * inner * num_columns * tile_columns
-    return Work(flops, read_left + read_right + written), 2.0 * rows * inner * columns
+        written, flops = filled * _hbm(result), 2 * rows * inner * num_columns * tile_columns
+    read = filled * _hbm(left) * num_columns + again * _hbm(right)
+    return Work(flops, read + written), 2.0 * rows * inner * columns
 
 
 def _splash_work(computation: Computation, one: Instruction, phase: str, moved: int) -> Work:
     """Of causal self-attention in square blocks: those on and below the diagonal run, each whole.
 
-    Forward each block of queries reads the keys and values before it; backward each block of keys the queries after it.
+    Forward each block of queries reads the keys and values before it; backward each block of keys the queries after it,
+    and what the queries have.
     """
-    inputs = [operand for operand in computation.operands_of(one) if len(operand.arrays[0].dims) >= 3]
-    wide = [operand for operand in inputs if operand.arrays[0].dtype in ("bf16", "f32", "f16")]
-    query, key, value = (operand.arrays[0] for operand in wide[:3])
-    block = re.search(r'block_q\\": (\d+)' if phase == "fwd" else r'block_q_dkv\\": (\d+)', one.attributes)
+    floats = [a for operand in computation.operands_of(one) for a in operand.arrays if a.dtype in ("bf16", "f16", "f32")]
+    query, key, value, *of_queries = floats
+    field = "block_q" if phase == "fwd" else "block_q_dkv"
+    block = re.search(rf'{field}\\": (\d+)', one.attributes)
     *outer, length, key_dim = query.dims
+    value_dim = value.dims[-1]
     num_blocks = math.ceil(length / int(block[1])) if block else 1
     pairs = math.prod(outer) * length**2 * (num_blocks + 1) / (2 * num_blocks)
-    value_dim = value.dims[-1]
-    repeated = (num_blocks + 1) / 2 - 1
+    # Times that a block is read beyond the first, on average. One is still there when the next row of blocks begins.
+    repeated = (num_blocks * (num_blocks + 1) / 2 - (num_blocks > 1)) / num_blocks - 1
     if phase == "fwd":
-        return Work(2 * pairs * (key_dim + value_dim), moved + repeated * (key.num_bytes + value.num_bytes))
-    gradient = query.num_bytes * value_dim // key_dim  # of the output, as wide as the values
-    return Work(2 * pairs * (3 * key_dim + 2 * value_dim), moved + repeated * (query.num_bytes + gradient))
+        return Work(2 * pairs * (key_dim + value_dim), moved + repeated * (_hbm(key) + _hbm(value)))
+    again = _hbm(query) + sum(map(_hbm, of_queries))
+    return Work(2 * pairs * (3 * key_dim + 2 * value_dim), moved + repeated * again)
 
 
 def kernel_work(costs: Costs, computation: Computation, one: Instruction, filled: float) -> Work | None:
