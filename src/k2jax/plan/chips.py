@@ -64,14 +64,14 @@ class Ring(NamedTuple):
     is_closed: bool
 
     @property
-    def directions(self) -> int:
-        """Links by which data of a chip in the middle can leave along it."""
-        return 2 if self.length > 2 else 1
+    def links(self) -> int:
+        """Links by which a chip at the worst place gets data along it: the end of a line has one."""
+        return 2 if self.is_closed and self.length > 2 else 1
 
     @property
     def hops(self) -> float:
         """Of an even all-to-all: bytes over the busiest link, in the bytes that each device sends."""
-        return self.length / (8 if self.is_closed and self.length > 2 else 4)
+        return self.length / (4 * self.links)
 
 
 class Network(NamedTuple):
@@ -96,8 +96,7 @@ class Network(NamedTuple):
             return num_bytes / self.chip.hbm
         if kind in ("all-to-all", "ragged-all-to-all"):
             return max(ring.hops for ring in rings) * num_bytes / self.chip.link
-        # A line has half the links' use: its ends pass on nothing in one direction.
-        bandwidth = self.chip.link * sum(r.directions if r.is_closed else r.directions / 2 for r in rings)
+        bandwidth = self.chip.link * sum(ring.links for ring in rings)
         return (1 + (kind == "all-reduce")) * num_bytes * (group - 1) / group / bandwidth
 
     def _over_domains(self, kind: str, axes: tuple[str, ...], num_bytes: float) -> float:
