@@ -35,8 +35,11 @@ def steps(ring, start, end):
 
 @pytest.mark.parametrize(
     "rings",
-    [(Ring(8, True),), (Ring(8, True), Ring(8, True)), (Ring(4, True), Ring(8, True)), (Ring(8, False),), (Ring(2, False),)],
-)
+    [
+        (Ring(8, True),), (Ring(8, True), Ring(8, True)), (Ring(4, True), Ring(8, True)), (Ring(8, False),),
+        (Ring(2, False),),
+    ],
+)  # fmt: skip
 def test_all_to_all(rings):
     """Every chip sends as much to every chip, first along one dim, then along the next: the busiest link decides."""
     load, chips = Counter(), list(itertools.product(*(range(ring.length) for ring in rings)))
@@ -51,7 +54,9 @@ def test_all_to_all(rings):
     assert network.seconds("ragged-all-to-all", tuple(network.sizes), LINK) == pytest.approx(max(load.values()))
 
 
-@pytest.mark.parametrize(("ring", "expected"), [(Ring(8, True), 7 / 16), (Ring(8, False), 7 / 8), (Ring(2, False), 1 / 2)])
+@pytest.mark.parametrize(
+    ("ring", "expected"), [(Ring(8, True), 7 / 16), (Ring(8, False), 7 / 8), (Ring(2, False), 1 / 2)]
+)
 def test_gathers(ring, expected):
     """A chip of a ring takes what it lacks by two links; a chip at the end of a line by its only one."""
     network = torus(ring)
@@ -73,9 +78,8 @@ def test_gpus():
 
 def mesh_of_chips(kind, shape, axes, per_chip=1):
     """A stand-in for a mesh of a topology: chips of a torus in the order of their coordinates."""
-    devices = [
-        SimpleNamespace(device_kind=kind, coords=at, platform="tpu") for at in np.ndindex(*shape) for _ in range(per_chip)
-    ]
+    places = [at for at in np.ndindex(*shape) for _ in range(per_chip)]
+    devices = [SimpleNamespace(device_kind=kind, coords=at, platform="tpu") for at in places]
     sizes = [axes.get(axis, 1) for axis in AXES]
     array = np.empty(len(devices), object)
     array[:] = devices

@@ -26,7 +26,8 @@ MODULE = """\
   %i = s32[] parameter(1)
   %y = bf16[64,256,192]{2,1,0} parameter(2)
   %part = bf16[64,256,192]{2,1,0} fusion(%x, %i), kind=kLoop, calls=%slice.inner
-  ROOT %c = f32[64,256,256]{2,1,0} convolution(%part, %y), window={size=64 stride=63 lhs_dilate=64}, dim_labels=0bf_0oi->0bf
+  ROOT %c = f32[64,256,256]{2,1,0} convolution(%part, %y), window={size=64 stride=63 lhs_dilate=64}, \
+dim_labels=0bf_0oi->0bf
 }
 
 %write.part (x: f32[16,128], y: f32[2,128], i: s32[]) -> (f32[16,128], f32[2,128]) {
@@ -73,7 +74,7 @@ ENTRY %main (a: f32[16,32]) -> f32[] {
   %updated = (f32[16,128]{1,0}, f32[2,128]{1,0:S(1)}) fusion(%state, %part, %i), kind=kLoop, calls=%write.part
   %fresh = f32[16,128]{1,0} fusion(%part, %i), kind=kLoop, calls=%fresh.part
   %gathered = f32[8,128]{1,0} gather(%table, %rows), offset_dims={1}, slice_sizes={1,128}
-  %start = ((), (), (s32[32]{0})) custom-call-start(), async_execution_thread="sparsecore", called_computations={%on.sparsecore}
+  %start = ((), (), (s32[32]{0})) custom-call-start(), called_computations={%on.sparsecore}
   %update = ((f32[1000,128]{1,0}), f32[8,128]{1,0}, s32[32]{0}) custom-call-update(%start, %table, %rows)
   %done = f32[8,128]{1,0} custom-call-done(%update)
   %fetch = (f32[16,32]{1,0:S(1)}, f32[16,32]{1,0}, u32[]{:S(2)}) copy-start(%a)

@@ -93,7 +93,8 @@ def test_splash(name, flops, again, block):
     work = work_of(name, text=TEXT.replace(": 1024", f": {block}"))
     assert work.flops == len(turns) * 2 * block**2 * flops
     whole = work_of(name, text=TEXT.replace(": 1024", ": 2048"))  # one block: all is read once
-    assert work.hbm_bytes - whole.hbm_bytes == fetched(turns, [(block * again, lambda t: t[::2])]) - heads * 2048 * again
+    moved = fetched(turns, [(block * again, lambda t: t[::2])])
+    assert work.hbm_bytes - whole.hbm_bytes == moved - heads * 2048 * again
 
 
 def test_other_kernels():

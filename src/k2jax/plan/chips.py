@@ -23,10 +23,10 @@ class Chip(NamedTuple):
     wraps: int = 0  # TPU: a dim of the torus closes to a ring where it is a multiple of so many chips
 
 
-# By jax's name of the kind (a GPU's by its beginning). TPU: Google Cloud's pages of each generation (peak, HBM); one-way
+# By jax's name of the kind, a GPU's by its beginning. TPU: Google Cloud's pages of each generation (peak, HBM); one-way
 # bandwidth of a link from the table of "How to Scale Your Model" (jax-ml.github.io/scaling-book, part 2); rings: v4 and
-# v5p by cubes of 4 x 4 x 4 chips, v5e and v6e by the pod's full 16. A TPU7x chip is two devices: half of its figures, links too.
-# GPU: NVIDIA's data sheets of H100 SXM, H200 SXM and GB200 NVL72, dense; NVLink 4 and 5: 900 and 1,800 GB/s both ways;
+# v5p by cubes of 4 x 4 x 4 chips, v5e and v6e by the pod's full 16. A TPU7x chip is two devices: half of its figures,
+# links too. GPU: NVIDIA's data sheets of H100 SXM, H200 SXM and GB200 NVL72, dense; NVLink 4 and 5: 900 and 1,800 GB/s both ways;
 # a card of 400 Gb/s for each GPU, as in DGX H100 and GB200 NVL72.
 CHIPS = {
     "TPU v4": Chip(275e12, 1.228e12, 4.5e10, wraps=4),

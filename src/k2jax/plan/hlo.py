@@ -21,7 +21,7 @@ NAME = re.compile(r"\s*(ROOT )?%?([\w.-]+) = ")
 END = re.compile(r"\}(, .*)?")
 OPCODE = re.compile(r"([\w-]+)\(")
 OPERAND = re.compile(r"%([\w.-]+)")
-# What an instruction may run besides itself: a loop's body, a branch, a fusion, an asynchronous operation, SparseCore's.
+# What an instruction may run besides itself: a loop's body, a branch, a fusion, what is asynchronous or SparseCore's.
 # while(%t), condition=%cond.3, body=%body.1     fusion(%p), calls=%fused.2     call-start(%x), to_apply=%called.18
 CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
 # conditional(%i, %a), branch_computations={%one.4, %two.5}     custom-call-start(), called_computations={%called.19}

@@ -12,7 +12,7 @@ from k2jax.plan.hlo import Array, Computation, Instruction
 KERNEL = 'custom_call_target="tpu_custom_call"'
 # frontend_attributes={mosaic_fusion_entry_point="true",ragged_dot_tiling="128,1024,512"}: rows, contracted dim, columns
 TILING = re.compile(r'ragged_dot_tiling="(\d+),(\d+),(\d+)"')
-# "cost_estimate":{"flops":"2147483648","transcendentals":"0","bytes_accessed":"10485776",...}: no bytes are read from it
+# "cost_estimate":{"flops":"2147483648","bytes_accessed":"10485776",...}, of which FLOPs alone are read
 COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 SPLASH = re.compile(r"splash_m[hq]a_(fwd|dkv)")
 
@@ -28,9 +28,9 @@ def is_ragged_dot(one: Instruction) -> bool:
 def ragged_dot_work(computation: Computation, one: Instruction, filled: float) -> tuple[Work, float]:
     """(work, useful FLOPs) of XLA's kernel if a share `filled` of its rows are there: tiles of the others do not run.
 
-    Its grid goes over columns, rows, contracted dim: rows are read once for each tile of columns, a group's weights once
-    for each tile of columns, or for each tile of rows if the contracted dim is cut. The last tile is worked on whole. The
-    tiles that two groups share, at most one for each group, are left out.
+    Its grid goes over columns, rows, contracted dim: rows are read once for each tile of columns, a group's weights
+    once for each tile of columns, or for each tile of rows if the contracted dim is cut. The last tile is worked on
+    whole. The tiles that two groups share, at most one for each group, are left out.
     """
     tile_rows, tile_inner, tile_columns = map(int, TILING.search(one.attributes).groups())
     left, right = (computation.by_name[name].arrays[0] for name in one.operands[-2:])
@@ -53,8 +53,8 @@ def _splash_work(computation: Computation, one: Instruction, phase: str, moved: 
     Forward each block of queries reads the keys and values before it; backward each block of keys the queries after it,
     and what the queries have.
     """
-    floats = [a for operand in computation.operands_of(one) for a in operand.arrays if a.dtype in ("bf16", "f16", "f32")]
-    query, key, value, *of_queries = floats
+    inputs = [array for operand in computation.operands_of(one) for array in operand.arrays]
+    query, key, value, *of_queries = (array for array in inputs if array.dtype in ("bf16", "f16", "f32"))
     field = "block_q" if phase == "fwd" else "block_q_dkv"
     block = re.search(rf'{field}\\": (\d+)', one.attributes)
     *outer, length, key_dim = query.dims

@@ -1,4 +1,6 @@
-"""The MoE layers of a training step as a program of their own: most of the step's time, and a third of its compiling."""
+"""The MoE layers of a training step as a program of their own: most of a step's time, half of its compiling."""
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,10 @@ from k2jax.errors import UserError
 from k2jax.model.rope import make_rope
 from k2jax.model.transformer import Transformer, make_positions, scan_layers
 from k2jax.model.weights import Param, RouterBias
+from k2jax.plan.aot import compile_step, program_text
+from k2jax.plan.chips import network_of
+from k2jax.plan.layer_metrics import LayerMetrics
+from k2jax.plan.program import Program
 from k2jax.sharding.place import place
 from k2jax.sharding.rules import spec
 from k2jax.train.state import abstract_model
@@ -23,7 +29,7 @@ def lower_layers(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     """
     wrong = []
     if config.mesh.stage > 1:
-        wrong.append(f"mesh.stage = {config.mesh.stage}: the layers alone are without pipeline; nearest: mesh.stage = 1")
+        wrong.append(f"mesh.stage = {config.mesh.stage}: the layers alone have no pipeline; nearest: mesh.stage = 1")
     if config.model.first_k_dense_replace == config.model.num_hidden_layers:
         num_layers = config.model.num_hidden_layers
         wrong.append(
@@ -50,3 +56,18 @@ def lower_layers(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     with jax.set_mesh(mesh):
         step = jax.jit(jax.value_and_grad(objective, (0, 1), has_aux=True))
         return step.lower(params["moe"], x, bias["moe"], index, index)
+
+
+def describe_layers(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str, str] | None = None) -> dict:
+    """JSON values: {"layer": the figures of one layer and microbatch, "temp": bytes beside the arguments}.
+
+    In half of the time that a whole step takes to compile. "layer" is None where XLA left no loop over layers, as of a
+    single one. Raises UserError as `lower_layers` does, and for devices without figures.
+    """
+    network = network_of(mesh)
+    compiled = compile_step(lower_layers(config, mesh), options)
+    program = Program(program_text(compiled), config, network)
+    return {
+        "layer": LayerMetrics(program).describe() if program.layer_bodies else None,
+        "temp": compiled.memory_analysis().temp_size_in_bytes,
+    }

@@ -1,4 +1,4 @@
-"""A compiled program with all that playing and measuring it needs: work of its instructions, turns of its loops, network."""
+"""A compiled program with what it takes to play it: the work of its instructions, turns of its loops, the network."""
 
 import math
 from collections import Counter

@@ -25,13 +25,16 @@ RATES = {
 }
 
 
+SUMS = ("runs", "bytes", "seconds", "exposed_seconds", "compute_seconds")
+
+
 def _transfers(played: Played) -> list[dict]:
     """Of one step: collectives by part, kind, axes and whether they are asynchronous; seconds of all their runs."""
     table = {}
     for (_, transfer), runs in played.transfers.items():
         one = transfer.collective
         key = part_of(one), one.kind, one.axes, transfer.is_async
-        row = table.setdefault(key, dict.fromkeys(("runs", "bytes", "seconds", "exposed_seconds", "compute_seconds"), 0))
+        row = table.setdefault(key, dict.fromkeys(SUMS, 0))
         row["runs"] += runs
         row["bytes"] += runs * one.array_bytes
         row["seconds"] += runs * transfer.seconds
@@ -127,10 +130,11 @@ def program_lines(found: dict) -> list[str]:
         f"assumed of {count} loops of the {part}: {turns:g} turns, {reason}"
         for (turns, reason, part), count in assumptions.items()
     ]
-    unknown = [f"no FLOPs are known of the kernels {', '.join(found['unknown_kernels'])}"] * bool(found["unknown_kernels"])
+    unknown = [f"no FLOPs are known of the kernel {name}" for name in found["unknown_kernels"]]
     return [
         *aligned(times),
-        f"FLOPs executed / the model's: {found['flops_over_model']:.3f}; HBM {found['hbm_bytes'] / 1e12:.3g} TB a device",
+        f"FLOPs executed / the model's: {found['flops_over_model']:.3f}",
+        f"HBM: {found['hbm_bytes'] / 1e12:.3g} TB a device",
         "",
         *(layer_lines(found["layer"]) if found["layer"] else ["no loop over MoE layers"]),
         "",

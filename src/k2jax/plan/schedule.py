@@ -1,8 +1,8 @@
 """A compiled module's schedule played instruction by instruction: a model of its time, not a measurement.
 
-The main core runs its instructions in their order, each for the longer of its matmuls and its bytes at the chip's peaks.
-Collectives, copies to faster memory and SparseCore work beside it, from where they start to where the program waits for
-them. Each mesh axis has links of its own. What this leaves out makes it optimistic: vector units, latencies, SparseCore
+The main core runs its instructions in their order, each for the longer of its matmuls and its bytes at the chip's
+peaks. Collectives, copies to faster memory and SparseCore work beside it, from where they start to where the program
+waits for them. Each mesh axis has links of its own. What this leaves out makes it optimistic: vector units, latencies, SparseCore
 and links taking bandwidth from the core, imbalance between devices.
 """
 
