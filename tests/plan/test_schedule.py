@@ -115,6 +115,18 @@ def test_loops_and_collectives_of_sparsecore():
     assert (name, transfer.name, transfer.is_async, runs) == ("body", "u", True, 5)
 
 
+def test_sparsecore_begins_with_its_update():
+    """What stands between a start without inputs and its update may make the inputs, so it hides nothing."""
+    lines = [
+        "s = ((), (), s32[]) custom-call-start(), called_computations={%inner}",
+        f"d = {DOT}",
+        "u = ((f32[250000]{0}), f32[2000000]{0}, s32[]) custom-call-update(%s, %a)",
+        f"c = {COPY}",
+        "e = f32[2000000]{0} custom-call-done(%u)",
+    ]
+    assert [played(*lines, before=LOOP).seconds] == ms(DOT_MS + GATHER_MS)
+
+
 def test_sparsecore():
     """Half a megabyte read and written beside the core, at a share of the memory's bandwidth."""
     lines = [
@@ -170,7 +182,7 @@ NESTED = """\
 
 
 def test_loops_that_data_decides():
-    """One inside another of 16 turns is taken as causal attention's, 1 to 16 turns; one alone turns once, and is told."""
+    """One inside another of 16 turns is taken as causal attention's, 1 to 16 turns; one alone turns once."""
     outer = 'w = (s32[], s32[]) while(%a), condition=%more, body=%rows, backend_config={"known_trip_count":{"n":"16"}}'
     alone = "v = (s32[], s32[]) while(%a), condition=%more, body=%turn"
     assert [played(outer, before=NESTED).seconds] == ms(sum(range(1, 17)))

@@ -26,8 +26,8 @@ class Chip(NamedTuple):
 # By jax's name of the kind, a GPU's by its beginning. TPU: Google Cloud's pages of each generation (peak, HBM); one-way
 # bandwidth of a link from the table of "How to Scale Your Model" (jax-ml.github.io/scaling-book, part 2); rings: v4 and
 # v5p by cubes of 4 x 4 x 4 chips, v5e and v6e by the pod's full 16. A TPU7x chip is two devices: half of its figures,
-# links too. GPU: NVIDIA's data sheets of H100 SXM, H200 SXM and GB200 NVL72, dense; NVLink 4 and 5: 900 and 1,800 GB/s both ways;
-# a card of 400 Gb/s for each GPU, as in DGX H100 and GB200 NVL72.
+# links too. GPU: NVIDIA's data sheets of H100 SXM, H200 SXM and GB200 NVL72, dense; NVLink 4 and 5: 900 and 1,800 GB/s
+# both ways; a card of 400 Gb/s for each GPU, as in DGX H100 and GB200 NVL72.
 CHIPS = {
     "TPU v4": Chip(275e12, 1.228e12, 4.5e10, wraps=4),
     "TPU v5 lite": Chip(197e12, 0.819e12, 4.5e10, wraps=16),
@@ -118,6 +118,8 @@ def _rings(mesh: jax.sharding.Mesh, dim: int, chip: Chip) -> tuple[Ring, ...]:
     first = mesh.devices[tuple(slice(None) if d == dim else 0 for d in range(mesh.devices.ndim))]
     values = [{device.coords[at] for device in first} for at in range(len(first[0].coords))]
     whole = [len({device.coords[at] for device in mesh.devices.flat}) for at in range(len(values))]
+    if first.size % math.prod(map(len, values)):  # neighbours that are none in the torus, as in slices of 8 chips
+        return (Ring(first.size, False),)
     return tuple(
         Ring(len(own), len(own) == size and size % chip.wraps == 0)
         for own, size in zip(values, whole, strict=True)

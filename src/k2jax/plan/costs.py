@@ -1,6 +1,6 @@
 """Work of single HLO instructions: FLOPs of matmuls, and the bytes that they move in a device's large memory.
 
-FLOPs are those of `dot` and `convolution`, in fusions too: on a TPU all else runs on other units and is bound by memory.
+FLOPs are those of `dot` and `convolution`, in fusions too: on a TPU all else runs on other units and is memory-bound.
 Bytes are the operands and results that stand outside of VMEM, each once. Of what is sliced, gathered or updated in
 place only the touched part counts. Padding by tiles does not count, nor does what caches save.
 """

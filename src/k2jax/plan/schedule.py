@@ -2,8 +2,8 @@
 
 The main core runs its instructions in their order, each for the longer of its matmuls and its bytes at the chip's
 peaks. Collectives, copies to faster memory and SparseCore work beside it, from where they start to where the program
-waits for them. Each mesh axis has links of its own. What this leaves out makes it optimistic: vector units, latencies, SparseCore
-and links taking bandwidth from the core, imbalance between devices.
+waits for them. Each mesh axis has links of its own. What this leaves out makes it optimistic: vector units, latencies,
+SparseCore and links taking bandwidth from the core, imbalance between devices.
 """
 
 from collections import Counter
@@ -131,14 +131,29 @@ class _Player:
         elif one.opcode.endswith("-done"):
             self._finish(one.operands[0])
         elif one.opcode.endswith("-update"):
-            if one.operands[0] in self.running:
-                self.running[one.name] = self.running.pop(one.operands[0])
+            self._update(one)
+        elif one.opcode.endswith("-start") and not one.operands:
+            pass  # SparseCore's: it is given its inputs, and begins, by its update
         elif (collective := self.schedule.collective_of(self.computation, one)) is not None:
             self._communicate(one, collective)
         elif one.opcode.endswith("-start"):
             self._start(one)
         else:
             self._compute(self.schedule.work(self.computation, one))
+
+    def _update(self, one: Instruction) -> None:
+        """Begin what was started without inputs, or go on under another name."""
+        start = self.computation.by_name[one.operands[0]]
+        if start.operands:
+            if start.name in self.running:
+                self.running[one.name] = self.running.pop(start.name)
+            return
+        collective = self.schedule.collective_of(self.computation, start)
+        if collective is not None:
+            self._communicate(start, collective)
+        else:
+            self._start(start)
+        self.running[one.name] = self.running.pop(start.name)
 
     def _call(self, one: Instruction) -> None:
         callees = [callee for callee in self.schedule.module.callees(one)]
