@@ -19,7 +19,7 @@ from k2jax.config import Config, DataConfig, ModelConfig, TrainConfig  # noqa: E
 from k2jax.model.transformer import declarations  # noqa: E402
 from k2jax.model.weights import weight_leaves
 from k2jax.plan.aot import communication, compile_step  # noqa: E402
-from k2jax.plan.hlo import collectives  # noqa: E402
+from k2jax.plan.collectives import collectives  # noqa: E402
 from k2jax.plan.topology import topology_mesh  # noqa: E402
 from k2jax.sharding.mesh import mesh_of  # noqa: E402
 from k2jax.train.banner import bytes_per_device  # noqa: E402

@@ -5,7 +5,7 @@ import optax
 
 from k2jax.config import Config
 from k2jax.plan.aot import beyond_exchanges
-from k2jax.plan.hlo import collectives
+from k2jax.plan.collectives import collectives
 from k2jax.train.optimizer import make_optimizer
 from k2jax.train.state import abstract_state
 

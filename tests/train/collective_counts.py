@@ -13,7 +13,7 @@ import jax
 
 import k2jax
 from k2jax.config import Config, DataConfig, ModelConfig, TrainConfig
-from k2jax.plan.hlo import Collective, collectives
+from k2jax.plan.collectives import Collective, collectives
 from k2jax.train.compile_step import lower_step
 
 FOLDER = Path(__file__).parent / "golden"

@@ -17,7 +17,7 @@ from k2jax.model.pipeline import pipelined
 from k2jax.model.rope import make_rope
 from k2jax.model.transformer import build_model, declarations, init_router_bias
 from k2jax.model.weights import Stack, Weight
-from k2jax.plan.hlo import collectives
+from k2jax.plan.collectives import collectives
 from k2jax.runs.folder import write_config
 from k2jax.sharding.place import place
 from k2jax.train.compile_step import abstract_batch

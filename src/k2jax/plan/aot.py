@@ -12,8 +12,10 @@ import jax
 from k2jax.config import Config
 from k2jax.errors import RunFailed
 from k2jax.optim.spread import chunks
-from k2jax.plan.hlo import Collective, collectives, slice_exchanges
+from k2jax.plan.chips import is_known
+from k2jax.plan.collectives import Collective, collectives, part_of, slice_exchanges
 from k2jax.plan.muon_work import muon_assignments
+from k2jax.plan.program_report import describe_program, program_lines
 from k2jax.plan.topology import MEMORY_BYTES
 from k2jax.preflight.availability import check_kernels
 from k2jax.sharding.compile_options import options_without_device, refusing_options
@@ -24,7 +26,6 @@ from k2jax.train.banner import bytes_per_device
 from k2jax.train.batch import Batch
 from k2jax.train.compile_step import abstract_batch, lower_step
 from k2jax.train.state import TrainState
-from k2jax.train.step import OPTIMIZER_SCOPE
 
 GIB = 2**30
 
@@ -54,15 +55,6 @@ def memory_by_kind(state: TrainState, batch: Batch, compiled: jax.stages.Compile
         "host": found.host_temp_size_in_bytes + found.host_argument_size_in_bytes,
         "total": found.argument_size_in_bytes + found.temp_size_in_bytes + outputs + program,
     }
-
-
-def part_of(collective: Collective) -> str:
-    """The part of the step that a collective belongs to, by jax's name for it."""
-    if OPTIMIZER_SCOPE in collective.op_name:
-        return "optimizer"
-    if "transpose(jvp" in collective.op_name:
-        return "backward"
-    return "forward" if "jvp" in collective.op_name else "other"
 
 
 def communication(found: list[Collective]) -> list[dict]:
@@ -164,6 +156,12 @@ def step_collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     return collectives(text, inside) + slice_exchanges(text, crossed)
 
 
+def has_figures(mesh: jax.sharding.Mesh) -> bool:
+    """True if the program of such a mesh can be played: chips with known figures, in one slice if they are TPUs."""
+    first = mesh.devices.flat[0]
+    return is_known(first.device_kind) and (first.platform == "gpu" or math.prod(slices_along(mesh).values()) == 1)
+
+
 def describe_step(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str, str] | None = None) -> dict:
     """JSON values: what `k2jax plan` prints.
 
@@ -178,7 +176,8 @@ def describe_step(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str,
     memory = memory_by_kind(state, abstract_batch(config, mesh), compiled)
     check_fit(memory, kind)
     compile_seconds = time.monotonic() - started - lower_seconds
-    found = step_collectives(program_text(compiled), mesh)
+    text = program_text(compiled)
+    found = step_collectives(text, mesh)
     slices = slices_along(mesh)
     beyond = None  # libtpu does not say whence the collectives of several slices come
     if is_one_program(mesh):
@@ -198,6 +197,7 @@ def describe_step(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str,
         "memory_of_device": MEMORY_BYTES.get(kind),
         "communication": communication(found),
         "optimizer_beyond_exchanges": beyond,
+        "program": describe_program(text, config, mesh) if has_figures(mesh) else None,
     }
 
 
@@ -254,4 +254,5 @@ def plan_lines(found: dict) -> list[str]:
         *aligned(traffic),
         "",
         f"the optimizer's matrices: {matrices}",
+        *(["", *program_lines(found["program"])] if found["program"] else []),
     ]

@@ -1,229 +1,270 @@
-"""The communication of a compiled HLO module, read from its text: collectives, their mesh axes, how often they run."""
+"""A compiled HLO module read from its text: computations, instructions, arrays, how often each loop turns.
+
+In a scheduled module (`is_scheduled=true`, what compilers give) instructions stand in the order in which they run.
+"""
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
-
 # Above each: lines, or parts of lines, that it reads.
-# %ag = f32[4,16]{1,0} all-gather(%p), ...     %ar = (f32[], f32[1]) all-reduce-start(%x, %y), ...
-COLLECTIVE = re.compile(
-    r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all)(-start)?\("
-)
-# What an instruction may run besides itself: a loop's body, a branch, a fusion, an asynchronous operation.
-# %w = (s32[], f32[2]) while(%t), condition=%cond.3, body=%body.1     fusion(%p), kind=kLoop, calls=%fused.2
-CALLED = re.compile(r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
-# conditional(%i, %a, %b), branch_computations={%one.4, %two.5}
-BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-# bf16[4,16]{1,0}     f8e4m3fn[8]     s32[]
-ARRAY = re.compile(r"([a-z]+)(\d+)\w*\[([\d,]*)\]")
-# replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'a','b':(2)2}: over a, and over a part of b: two groups
-# of devices before it, 2 in it
-MESH_GROUPS = re.compile(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
-)
-# replica_groups=[4,2]<=[2,2,2]T(1,2,0): 0 to 7 as [2,2,2], its dims transposed, then cut into 4 groups of 2
-IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-# replica_groups={{0,1},{2,3}}, of which the first group tells the axes
-LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
-# source_target_pairs={{0,1},{1,0}}
-PAIRS = re.compile(r"source_target_pairs=\{\{(.*?)\}\}")
-# libtpu's exchange between slices, by the hosts' runtime: %send = (f32[64,8,128]{2,1,0}, u32[], token[]) send(%x, ...),
-# frontend_attributes={...,_xla_megascale_transfer_type="ALL_REDUCE"}. All other collectives stay in their slice.
-BETWEEN_SLICES = re.compile(r" = \((\w+\[[\d,]*\]).* send\(.*_xla_megascale_transfer_type=\"(\w+)\"")
+# bf16[4,16]{1,0:T(8,128)(2,1)S(1)}     f8e4m3fn[8]     s32[]     pred[2]
+ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+# the S(1) of a layout: the memory space, 0 where nothing is said
+SPACE = re.compile(r"S\((\d+)\)")
+#   ROOT %x.1 = f32[2]{0} add(     the name alone; types have parentheses of their own
+NAME = re.compile(r"\s*(ROOT )?%?([\w.-]+) = ")
+# }     }, execution_thread="sparsecore"     the end of a computation
+END = re.compile(r"\}(, .*)?")
+OPCODE = re.compile(r"([\w-]+)\(")
+OPERAND = re.compile(r"%([\w.-]+)")
+# What an instruction may run besides itself: a loop's body, a branch, a fusion, what is asynchronous or SparseCore's.
+# while(%t), condition=%cond.3, body=%body.1     fusion(%p), calls=%fused.2     call-start(%x), to_apply=%called.18
+CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
+# conditional(%i, %a), branch_computations={%one.4, %two.5}     custom-call-start(), called_computations={%called.19}
+CALLED_SETS = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
+OP_NAME = re.compile(r'op_name="([^"]*)"')
+TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+BITS = re.compile(r"\d+")
 
 
-class Collective(NamedTuple):
-    """One collective instruction of a module."""
+class Array(NamedTuple):
+    """One array of a type."""
 
-    kind: str  # "all-reduce" also where XLA reads part of its result alone, unless it fuses both: "reduce-scatter"
-    result: str  # its type: "f32[]", "(bf16[4,16], bf16[4,16])"
-    axes: tuple[str, ...]  # mesh axes along which its devices differ
-    repeated: bool  # whether it stands in a loop or a branch
-    runs: int | None  # in one run of the module; None where data decides, branches count as taken
-    op_name: str  # jax's name for where it comes from
-    is_started: bool = False  # asynchronous: its end is another instruction
+    dtype: str
+    dims: tuple[int, ...]
+    space: int  # memory space: 0 the device's large memory; on TPU 1 is VMEM, others are flags and scalars' memory
 
     @property
-    def has_matrix(self) -> bool:
-        """True if one of its arrays has two dims or more. XLA joins what is reduced: norms, and gains' gradients."""
-        return any(sum(dim > 1 for dim in dims) > 1 for _, dims in _arrays(self.result))
+    def size(self) -> int:
+        return math.prod(self.dims)
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole array on one device: of an all-gather's or all-reduce's result, of what a reduce-scatter takes.
-
-        An asynchronous one names what it takes beside what it gives: the larger is the array.
-        """
-        sizes = [math.prod(dims) * bits // 8 for bits, dims in _arrays(self.result)]
-        return max(sizes) if self.is_started else sum(sizes)
+        """Without what tiling pads. A pred is a byte; a token or an opaque value has none."""
+        bits = BITS.search(self.dtype)
+        return self.size * (int(bits[0]) if bits else 8 * (self.dtype == "pred")) // 8
 
 
-def _arrays(kind: str) -> list[tuple[int, list[int]]]:
-    """(bits of an element, dims) of each array of a type; pred is 8 bits."""
-    found = [(int(m[2]), [int(d) for d in m[3].split(",") if d]) for m in ARRAY.finditer(kind)]
-    return found + [(8, [int(d) for d in m.split(",") if d]) for m in re.findall(r"\bpred\[([\d,]*)\]", kind)]
-
-
-def _ints(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def _order(dims: str, permutation: str | None) -> np.ndarray:
-    """Device numbers of [dims], its dims then transposed."""
-    devices = np.arange(math.prod(_ints(dims))).reshape(_ints(dims))
-    return devices.transpose(_ints(permutation)) if permutation else devices
-
-
-def _first_group(line: str) -> np.ndarray | None:
-    """Device numbers of a collective's first group; None where the line says nothing of groups: all devices."""
-    if match := MESH_GROUPS.search(line):
-        names, sizes = zip(*(entry.rsplit("=", 1) for entry in match[1].split(",")), strict=True)
-        devices = _order(match[2] or ",".join(sizes), match[3])
-        over = re.findall(r"'[^']+'(?::\(\d+\)\d+)?", match[4])
-        shape, kept = [], []
-        for name, size in zip(names, map(int, sizes), strict=True):
-            part = next((re.search(r":\((\d+)\)(\d+)", entry) for entry in over if entry.startswith(f"{name}:")), None)
-            before, own = (int(part[1]), int(part[2])) if part else (1, size)
-            shape += [before, own, size // (before * own)]
-            kept += [False, part is not None or name in over, False]
-        return devices.reshape(shape)[tuple(slice(None) if keep else 0 for keep in kept)].reshape(-1)
-    if match := IOTA_GROUPS.search(line):
-        return _order(match[2], match[3]).reshape(_ints(match[1]))[0]
-    match = LISTED_GROUPS.search(line)
-    return np.array(_ints(match[1])) if match else None
-
-
-def _axes(line: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """The mesh axes that a collective's line goes over."""
-    shape = tuple(sizes.values())
-    if pairs := PAIRS.search(line):
-        ends = np.array([_ints(pair) for pair in pairs[1].split("},{")])
-        source, target = (np.array(np.unravel_index(side, shape)) for side in ends.T)
-        differs = (source != target).any(1)
-    else:
-        group = _first_group(line)
-        group = np.arange(math.prod(shape)) if group is None else group
-        differs = np.ptp(np.array(np.unravel_index(group, shape)), 1) > 0
-    return tuple(axis for axis, differ in zip(sizes, differs, strict=True) if differ)
-
-
-def _computations(text: str) -> dict[str, list[str]]:
-    """The lines of each computation of an HLO module, by its name; the entry's is ""."""
-    found, name = {}, None
-    for line in text.splitlines():
-        if line.endswith("{") and " -> " in line:
-            name = "" if line.startswith("ENTRY ") else line.split()[0].lstrip("%")
-            found[name] = []
-        elif name is not None:
-            found[name].append(line)
+def arrays(kind: str) -> list[Array]:
+    """The arrays of a type such as "f32[]" or "(bf16[4,16]{1,0:S(1)}, s32[2])", those of inner tuples too."""
+    found = []
+    for dtype, dims, layout in ARRAY.findall(kind):
+        space = SPACE.search(layout)
+        found.append(Array(dtype, tuple(int(d) for d in dims.split(",") if d), int(space[1]) if space else 0))
     return found
 
 
-def _called(line: str) -> list[str]:
-    branches = [name.strip().lstrip("%") for match in BRANCHES.findall(line) for name in match.split(",")]
-    return CALLED.findall(line) + branches
+def num_bytes(kind: str) -> int:
+    return sum(array.num_bytes for array in arrays(kind))
 
 
-def _value(lines: list[str], name: str) -> int | None:
-    """The integer constant that `name` is in a computation, None where it is something else."""
-    return next(
-        (int(m[1]) for line in lines if (m := re.search(rf"%?{re.escape(name)} = \w+\[\]\S* constant\((\d+)\)", line))),
-        None,
+@dataclass(frozen=True, eq=False)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    kind: str  # its type: "f32[]", "(bf16[4,16]{1,0}, bf16[4,16]{1,0})"
+    opcode: str
+    operands: tuple[str, ...]
+    literal: str  # what stands for operands in a parameter or constant
+    attributes: str
+    is_root: bool
+
+    @cached_property
+    def arrays(self) -> list[Array]:
+        return arrays(self.kind)
+
+    @cached_property
+    def op_name(self) -> str:
+        """jax's name for where it comes from; "" where XLA gives none."""
+        match = OP_NAME.search(self.attributes)
+        return match[1] if match else ""
+
+    @cached_property
+    def callees(self) -> tuple[str, ...]:
+        sets = (name.strip().lstrip("%") for names in CALLED_SETS.findall(self.attributes) for name in names.split(","))
+        return (*CALLED.findall(self.attributes), *filter(None, sets))
+
+    def attribute(self, key: str) -> str | None:
+        """The value of `key=value` or of `key={value}`."""
+        match = re.search(rf"\b{key}=(?:\{{([^}}]*)\}}|%?([\w.-]+))", self.attributes)
+        return match and (match[2] if match[1] is None else match[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Computation:
+    """Instructions in the order of the text."""
+
+    name: str
+    instructions: list[Instruction] = field(default_factory=list)
+
+    @cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        return {one.name: one for one in self.instructions}
+
+    @cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """The instructions that read each one, once each."""
+        found = {one.name: [] for one in self.instructions}
+        for one in self.instructions:
+            for operand in dict.fromkeys(one.operands):
+                found.setdefault(operand, []).append(one)
+        return found
+
+    @cached_property
+    def root(self) -> Instruction:
+        return next(one for one in self.instructions if one.is_root)
+
+    @cached_property
+    def parameters(self) -> dict[int, Instruction]:
+        return {int(one.literal): one for one in self.instructions if one.opcode == "parameter"}
+
+    def operands_of(self, one: Instruction) -> list[Instruction]:
+        """Instructions that `one` reads, once each, as far as they stand here."""
+        return [self.by_name[name] for name in dict.fromkeys(one.operands) if name in self.by_name]
+
+
+@dataclass(frozen=True, eq=False)
+class Module:
+    computations: dict[str, Computation]
+    entry: str
+
+    def callees(self, one: Instruction) -> list[Computation]:
+        return [self.computations[name] for name in one.callees if name in self.computations]
+
+    def inside(self, one: Instruction) -> Iterator[tuple[Computation, Instruction]]:
+        """All instructions that `one` runs, however deep, and where they stand; not itself."""
+        for callee in self.callees(one):
+            for inner in callee.instructions:
+                yield callee, inner
+                yield from self.inside(inner)
+
+
+def _closing(text: str, start: int) -> int:
+    """Index of the parenthesis that closes the one at `start`."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.start()
+    return len(text)
+
+
+def _instruction(line: str) -> Instruction | None:
+    name = NAME.match(line)
+    if name is None:
+        return None
+    start = name.end()
+    end = _closing(line, start) + 1 if line[start : start + 1] == "(" else line.find(" ", start)
+    opcode = OPCODE.match(line, end + 1)
+    if end < 0 or opcode is None:
+        return None
+    closing = _closing(line, opcode.end() - 1)
+    inside, is_leaf = line[opcode.end() : closing], opcode[1] in ("parameter", "constant")
+    operands = () if is_leaf else tuple(OPERAND.findall(inside))
+    return Instruction(
+        name[2], line[start:end], opcode[1], operands, inside if is_leaf else "", line[closing + 1 :], bool(name[1])
     )
 
 
-def _operands(lines: list[str], name: str) -> list[str]:
-    """Names of the operands of the instruction `name`."""
-    line = next(line for line in lines if re.match(rf"\s*(?:ROOT )?%?{re.escape(name)} = ", line))
-    inside = re.search(r"[\w-]+\((%[^()]*)\)", line.split(" = ", 1)[1])
-    return [operand.split()[-1].lstrip("%") for operand in inside[1].split(",")] if inside else []
+def _lines(text: str) -> Iterator[str]:
+    """The lines of a text. An attribute may hold line breaks of its own, as tokamax's kernel_metadata does."""
+    pending = ""
+    for line in text.splitlines():
+        if pending and line and not NAME.match(line) and not END.fullmatch(line):
+            pending += line
+            continue
+        if pending:
+            yield pending
+        pending = line if NAME.match(line) else ""
+        if not pending:
+            yield line
+    if pending:
+        yield pending
 
 
-def _turns(line: str, caller: list[str], condition: list[str]) -> int | None:
-    """Trip count of the loop of a `while` line, if XLA states it or a constant bounds it; None if data decides."""
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
-        return int(known[1])
-    root = next((x for x in condition if "ROOT" in x and " compare(" in x and "direction=LT" in x), None)
-    if root is None:
+def parse(text: str) -> Module:
+    """A module of `compiled.as_text()`."""
+    computations, current, entry = {}, None, ""
+    for line in _lines(text):
+        if line.endswith("{") and " -> " in line and not line.startswith(" "):
+            words = line.split()
+            name = words[words[0] == "ENTRY"].lstrip("%")
+            entry = name if words[0] == "ENTRY" else entry
+            current = computations[name] = Computation(name)
+        elif current is not None and (one := _instruction(line)):
+            current.instructions.append(one)
+    return Module(computations, entry)
+
+
+def _constant(computation: Computation, name: str) -> int | None:
+    """The integer that `name` is, through copies; None where it is something else."""
+    one = computation.by_name.get(name)
+    while one is not None and one.opcode in ("copy", "bitcast", "copy-done", "copy-start") and one.operands:
+        one = computation.by_name.get(one.operands[0])
+    is_number = one is not None and one.opcode == "constant" and re.fullmatch(r"-?\d+", one.literal)
+    return int(one.literal) if is_number else None
+
+
+def _bound(module: Module, caller: Computation, loop: Instruction) -> tuple[Computation, str] | None:
+    """Where the number stands below which a loop's counter must be: in its condition, or among what it is given."""
+    condition = module.computations[loop.attribute("condition")]
+    compare = next((one for one in condition.instructions if one.is_root), None)
+    if compare is None or compare.opcode != "compare" or "direction=LT" not in compare.attributes:
         return None
-    bound = re.search(r" compare\(([^()]*)\)", root)[1].split(",")[1].split()[-1].lstrip("%")
-    if (value := _value(condition, bound)) is not None:
-        return value
-    place = next((re.search(rf"%?{re.escape(bound)} = .*get-tuple-element\(.*index=(\d+)", x) for x in condition
-                  if re.match(rf"\s*%?{re.escape(bound)} = ", x)), None)  # fmt: skip
-    carried = _operands(caller, re.search(r" while\((?:[^()%]*)%?([\w.-]+)\)", line)[1])
-    return _value(caller, carried[int(place[1])]) if place and carried else None
+    name = compare.operands[1]
+    if condition.by_name[name].opcode != "get-tuple-element":
+        return condition, name
+    given = caller.by_name.get(loop.operands[0])
+    if given is None or given.opcode != "tuple":
+        return None
+    return caller, given.operands[int(condition.by_name[name].attribute("index"))]
 
 
-class _Call(NamedTuple):
+def turns(module: Module, caller: Computation, loop: Instruction) -> int | None:
+    """Trip count of a `while`, if XLA states it or a constant bounds it; None if data decides."""
+    if known := TRIP_COUNT.search(loop.attributes):
+        return int(known[1])
+    bound = _bound(module, caller, loop)
+    return bound and _constant(*bound)
+
+
+def most_turns(module: Module, caller: Computation, loop: Instruction) -> int | None:
+    """The larger trip count of a loop that runs one of two, as each device's number decides; None of another one."""
+    bound = _bound(module, caller, loop)
+    one = bound and bound[0].by_name.get(bound[1])
+    if one is None or one.opcode != "select":
+        return None
+    choices = [_constant(bound[0], name) for name in one.operands[1:]]
+    return None if None in choices else max(choices)
+
+
+class Call(NamedTuple):
     """The calls of a computation, taken over all its callers."""
 
-    runs: int | None
-    repeated: bool
-    op_name: str
+    runs: int | None  # in one run of the module; None where data decides, branches count as taken
+    repeated: bool  # whether it stands in a loop or a branch
+    op_name: str  # of a caller
 
 
-def _op_name(line: str) -> str:
-    match = re.search(r'op_name="([^"]*)"', line)
-    return match[1] if match else ""
-
-
-def _calls(computations: dict[str, list[str]]) -> dict[str, _Call]:
+def calls(module: Module) -> dict[str, Call]:
     """Every computation that runs, with its callers' runs summed up. The call graph has no cycles and is small."""
     found = {}
-    todo = [("", _Call(1, False, ""))]
+    todo = [(module.entry, Call(1, False, ""))]
     while todo:
         name, call = todo.pop()
-        before = found.get(name, _Call(0, False, ""))
+        before = found.get(name, Call(0, False, ""))
         total = None if None in (before.runs, call.runs) else before.runs + call.runs
-        found[name] = _Call(total, before.repeated or call.repeated, call.op_name)
-        for line in computations[name]:
-            condition = re.search(r" while\(.*condition=%?([\w.-]+)", line)
-            turns = _turns(line, computations[name], computations[condition[1]]) if condition else 1
-            runs = None if None in (turns, call.runs) else turns * call.runs
-            repeated = call.repeated or bool(condition) or " conditional(" in line
-            todo += [(callee, _Call(runs, repeated, _op_name(line))) for callee in _called(line)]
+        found[name] = Call(total, before.repeated or call.repeated, call.op_name)
+        computation = module.computations[name]
+        for one in computation.instructions:
+            is_loop = one.opcode == "while"
+            count = turns(module, computation, one) if is_loop else 1
+            runs = None if None in (count, call.runs) else count * call.runs
+            repeated = call.repeated or is_loop or one.opcode == "conditional"
+            todo += [(callee.name, Call(runs, repeated, one.op_name)) for callee in module.callees(one)]
     return found
-
-
-def collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
-    """All of an HLO module that was compiled for a mesh with axes of these sizes.
-
-    A module for several TPU slices is the program of one: sizes are those inside it, and what crosses is not here.
-    """
-    computations = _computations(text)
-    found = []
-    for name, call in _calls(computations).items():
-        fused = name.startswith("all-reduce-scatter")  # libtpu's: an all-reduce of which a slice is kept
-        for line in computations[name]:
-            if match := COLLECTIVE.search(line):
-                kind = "reduce-scatter" if fused else match[2]
-                origin = _op_name(line) or call.op_name
-                found.append(
-                    Collective(kind, match[1], _axes(line, sizes), call.repeated, call.runs, origin, bool(match[3]))
-                )
-    return found
-
-
-def slice_exchanges(text: str, axes: tuple[str, ...]) -> list[Collective]:
-    """All that crosses between the TPU slices of an HLO module; the slices are counted along these mesh axes.
-
-    Kinds are "all-reduce between slices" and the like; their bytes are what a device sends of its own.
-    """
-    computations = _computations(text)
-    return [
-        Collective(
-            f"{match[2].lower().replace('_', '-')} between slices",
-            match[1],
-            axes,
-            call.repeated,
-            call.runs,
-            _op_name(line) or call.op_name,
-        )
-        for name, call in _calls(computations).items()
-        for line in computations[name]
-        if (match := BETWEEN_SLICES.search(line))
-    ]
