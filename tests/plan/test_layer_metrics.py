@@ -9,13 +9,13 @@ import pytest
 
 from k2jax.config import Config, DataConfig, MeshConfig, TrainConfig
 from k2jax.errors import UserError
-from k2jax.plan.aot import lower_step
 from k2jax.plan.chips import Chip, Network, Ring
 from k2jax.plan.layer_metrics import LayerMetrics, moe_flops_per_token
 from k2jax.plan.layer_program import lower_layers
 from k2jax.plan.program import Program
 from k2jax.sharding.mesh import make_mesh
 from k2jax.sharding.names import AXES
+from k2jax.train.compile_step import lower_step
 
 K2 = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "k2_1t.py"))["config"]()
 EXPERT = "replica_groups=mesh['fsdp'=16,'expert'=64] {'expert'}"
