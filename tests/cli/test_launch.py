@@ -6,12 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from k2jax.cli.main import _parser, main
+from k2jax.launch.local import free_port
 from k2jax.launch.manifest import command_problems
 
 ROOT = Path(__file__).parents[2]
@@ -44,13 +46,15 @@ def recorder(program: Path, code: int) -> Path:
 
 
 def test_two_processes_of_k2jax(capfd, tmp_path, monkeypatch):
-    """Both refuse a config that is not there; the launcher ends with their exit code."""
+    """Both refuse a config that is not there, at once; the launcher ends with their exit code."""
+    started = time.monotonic()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     assert (
         main(["launch", "local", "-n", "2", "--log-dir", "logs", "--", "train", "missing.py", "--mesh.fsdp", "2"]) == 2
     )
     out, err = capfd.readouterr()
+    assert time.monotonic() - started < 10
     for index in range(2):
         lines = [line for line in out.splitlines() if line.startswith(f"[{index}] ")]
         assert lines[0] == f"[{index}] k2jax train: 1 problem" and "missing.py" in lines[1]
@@ -58,6 +62,24 @@ def test_two_processes_of_k2jax(capfd, tmp_path, monkeypatch):
     assert re.match(
         r"k2jax launch local: process [01] failed first, with exit code 2 after [\d.]+ s; its last lines:\n\[", err
     )
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_config_that_one_process_alone_has_not_ends_all_with_its_words(tmp_path, broken):
+    """It fails before it joins; the others, which wait for it in the roll call, would wait for minutes."""
+    (tmp_path / "c.py").write_text("from k2jax.config import Config\ndef config():\n    return Config()\n")
+    address = f"127.0.0.1:{free_port()}"
+    started, running = time.monotonic(), []
+    for index in range(3):
+        options = ["--coordinator", address, "--num-processes", "3", "--process-id", str(index), "--simulate", "1"]
+        argv = [sys.executable, "-m", "k2jax", "train", "absent.py" if index == broken else "c.py", *options]
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+        running.append(subprocess.Popen(argv, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True))
+    errors = [process.communicate(timeout=60)[1] for process in running]
+    assert [process.returncode for process in running] == [2, 2, 2] and time.monotonic() - started < 20
+    assert errors[broken].startswith("k2jax train: 1 problem\n  absent.py: no such config file\n")
+    name = rf"k2jax train: \d problems?\n  process {broken} on .* \(pid {running[broken].pid}\): absent.py: no such config file\n"
+    assert all(re.search(name, text) for index, text in enumerate(errors) if index != broken), errors
 
 
 @pytest.mark.parametrize("command", sorted(subcommands()))

@@ -71,6 +71,31 @@ def test_one_id_given_twice_and_another_count():
     }
 
 
+def failing(index: int, count: int, *failure: str) -> Caller:
+    return Caller(index, count, "here", 100 + index, failure)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_what_one_failed_with_before_it_came_is_told_to_all(number):
+    callers = [failing(i, 3, "a: 1", "b: 2") if i == number else caller(i, 3) for i in range(3)]
+    started = time.monotonic()
+    ended, _ = roll(callers, free_address(), 60)
+    name = f"process {number} on here (pid {100 + number})"
+    assert ended == dict.fromkeys(range(3), (f"{name}: a: 1", f"{name}: b: 2")) and time.monotonic() - started < 5
+
+
+def test_those_that_failed_alike_are_named_in_one_line():
+    ended, _ = roll([caller(0, 7), *(failing(i, 7, "a: 1") for i in range(1, 7))], free_address())
+    (problem,) = ended[0]
+    assert problem.startswith("process ") and problem.endswith(" and 2 more: a: 1") and problem.count("pid") == 4
+
+
+def test_a_failure_of_any_length_is_told():
+    problems = roll_call.told(1, ("x" * 100_000, *(f"field {i}" for i in range(30))))
+    ended, _ = roll([caller(0, 2), failing(1, 2, *problems)], free_address())
+    assert len(ended[0]) == 11 and "(the output of process 1 has it whole)" in ended[0][0] and "31 problems" in ended[0][10]
+
+
 def test_one_that_was_restarted_comes_again():
     address = free_address()
     first = threading.Thread(target=listen, args=(address, caller(0, 3), 10, print))
@@ -79,7 +104,7 @@ def test_one_that_was_restarted_comes_again():
         for _ in range(50):
             time.sleep(0.05)
             with socket.create_connection(split_address(address)) as connection:
-                connection.sendall(b'{"greeting": "k2jax roll call 1", "index": 1, "count": 3, "host": "x", "pid": 1}\n')
+                connection.sendall(b'{"greeting": "k2jax roll call 2", "index": 1, "count": 3, "host": "x", "pid": 1}\n')
                 connection.recv(1)
                 break
     ended, _ = roll([caller(1, 3), caller(2, 3)], address)  # the first is answered from the thread above
@@ -132,7 +157,7 @@ def test_noise_at_the_door_stops_nobody():
     address = free_address()
     first = threading.Thread(target=listen, args=(address, caller(0, 2), 10, print))
     first.start()
-    for noise in (b"\xff\xfe\n", b"[]\n", b'{"greeting": "k2jax roll call 1"}\n', b'{"greeting": 3}\n', b"GET / HTTP/1.0\r\n\r\n"):
+    for noise in (b"\xff\xfe\n", b"[]\n", b'{"greeting": "k2jax roll call 2"}\n', b'{"greeting": 3}\n', b"GET / HTTP/1.0\r\n\r\n"):
         for _ in range(40):
             with contextlib.suppress(ConnectionRefusedError), socket.create_connection(split_address(address)) as connection:
                 connection.sendall(noise)

@@ -10,7 +10,7 @@ from k2jax import processes
 from k2jax.cli import audit, data, goodput, launch, model, plan, run, verify
 from k2jax.config import MeshConfig
 from k2jax.errors import RunFailed, UserError, exit_code
-from k2jax.launch.distributed import JOIN_SECONDS
+from k2jax.launch.distributed import JOIN_SECONDS, NotComing, decline
 
 _DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
 
@@ -216,7 +216,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if processes.count() > 1:
             processes.fail(error)
-        return _report(args.command, error)
+        code = _report(args.command, error)
+        if isinstance(error, NotComing):
+            decline(error, run.say)
+        return code
 
 
 def entry() -> None:

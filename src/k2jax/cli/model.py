@@ -7,7 +7,7 @@ from pathlib import Path
 
 from k2jax import processes
 from k2jax.cli.overrides import read_overrides
-from k2jax.cli.run import join_processes
+from k2jax.cli.run import before_joining, join_processes
 from k2jax.config import Config, MeshConfig
 from k2jax.errors import UserError
 from k2jax.launch.distributed import use_cpu_devices
@@ -58,7 +58,8 @@ def generate(args, rest: list[str]) -> int:
     """Print each prompt with its continuation."""
     from k2jax.inference import generate as generation
 
-    generation.check_sampling(args.tokens, args.temperature, args.seed)
+    with before_joining(args):
+        generation.check_sampling(args.tokens, args.temperature, args.seed)
     texts = generation.generate(_load(args, decodes=True), args.prompt, args.tokens, args.temperature, args.seed)
     return _print_and_leave("\n---\n".join(prompt + text for prompt, text in zip(args.prompt, texts, strict=True)))
 
@@ -71,7 +72,8 @@ def evaluate(args, rest: list[str]) -> int:
     if args.limit is not None and args.limit < 1:
         problems.append(f"--limit {args.limit}: must be at least 1")
     if problems:
-        raise UserError(*problems)
+        with before_joining(args):
+            raise UserError(*problems)
     if args.tasks:
         from k2jax.inference.lm_eval import run_tasks
 

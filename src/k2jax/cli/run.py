@@ -1,5 +1,6 @@
 """`k2jax train`."""
 
+import contextlib
 import os
 import shlex
 import sys
@@ -22,32 +23,42 @@ K2JAX_PROCESS_ID and K2JAX_SIMULATE stand for the options. --join-timeout S: pat
 --change-mixture lets a resumed run use other sources, weights or epochs; the steps done keep theirs."""
 
 
-def join_processes(args, stops_together: bool = False) -> None:
-    """Choose this process's devices and connect it with the others of its run, by the options and the environment."""
-    simulate = os.environ.get(distributed.SIMULATE) if args.simulate is None else args.simulate
-    if simulate is not None:
-        distributed.use_cpu_devices(simulate)
-    options = {
+def _membership_options(args) -> dict[str, object]:
+    return {
         distributed.COORDINATOR: args.coordinator,
         distributed.NUM_PROCESSES: args.num_processes,
         distributed.PROCESS_ID: args.process_id,
     }
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
-    distributed.join(options, os.environ, say, args.join_timeout, stops_together)
+def say(text: str) -> None:
+    """A line for the user that is no result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def before_joining(args) -> contextlib.AbstractContextManager[None]:
+    """Of a UserError inside, before `join_processes`, the other processes of the run are told."""
+    return distributed.before_joining(_membership_options(args), os.environ, args.join_timeout)
+
+
+def join_processes(args, stops_together: bool = False) -> None:
+    """Choose this process's devices and connect it with the others of its run, by the options and the environment."""
+    simulate = os.environ.get(distributed.SIMULATE) if args.simulate is None else args.simulate
+    if simulate is not None:
+        with before_joining(args):
+            distributed.use_cpu_devices(simulate)
+    distributed.join(_membership_options(args), os.environ, say, args.join_timeout, stops_together)
 
 
 def train(args, rest: list[str]) -> int:
     if args.config is None:
         print(TRAIN_USAGE)
         return 0 if {"-h", "--help"} & set(rest) else 2
-    config = load_config(args.config)
     if {"-h", "--help"} & set(rest):
-        print_fields(config, f"k2jax train {args.config}")
+        print_fields(load_config(args.config), f"k2jax train {args.config}")
         return 0
-    config = override(config, rest)
+    with before_joining(args):
+        config = override(load_config(args.config), rest)
     join_processes(args, stops_together=True)
     from k2jax.train.loop import run
 

@@ -3,19 +3,21 @@
 The processes come from the command line, from K2JAX_* variables, or from the cluster that started them.
 """
 
+import contextlib
 import ipaddress
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from k2jax import processes
 from k2jax.errors import UserError
-from k2jax.launch.roll_call import Caller, call, listen, split_address
+from k2jax.launch.roll_call import Caller, call, listen, split_address, told
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "K2JAX_COORDINATOR", "K2JAX_NUM_PROCESSES", "K2JAX_PROCESS_ID"
 SIMULATE = "K2JAX_SIMULATE"  # CPU devices of a process, as --simulate of its command
 JOIN_SECONDS = 600  # of a cold start: machines that boot, images that load
+_DECLINE_SECONDS = 60  # in which the others come to hear that a process will not join
 _LOOPBACK_SECONDS = 30  # a coordinator on this machine alone needs no machine to boot
 _HEARTBEAT_SECONDS = 30  # of silence until a process is given up; a garbage collector's or a disk's stall is shorter
 _SHUTDOWN_SECONDS = 120
@@ -178,8 +180,8 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _call_roll(part: Membership, seconds: float, say: Callable[[str], None]) -> None:
-    me = Caller(part.process_id, part.num_processes, socket.gethostname(), os.getpid())
+def _call_roll(part: Membership, seconds: float, say: Callable[[str], None], failure: tuple[str, ...] = ()) -> None:
+    me = Caller(part.process_id, part.num_processes, socket.gethostname(), os.getpid(), failure)
     loopback = _is_loopback(split_address(part.coordinator)[0])
     seconds = min(seconds, _LOOPBACK_SECONDS) if loopback else seconds
     try:
@@ -187,6 +189,40 @@ def _call_roll(part: Membership, seconds: float, say: Callable[[str], None]) -> 
     except UserError as error:
         hint = f"{part.coordinator} is this machine ({me.host}) alone: with other machines, give the address of process 0's"
         raise UserError(*error.problems, *([hint] if loopback else [])) from None
+
+
+class NotComing(UserError):
+    """What keeps a process from joining the others of its run: to be shown to its user first, then to them by `decline`."""
+
+    def __init__(self, part: Membership, seconds: float, *problems: str):
+        super().__init__(*problems)
+        self.part, self.seconds = part, seconds
+
+
+@contextlib.contextmanager
+def before_joining(options: Mapping[str, object], environ: Mapping[str, str], seconds: float) -> Iterator[None]:
+    """A UserError inside becomes NotComing if there are others. Arguments: as of `join`, which comes later."""
+    try:
+        yield
+    except UserError as error:
+        try:
+            part = membership(options, environ)
+        except UserError as another:
+            raise UserError(*error.problems, *another.problems) from None
+        if part is None or part.num_processes == 1:
+            raise
+        raise NotComing(part, seconds, *error.problems) from None
+
+
+def decline(error: NotComing, say: Callable[[str], None]) -> None:
+    """Tell the other processes why this one does not join them: they end with the same. Returns when they know.
+
+    Those that come later than in a minute hear nothing.
+    """
+    seconds = min(error.seconds, _DECLINE_SECONDS)
+    say(f"process {error.part.process_id} of {error.part.num_processes}: tells the others, {seconds:g} s at most")
+    with contextlib.suppress(UserError):  # this process's own problems, with those of others
+        _call_roll(error.part, seconds, say, told(error.part.process_id, error.problems))
 
 
 def join(

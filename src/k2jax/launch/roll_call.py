@@ -2,7 +2,8 @@
 
 jax.distributed ends a late, doubled or miscounted process by SIGABRT, and names none of them. So the first process
 listens at the coordinator's port, hears one line of JSON from each other one, and answers all of them alike: come in,
-or everything that is wrong. Then the port is free for jax.distributed.
+or everything that is wrong. Then the port is free for jax.distributed. A process that met a mistake of its own comes to
+the roll call as well, with its failure, so that the others need not wait for it.
 """
 
 import json
@@ -11,23 +12,28 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from k2jax.errors import UserError
+from k2jax.errors import UserError, first_of
 
-_GREETING = "k2jax roll call 1"
+_GREETING = "k2jax roll call 2"
 _NOTICE = 30  # seconds between two lines about those that are missing
 _GRACE = 10  # seconds in which late ones still hear what is wrong
-_LINE = 65_536  # most bytes of a line
+_LINE = 2**20  # most bytes of a line
+_LONGEST = 2000  # characters of a failure's problem that others hear
 _SILENCE = 20  # seconds after which what listens there is taken for another program
 
 
 @dataclass(frozen=True)
 class Caller:
-    """A process as it introduces itself. count: how many it was told there are."""
+    """A process as it introduces itself.
+
+    count: how many it was told there are. failure: why it will not take part, line by line; () if it will.
+    """
 
     index: int
     count: int
     host: str
     pid: int
+    failure: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"process {self.index} on {self.host} (pid {self.pid})"
@@ -41,9 +47,28 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _problems(callers: list[Caller], count: int) -> list[str]:
-    """Processes that share a number, or were told another count than the first."""
+def told(index: int, problems: tuple[str, ...]) -> tuple[str, ...]:
+    """The problems of process `index` as the others hear them."""
+    rest = f"... (the output of process {index} has it whole)"
+    return tuple(first_of([text if len(text) <= _LONGEST else text[:_LONGEST] + rest for text in problems]))
+
+
+def _failures(callers: list[Caller], most: int = 4) -> list[str]:
+    """What processes failed with, once for all that failed alike."""
+    alike: dict[str, list[Caller]] = {}
+    for caller in callers:
+        for problem in caller.failure:
+            alike.setdefault(problem, []).append(caller)
     problems = []
+    for problem, failed in alike.items():
+        rest = f" and {len(failed) - most} more" if len(failed) > most else ""
+        problems.append(f"{', '.join(map(str, failed[:most]))}{rest}: {problem}")
+    return problems
+
+
+def _problems(callers: list[Caller], count: int) -> list[str]:
+    """Failures of processes, numbers that they share, and counts that are not the first's."""
+    problems = _failures(callers)
     for number in sorted({caller.index for caller in callers}):
         same = [caller for caller in callers if caller.index == number]
         if len(same) > 1:
@@ -73,8 +98,9 @@ def _hear(connection: socket.socket) -> Caller | None:
             value = json.loads(file.readline(_LINE))
         if value.pop("greeting") != _GREETING:
             return None
-        caller = Caller(**value)
-        sound = all(type(v) is int for v in (caller.index, caller.count, caller.pid)) and isinstance(caller.host, str)
+        caller = Caller(**value | {"failure": tuple(value.get("failure", ()))})
+        texts, numbers = (caller.host, *caller.failure), (caller.index, caller.count, caller.pid)
+        sound = all(type(v) is int for v in numbers) and all(isinstance(v, str) for v in texts)
         return caller if sound else None
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
@@ -109,7 +135,7 @@ def _late(present: set[int], count: int, seconds: float) -> str:
 def _collect(server: socket.socket, me: Caller, deadline: float, seconds: float, say: Callable) -> tuple[list, list[str]]:
     """(connections of those that came, what is wrong) as soon as all are there, or something is wrong, or time is up."""
     waiting: list[tuple[socket.socket, Caller]] = []
-    notice, told_by = time.monotonic() + _NOTICE, None
+    notice, told_by = time.monotonic() + _NOTICE, deadline if me.failure else None
     while True:
         for entry in [entry for entry in waiting if _is_gone(entry[0])]:  # one that is restarted comes again
             entry[0].close()
