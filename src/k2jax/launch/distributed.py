@@ -192,7 +192,7 @@ def _call_roll(part: Membership, seconds: float, say: Callable[[str], None], fai
 
 
 class NotComing(UserError):
-    """What keeps a process from joining the others of its run: to be shown to its user first, then to them by `decline`."""
+    """A process that cannot join the others of its run: the problems are to be shown to its user first, then to them by `decline`."""
 
     def __init__(self, part: Membership, seconds: float, *problems: str):
         super().__init__(*problems)

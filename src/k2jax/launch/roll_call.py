@@ -54,7 +54,7 @@ def told(index: int, problems: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _failures(callers: list[Caller], most: int = 4) -> list[str]:
-    """What processes failed with, once for all that failed alike."""
+    """Failures of processes, those of all that failed alike in one line."""
     alike: dict[str, list[Caller]] = {}
     for caller in callers:
         for problem in caller.failure:
