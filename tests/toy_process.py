@@ -1,7 +1,11 @@
-"""A process without a model, for tests of k2jax.processes: toy_process.py ADDRESS COUNT INDEX WORK."""
+"""A process without a model, for tests of k2jax.processes: toy_process.py ADDRESS COUNT INDEX WORK, COUNT 0 for one alone."""
 
+import hashlib
+import itertools
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -10,6 +14,7 @@ from k2jax.config import Config, TrainConfig
 from k2jax.errors import RunFailed, UserError
 from k2jax.launch import distributed
 from k2jax.preflight.ranks import check_storage
+from k2jax.train.stop import StopRequest
 
 
 def talk() -> None:
@@ -92,6 +97,59 @@ def one_sees_an_old_listing() -> None:
     processes.leave()
 
 
+class Said:
+    """The outputs of a run, as far as StopRequest knows them."""
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+
+def send(number: int, *seconds: float) -> None:
+    """Signals to this process, after so many seconds each."""
+    for delay in seconds:
+        threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+
+
+def stay_out_of_python() -> None:
+    """As in a long step: nothing of Python runs in the main thread, no handler of a signal either."""
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+
+
+def one_is_told_to_stop() -> None:
+    """Steps that all do together, and one of them is told of twice, as schedulers do."""
+    stop = StopRequest()
+    stop.begin(Said())
+    if processes.index() == 1:
+        send(signal.SIGTERM, 1, 1.1, 2.5)
+    for step in itertools.count(20):
+        if stop.is_due(step):
+            break
+        processes.barrier("step")
+        time.sleep(0.05 * (processes.index() + 1))
+    time.sleep(2)
+    print(f"ended after {step}, {stop.signal}", flush=True)
+    stop.restore()
+    processes.leave()
+
+
+def one_is_interrupted_twice() -> None:
+    stop = StopRequest()
+    stop.begin(Said())
+    processes.barrier("ready")
+    if processes.index() == min(1, processes.count() - 1):  # the second, if there is one
+        send(signal.SIGINT, 1, 1.2, 3.5)
+    stay_out_of_python()
+
+
+def one_is_stopped_before_it_begins() -> None:
+    StopRequest()
+    processes.barrier("ready")
+    if processes.index() == 1:
+        send(signal.SIGTERM, 0.5)
+    processes.barrier("data")
+    stay_out_of_python()
+
+
 def one_is_late() -> None:
     if processes.index() != 1:
         processes.barrier("here", 2)
@@ -99,9 +157,10 @@ def one_is_late() -> None:
 
 if __name__ == "__main__":
     address, count, index, work = sys.argv[1:]
-    distributed.use_cpu_devices(1)
-    options = {"K2JAX_COORDINATOR": address, "K2JAX_NUM_PROCESSES": count, "K2JAX_PROCESS_ID": index}
-    distributed.join(options, {}, print)
+    if count != "0":
+        distributed.use_cpu_devices(1)
+        options = {"K2JAX_COORDINATOR": address, "K2JAX_NUM_PROCESSES": count, "K2JAX_PROCESS_ID": index}
+        distributed.join(options, {}, print)
     try:
         globals()[work]()
     except Exception as error:

@@ -13,8 +13,18 @@ class RunFailed(Exception):
     """A run that began well cannot go on. The CLI prints the message and exits with 1."""
 
 
+class Stopped(RunFailed):
+    """A run that signal `number` ended at once. The CLI prints the message and exits with 128 + number."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+
 def exit_code(error: BaseException) -> int:
-    """The command's exit code for an error that ends it: 2 if its user can correct it, 130 for Ctrl-C, else 1."""
+    """The command's exit code for an error that ends it: 2 if its user can correct it, 128 + n for signal n, else 1."""
+    if isinstance(error, Stopped):
+        return 128 + error.number
     return 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
 
 

@@ -28,7 +28,12 @@ _calls: Counter[str] = Counter()
 _watcher: threading.Thread | None = None
 _told = threading.Event()  # that another process failed, so that this one ends
 _last_words: Path | None = None
-_stop_polls = 0
+_STOP = "k2jax/stop"
+_stopper: threading.Thread | None = None
+_stopping = threading.Condition()  # guards what follows
+_polled = -1  # steps done when `stop_is_due` was last asked, and had not heard of a stop
+_asked = False  # by a process, to stop
+_stop_step: int | None = None  # steps done at the common end
 
 
 def index() -> int:
@@ -88,20 +93,70 @@ def on_first(name: str, function: Callable[[], object], seconds: float = WORK_PA
         try:
             outcome = {"value": function()}
         except (UserError, RunFailed) as error:
-            outcome = {"raised": type(error).__name__, "arguments": error.args if isinstance(error, RunFailed) else error.problems}
+            kind, arguments = ("UserError", error.problems) if isinstance(error, UserError) else ("RunFailed", error.args)
+            outcome = {"raised": kind, "arguments": arguments}
     outcome = gather(name, outcome, seconds)[0]
     if "raised" in outcome:
         raise {"UserError": UserError, "RunFailed": RunFailed}[outcome["raised"]](*outcome["arguments"])
     return outcome["value"]
 
 
-def stop_is_due() -> bool:
-    """True for all processes at the same call, soon after one of them got SIGTERM. To be called once every step."""
-    global _stop_polls
-    from jax.experimental import multihost_utils
+def _await(key: str) -> str | None:
+    """The value of `key` as soon as there is one, however late; None when the processes have parted."""
+    while True:
+        try:
+            return _client.blocking_key_value_get(key, 3_600_000)
+        except Exception as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                return None  # the client was shut down
 
-    _stop_polls += 1  # jax compares these numbers; from 1 on, in whatever step a run resumes
-    return multihost_utils.reached_preemption_sync_point(_stop_polls)
+
+def ask_to_stop() -> None:
+    """Let `stop_is_due` become true, in all processes; returns at once. In any thread."""
+    with contextlib.suppress(Exception):  # another was first
+        _client.key_value_set(_STOP, str(_index))
+
+
+def _agree_on_stop(say_step: Callable[[int], None]) -> None:
+    global _asked, _stop_step
+    if _await(_STOP) is None:
+        return
+    with _stopping:
+        _asked, polled = True, _polled  # from here on `stop_is_due` waits for the others' numbers
+    try:
+        steps = gather("stop", polled)
+    except Exception:  # `stop_is_due` tells, if this process still comes there
+        return
+    with _stopping:
+        _stop_step = max(steps) + 1  # none has begun the step after that
+        _stopping.notify_all()
+    say_step(_stop_step)
+
+
+def watch_for_stop(say_step: Callable[[int], None]) -> None:
+    """Begin to listen for `ask_to_stop`; of many processes in each.
+
+    say_step(step): called in a thread as soon as the common end is known, the number of steps that will then be done,
+    0 if none has begun.
+    """
+    global _stopper
+    _stopper = threading.Thread(target=_agree_on_stop, args=(say_step,), name="stop", daemon=True)
+    _stopper.start()
+
+
+def stop_is_due(step: int) -> bool:
+    """True in all processes at the same `step`, soon after one of them has called `ask_to_stop`.
+
+    step: steps done. To be called once before every step. RunFailed if a process does not answer.
+    """
+    global _polled
+    with _stopping:
+        if not _asked:
+            _polled = step
+            return False
+        if not _stopping.wait_for(lambda: _stop_step is not None, PATIENCE):
+            raise RunFailed(f"stop: not every process said within {PATIENCE} s which step it is in")
+        return step >= _stop_step
 
 
 def keep_last_words(folder: Path) -> None:
@@ -111,7 +166,7 @@ def keep_last_words(folder: Path) -> None:
 
 
 def _write_last_words(text: str) -> None:
-    if _last_words is None:
+    if _last_words is None or _client is None:
         return
     with contextlib.suppress(OSError):  # a full disk may be why it fails
         _last_words.mkdir(exist_ok=True)
@@ -120,7 +175,8 @@ def _write_last_words(text: str) -> None:
             file.write(f"{stamp} process {_index} of {_count}: {text}\n")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line on standard error, if that takes one."""
     with contextlib.suppress(OSError):  # so may a terminal or a reader of the output that has gone
         print(f"k2jax: {text}", file=sys.stderr)
 
@@ -130,27 +186,21 @@ def _end(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    if is_first():
+    if is_first() and _client is not None:
         time.sleep(2)  # the store lives here: without it the others abort before they have read why
     os._exit(code)
 
 
 def _watch() -> None:
     """End this process as soon as another one says why it failed, whatever the main thread is waiting for."""
-    while True:
-        try:
-            failure = json.loads(_client.blocking_key_value_get(_FAILURE, 3_600_000))
-        except Exception as error:
-            if "DEADLINE_EXCEEDED" in str(error):
-                continue
-            return  # the client was shut down
-        if failure["process"] == _index:
-            return
-        _told.set()
-        text = f"process {failure['process']} failed: {failure['why']}"
-        _say(f"{text}; process {_index} ends with it")
-        _write_last_words(text)
-        _end(failure["code"])
+    failure = json.loads(_await(_FAILURE) or "null")
+    if failure is None or failure["process"] == _index:
+        return
+    _told.set()
+    text = f"process {failure['process']} failed: {failure['why']}"
+    say(f"{text}; process {_index} ends with it")
+    _write_last_words(text)
+    _end(failure["code"])
 
 
 def joined(client, index: int, count: int) -> None:
@@ -162,7 +212,10 @@ def joined(client, index: int, count: int) -> None:
 
 
 def fail(error: BaseException) -> NoReturn:
-    """Say why this process fails, tell the others, and end it: they end within seconds, with the same exit code."""
+    """Say why this process fails, tell the others, and end it: they end within seconds, with the same exit code.
+
+    Without any clean-up, from whatever thread.
+    """
     why, code = str(error), exit_code(error)
     if isinstance(error, (UserError, RunFailed)):
         text = why
@@ -172,18 +225,20 @@ def fail(error: BaseException) -> NoReturn:
         text, why = "".join(traceback.format_exception(error)), f"{type(error).__name__}: {error}"
     with contextlib.suppress(Exception):  # another was first
         _client.key_value_set(_FAILURE, json.dumps({"process": _index, "why": why, "code": code}))
-    _say(f"process {_index}: {text}")  # after the others know: a terminal or disk may take no more, and wait
+    say(f"process {_index}: {text}" if _count > 1 else text)  # after the others know: a terminal or disk may take no more, and wait
     _write_last_words(text)
     _end(code)
 
 
 def leave() -> None:
     """Part from the others at a common end; returns when all have come. An interpreter that just ends may abort."""
-    global _client, _index, _count, _watcher
+    global _client, _index, _count, _watcher, _stopper, _polled, _asked, _stop_step
     if _client is None:
         return
     import jax
 
     jax.distributed.shutdown()
-    _watcher.join()
+    for thread in filter(None, (_watcher, _stopper)):
+        thread.join()
     _client, _index, _count, _watcher = None, 0, 1, None
+    _stopper, _polled, _asked, _stop_step = None, -1, False, None

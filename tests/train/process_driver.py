@@ -1,7 +1,8 @@
 """One process of a run, for tests: process_driver.py EVENT ARGUMENTS... runs the `k2jax` command.
 
 EVENT is `none`, or KIND:PROCESS:STEP, which happens in that process when it hands out the record of that step:
-term (SIGTERM), kill (SIGKILL), raise (an exception), full (a disk error), stop (SIGSTOP);
+term (SIGTERM), kill (SIGKILL), raise (an exception), full (a disk error), stop (SIGSTOP), bad (RunFailed), or in all
+processes, PROCESS -1, alike. With `bad` every save takes three seconds more;
 or KIND:PROCESS:save, eval, restore, compile: at the beginning of the first of these after step 0.
 """
 
@@ -9,12 +10,14 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import jax
 from jax._src import cache_key
 
 from k2jax import processes
 from k2jax.cli.main import main
+from k2jax.errors import RunFailed
 from k2jax.train import checkpoint, compile_cache, loop, start
 from k2jax.train.recorder import Recorder
 
@@ -28,11 +31,13 @@ def share_compiled_programs() -> None:
 
 
 def happen(kind: str, process: int) -> None:
-    if processes.index() != process:
+    if process not in (processes.index(), -1):
         return
     print(f"event {kind}", flush=True)
     if kind == "raise":
         raise ZeroDivisionError("as the test wants it")
+    if kind == "bad":
+        raise RunFailed("too many bad rows")
     if kind == "full":
         raise OSError(28, "No space left on device", "metrics.jsonl")
     os.kill(os.getpid(), {"term": signal.SIGTERM, "kill": signal.SIGKILL, "stop": signal.SIGSTOP}[kind])
@@ -76,6 +81,8 @@ if __name__ == "__main__":
     share_compiled_programs()
     if sys.argv[1] != "none":
         kind, process, moment = sys.argv[1].split(":")
+        if kind == "bad":
+            before(checkpoint, "file_digests", lambda folder, step, *_: step and time.sleep(3))
         at(moment, kind, int(process))
     sys.argv[1:] = sys.argv[2:]
     sys.exit(main())

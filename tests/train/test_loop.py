@@ -11,7 +11,7 @@ import jax
 import micro
 import pytest
 
-from k2jax.errors import UserError
+from k2jax.errors import RunFailed, UserError
 from k2jax.runs.goodput import account, read_starts
 from k2jax.runs.records import RecordFile, read_records
 from k2jax.sharding.mesh import single_device_mesh
@@ -241,3 +241,14 @@ def test_processes_compare_the_held_out_store_too(config, monkeypatch, patch, tm
     digest = asked[0]["digest of data.path"]
     assert asked[0] == {"digest of data.path": digest, "digest of data.validation_path": None}
     assert asked[1] == {"digest of data.path": digest, "digest of data.validation_path": digest}
+
+
+@pytest.mark.parametrize(("error", "waits"), [(RunFailed("bad rows"), True), (OSError(errno.ENOSPC, "full"), False)])
+def test_a_save_that_has_begun_is_ended_before_a_failure_that_breaks_nothing(config, monkeypatch, error, waits):
+    """For as long as a save may take; what another process may have broken ends this one at once."""
+    order = []
+    saver = types.SimpleNamespace(is_saving=lambda: True, join=lambda seconds: order.append(seconds))
+    outputs = types.SimpleNamespace(close=lambda: order.append("closed"))
+    monkeypatch.setattr(loop, "fail", lambda error: order.append(error))
+    loop.fail_with_others(types.SimpleNamespace(saver=saver, outputs=outputs, config=config), error)
+    assert order == [*[config.checkpoint.save_timeout_seconds] * waits, "closed", error]

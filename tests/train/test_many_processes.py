@@ -121,6 +121,17 @@ def test_what_one_fails_with_ends_all_by_its_name(place, event):
     assert why in words and f"process {process} of 2" in words
 
 
+@pytest.mark.parametrize("process", ["-1", pytest.param("1", marks=pytest.mark.grid)])
+def test_a_save_that_has_begun_is_committed_before_a_failure_ends_all(place, process):
+    """Of all processes alike, as by check_health, or of one while the other waits for it in the next step."""
+    name = f"bad{process}"
+    ended = many.train(place, 2, 2, *options(name, num_steps=400), "--mesh.expert", "4", event=f"bad:{process}:4")
+    assert ended.codes == [1, 1] and ended.seconds < 10, ended
+    failed = ended.outputs[abs(int(process))]
+    assert "too many bad rows; a save is under way, and is waited for, 1200 s at most" in failed, ended
+    assert (place / name / "checkpoints" / "4.json").exists() and "failed: too many bad rows" in "".join(ended.outputs)
+
+
 def doubled(lines):
     lines[2][lines[2].index("--process-id") + 1] = "1"
 

@@ -14,7 +14,7 @@ from k2jax.launch import distributed
 
 TRAIN_USAGE = """usage: k2jax train CONFIG [--simulate N] [--section.field value ...]
 
-Trains, or resumes the run in train.run_dir. Ctrl-C finishes the step, saves and prints how to resume.
+Trains, or resumes the run in train.run_dir. Ctrl-C finishes the step, saves and prints how to resume; again, it ends at once.
 CONFIG is a Python file with config(), such as configs/tiny.py; `k2jax train CONFIG --help` lists its fields.
 --simulate N runs on N CPU devices, even where there is an accelerator.
 --coordinator HOST:PORT --num-processes N --process-id I join N processes, on any number of hosts, to one run; without
@@ -41,13 +41,13 @@ def before_joining(args) -> contextlib.AbstractContextManager[None]:
     return distributed.before_joining(_membership_options(args), os.environ, args.join_timeout)
 
 
-def join_processes(args, stops_together: bool = False) -> None:
+def join_processes(args) -> None:
     """Choose this process's devices and connect it with the others of its run, by the options and the environment."""
     simulate = os.environ.get(distributed.SIMULATE) if args.simulate is None else args.simulate
     if simulate is not None:
         with before_joining(args):
             distributed.use_cpu_devices(simulate)
-    distributed.join(_membership_options(args), os.environ, say, args.join_timeout, stops_together)
+    distributed.join(_membership_options(args), os.environ, say, args.join_timeout)
 
 
 def train(args, rest: list[str]) -> int:
@@ -59,7 +59,7 @@ def train(args, rest: list[str]) -> int:
         return 0
     with before_joining(args):
         config = override(load_config(args.config), rest)
-    join_processes(args, stops_together=True)
+    join_processes(args)
     from k2jax.train.loop import run
 
     result = run(config, args.change_mixture)

@@ -230,11 +230,10 @@ def join(
     environ: Mapping[str, str],
     say: Callable[[str], None],
     seconds: float = JOIN_SECONDS,
-    stops_together: bool = False,
 ) -> None:
     """Connect this process with the others of its run, if it has any; before jax first looks for devices.
 
-    seconds: patience with those that are not there yet. stops_together: SIGTERM is left to `processes.stop_is_due`.
+    seconds: patience with those that are not there yet.
     Raises UserError, in every process that came, with those that are missing, doubled or miscounted.
     """
     part = membership(options, environ)
@@ -248,7 +247,8 @@ def join(
 
     from k2jax.sharding.gloo import sum_after_all_to_all
 
-    jax.config.update("jax_enable_preemption_service", stops_together)
+    # Its handler of SIGTERM would take the place of Python's, and says nothing: processes.stop_is_due stands for it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             part.coordinator,

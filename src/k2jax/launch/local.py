@@ -123,6 +123,7 @@ class _Supervisor:
     def __init__(self, ranks: list[_Rank], caught: list[int], grace: float):
         self.ranks, self.caught, self.grace = ranks, caught, grace
         self.stopped_by: int | None = None
+        self.hurried = False  # by a second signal
         self.broken: OSError | None = None  # output that could not be written
         self._failing = False
         self._due: list[tuple[float, int]] = []  # signals to send, and when
@@ -162,9 +163,9 @@ class _Supervisor:
             self._stop_in((self.grace, signal.SIGTERM), (2 * self.grace, signal.SIGKILL))
 
     def _failed(self) -> list[_Rank]:
-        """Ranks with another code than 0; SIGTERM's is no failure once all were sent it."""
-        fine = (None, 0) if self.stopped_by is None else (None, 0, 128 + signal.SIGTERM)
-        return [rank for rank in self.ranks if rank.code not in fine]
+        """Ranks with another code than 0; a signal's is no failure once all were sent it."""
+        sent = {128 + signal.SIGTERM: self.stopped_by is not None, 128 + signal.SIGINT: self.hurried}
+        return [rank for rank in self.ranks if rank.code not in (None, 0) and not sent.get(rank.code)]
 
     def _take_signals(self) -> None:
         while self.caught:
@@ -172,11 +173,13 @@ class _Supervisor:
             if self.stopped_by is None:
                 self.stopped_by = number
                 self._say(
-                    f"{signal.Signals(number).name}: SIGTERM to all processes; once more ends them in {self.grace:g} s"
+                    f"{signal.Signals(number).name}: SIGTERM to all processes; once more ends them without a save"
                 )
                 self._send(signal.SIGTERM)
             else:
-                self._say(f"{signal.Signals(number).name} again: SIGKILL in {self.grace:g} s")
+                self._say(f"{signal.Signals(number).name} again: SIGINT to all processes, SIGKILL in {self.grace:g} s")
+                self.hurried = True
+                self._send(signal.SIGINT)
                 self._stop_in((self.grace, signal.SIGKILL))
         while self._due and self._due[0][0] <= time.monotonic():
             self._send(self._due.pop(0)[1])
@@ -233,7 +236,7 @@ def supervise(
     Lines of stdout and stderr are shown whole, in the order in which they came; log_dir/rank-I.log gets the bytes of
     rank I as they are. When a rank fails, the others have `grace` seconds to end by themselves, then they get SIGTERM,
     and SIGKILL after `grace` more. SIGINT, SIGTERM or SIGHUP becomes SIGTERM for all, which trainers answer by saving;
-    the second one, SIGKILL after `grace`. What is in the ranks' process group outlives neither this call nor, by
+    the second one, SIGINT, which ends them at once, and SIGKILL after `grace`. What is in the ranks' process group outlives neither this call nor, by
     more than `grace`, this process. To be called in the main thread.
 
     Returns 0 if all did, else the exit code of the rank that failed first; 128 + n if signal n stopped all. Raises

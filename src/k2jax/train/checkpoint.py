@@ -15,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from k2jax.config import CheckpointConfig
 from k2jax.errors import RunFailed, first_of
-from k2jax.processes import count, gather, index, is_first
+from k2jax.processes import barrier, count, gather, index, is_first
 from k2jax.runs.commits import commit, committed_steps, file_digests, remove_step
 from k2jax.train.content import content_sums, name_of, named_digests
 from k2jax.train.restore import open_array, restore_items
@@ -124,6 +124,7 @@ class Saver:
         try:
             response.result(timeout=seconds)
             _commit(self._folder, step, items, sums, data_position, seconds)
+            barrier("committed", seconds)  # a process that ends now ends the first, which writes the record, with it
             if is_first():
                 self._prune()
         except BaseException as error:
@@ -141,10 +142,14 @@ class Saver:
             error, self._error = self._error, None
             raise RunFailed(f"checkpoint in {self._folder} could not be saved: {error}") from error
 
-    def join(self) -> None:
-        """Return when no save is under way, without raising: for the end of a run that failed elsewhere."""
+    def is_saving(self) -> bool:
+        """True while a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def join(self, seconds: float | None = None) -> None:
+        """Return when no save is under way, or after `seconds`; without raising, for a run that failed elsewhere."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
             self._thread = None
 
     def wait(self) -> None:

@@ -1,18 +1,18 @@
 """The training loop: build or restore; save if due, draw the batch, step, write the previous step's metrics."""
 
 import contextlib
-import os
-import signal
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import NoReturn
 
 import jax
 
 from k2jax.config import Config
 from k2jax.data.loader.batches import data_position, train_batches
 from k2jax.data.loader.rows import RowReader
+from k2jax.errors import RunFailed, UserError
 from k2jax.preflight.self_check import is_on, self_check
-from k2jax.processes import barrier, count, fail, is_joined, stop_is_due
+from k2jax.processes import barrier, count, fail, index, is_joined, say
 from k2jax.train.batch import BatchLayout
 from k2jax.train.compile_cache import compile_cache
 from k2jax.train.compile_step import CompiledStep, begin_compile
@@ -21,39 +21,10 @@ from k2jax.train.matmul_rate import matmul_seconds
 from k2jax.train.recorder import Recorder
 from k2jax.train.start import Run, open_run, start_state
 from k2jax.train.state import TrainState
+from k2jax.train.stop import StopRequest
 from k2jax.train.validate import bits_per_byte, make_evaluator
 
 COMPILE_SECONDS = 3600  # between the first process that has compiled the step and the last
-
-
-class StopRequest:
-    """Set by the first SIGINT or SIGTERM, which lets the step end; a second one acts as by default.
-
-    Of several processes one such signal stops all, after the same step, through jax.distributed, which has SIGTERM for
-    itself.
-    """
-
-    def __init__(self):
-        self.signal: int | None = None
-        if is_joined():
-            self._old = {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))}
-        else:
-            self._old = {s: signal.signal(s, self._set) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def _set(self, number, frame):
-        self.signal = number
-        self.restore()
-        print("stopping after this step; the same signal again stops at once", flush=True)
-
-    def is_due(self) -> bool:
-        """True if no step may follow, in all processes alike. To be asked once before every step."""
-        if is_joined() and self.signal is None and stop_is_due():
-            self.signal = signal.SIGTERM
-        return self.signal is not None
-
-    def restore(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -65,14 +36,31 @@ class Result:
     validation_bits_per_byte: float | None
 
 
+def fail_with_others(run: Run, error: Exception) -> NoReturn:
+    """End this process of many, and so all: at once, or if nothing is broken after a save that had begun.
+
+    All may fail alike, or this one alone, over a row of its own while the others wait for it in a step; their part of
+    the save goes on in its thread. Anything that is not ours to raise may be the end of another, who saves no more.
+    """
+    if isinstance(error, (UserError, RunFailed)) and run.saver.is_saving():
+        seconds = run.config.checkpoint.save_timeout_seconds
+        say(f"process {index()}: {error}; a save is under way, and is waited for, {seconds} s at most")
+        run.saver.join(seconds)
+    with contextlib.suppress(Exception):  # the disk that is full may be why this process fails
+        run.outputs.close()
+    fail(error)
+
+
 def run(config: Config, change_mixture: bool = False) -> Result:
     """Train `config` to its last step, from wherever its run directory stands.
 
     change_mixture: the sources, their weights and epochs may differ from those of the run until now.
     Raises UserError for what a user can correct before the first step, RunFailed if the run itself went wrong.
     """
+    early = StopRequest() if is_joined() else None  # of many, one that a signal just killed would be missed for long
     with open_run(config, change_mixture) as opened:
-        stop = StopRequest()
+        stop = early or StopRequest()
+        stop.begin(opened.outputs)
         try:
             if is_on(config):
                 opened.outputs.say(self_check(config, opened.mesh))
@@ -82,10 +70,8 @@ def run(config: Config, change_mixture: bool = False) -> Result:
                 compiling = begin_compile(config, opened.mesh) if steps_left else None
                 return train(opened, start_state(opened), compiling, stop)
         except Exception as error:
-            if count() > 1:  # at once: what is below waits for the others, who wait for this one
-                with contextlib.suppress(Exception):  # the disk that is full may be why this process fails
-                    opened.outputs.close()
-                fail(error)
+            if count() > 1:  # what is below would wait for the others, who wait for this one
+                fail_with_others(opened, error)
             raise
         finally:
             stop.restore()
@@ -119,7 +105,7 @@ def train(run: Run, state: TrainState, compiling: Future[CompiledStep] | None, s
             ledger.enter(step, rows["replaced"])
         return layout.split(rows)
 
-    stopped = step < num_steps and stop.is_due()
+    stopped = step < num_steps and stop.is_due(step)
     if step < num_steps and not stopped:
         batch = draw()
         with outputs.phase("compile", "compile") as said:
@@ -146,7 +132,7 @@ def train(run: Run, state: TrainState, compiling: Future[CompiledStep] | None, s
                 extra = {"validation_bits_per_byte": validation}
             recorder.hold(step - 1, metrics, extra)
             saver.poll()
-            stopped = step < num_steps and stop.is_due()
+            stopped = step < num_steps and stop.is_due(step)
         if step > first:
             save()
         with recorder.untimed("save stall"):
