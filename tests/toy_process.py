@@ -20,6 +20,7 @@ from k2jax.train.stop import StopRequest
 def talk() -> None:
     for turn in range(3):  # the names may be used again
         assert processes.gather("letters", chr(97 + processes.index()) * turn) == [chr(97 + i) * turn for i in range(processes.count())]
+    assert [len(text) for text in processes.gather("large", "x" * 2_000_000)] == [2_000_000] * 3  # gRPC's own bound: 4 MiB
     assert processes.on_first("first", lambda: {"pid": os.getpid()})["pid"] == processes.gather("pid", os.getpid())[0]
     for kind in (UserError, RunFailed):
         try:

@@ -78,10 +78,13 @@ def gather(name: str, value: object, seconds: float = PATIENCE) -> list:
     key = _key(name)
     _client.key_value_set(f"{key}/{_index}", json.dumps(value))
     barrier(name, seconds)
-    values = [json.loads(_client.blocking_key_value_get(f"{key}/{i}", 10_000)) for i in range(_count)]
+    entries = _client.key_value_dir_get(f"{key}/")  # one call, whatever the number of processes
+    values = {int(name.rpartition("/")[2]): json.loads(text) for name, text in entries}
     barrier(name, seconds)
     _client.key_value_delete(f"{key}/{_index}")  # a run of months gathers often
-    return values
+    if missing := [str(number) for number in range(_count) if number not in values]:
+        raise RunFailed(f"{name}: the store has lost the values of processes {', '.join(missing)}")
+    return [values[number] for number in range(_count)]
 
 
 def on_first(name: str, function: Callable[[], object], seconds: float = WORK_PATIENCE):
