@@ -200,8 +200,10 @@ def test_a_run_that_ends_well_in_spite_of_a_signal_is_done():
     assert process.returncode == 0
 
 
-def test_the_second_signal_ends_what_ignores_the_first():
-    script = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
+@pytest.mark.parametrize(("ignored", "code"), [("signal.SIGINT, signal.SIG_IGN", 137), ("signal.SIGINT, signal.SIG_DFL", 130)])
+def test_the_second_signal_ends_what_ignores_the_first(ignored, code):
+    """By SIGINT, at which a trainer ends without a save; and if that is ignored too by SIGKILL."""
+    script = f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\nsignal.signal({ignored})\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
     with launcher(script, 2, grace=1) as process:
         pids = pids_of(process.stdout, 2)
         process.send_signal(signal.SIGINT)
@@ -210,7 +212,7 @@ def test_the_second_signal_ends_what_ignores_the_first():
         assert process.poll() is None  # the first alone has no deadline: a save may take minutes
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
-    assert process.returncode == 137
+    assert process.returncode == code
     wait_until_dead(pids, 1)
 
 
