@@ -10,6 +10,7 @@ from k2jax.cli.main import main
 from k2jax.config import KernelsConfig, MeshConfig
 from k2jax.data.loader.corpus import open_corpus
 from k2jax.errors import UserError
+from k2jax.inference import evaluate
 from k2jax.inference.evaluate import perplexity
 from k2jax.inference.generate import continue_tokens
 from k2jax.inference.lm_eval import Scorer
@@ -17,6 +18,7 @@ from k2jax.inference.load import load_run, use_kernels
 from k2jax.inference.mesh import SCORING_AXES, inference_mesh
 from k2jax.model.transformer import declarations
 from k2jax.model.weights import weight_leaves
+from k2jax.train.batch import BatchLayout
 
 # 1, 3 and 9 tokens: rows are filled up to the shards of the data axes, and all outgrow the window of 16.
 CONTEXTS = [[256], list(b"abcdefghi"), list(b"xyz")]
@@ -78,6 +80,31 @@ def test_same_perplexity(place, loaded, sizes):
     )
     assert found.nats_per_token == pytest.approx(alone.nats_per_token, rel=1e-6)
     assert found.tokens == alone.tokens == 23 * 16
+
+
+def test_a_process_reads_the_rows_of_its_own_devices_alone(place, monkeypatch):
+    """As if the first half of the mesh were one process's: the rows that it asks for, and those that it puts there."""
+    asked, put = [], []
+    batches = evaluate.validation_batches
+
+    def reading(corpus, config, count, rows, source, places):
+        asked.append(places.tolist())
+        return batches(corpus, config, count, rows, source, places)
+
+    class Half(BatchLayout):
+        def on_mesh(self, values):
+            put.append(len(values))
+            return super().on_mesh(np.concatenate([values, values]))  # what the other process would put
+
+        @property
+        def own(self):
+            return BatchLayout.places_for(self, list(self.mesh.devices.flat[:4]))
+
+    monkeypatch.setattr(evaluate, "validation_batches", reading)
+    monkeypatch.setattr(evaluate, "BatchLayout", Half)
+    monkeypatch.setattr(Half, "places", property(lambda self: self.own if not put else np.arange(16)))
+    perplexity(on_mesh(place, MESHES[0], axes=SCORING_AXES), open_corpus(str(place / "store")), 16)
+    assert asked == [list(range(8))] and put == [8] * 4
 
 
 def test_same_scores(place, loaded):

@@ -12,8 +12,9 @@ from k2jax.errors import UserError
 from k2jax.inference.load import LoadedModel
 from k2jax.inference.mesh import DATA_AXES, padded_to
 from k2jax.model.rope import make_rope
-from k2jax.sharding.rules import AXES_OF, spec
-from k2jax.train.batch import Batch
+from k2jax.sharding.rules import AXES_OF
+from k2jax.train.batch import Batch, BatchLayout
+from k2jax.train.compiling import compiled_when_called
 from k2jax.train.phases import rope_after
 from k2jax.train.step import make_loss
 from k2jax.train.validate import bits_per_byte
@@ -30,19 +31,18 @@ class Perplexity(NamedTuple):
     tokens: int
 
 
-def _padded_batch(rows: dict[str, np.ndarray], num_rows: int, mesh: jax.sharding.Mesh | None) -> Batch:
-    """Rows {"tokens" [n, T + 1], ...} as a Batch [num_rows, T]; added rows have target -1, which has no loss."""
-    tokens = rows["tokens"]
-    widths = (0, num_rows - len(tokens)), (0, 0)
-    targets = np.pad(tokens[:, 1:], widths, constant_values=-1)
-    others = {name: rows[name] for name in Batch._fields if name in rows}  # what the rows bring beside their tokens
-    others = {name: np.pad(x, widths) for name, x in {"inputs": tokens[:, :-1], **others}.items()}
-    arrays = jax.tree.map(lambda x: x.astype(np.int32), Batch(targets=targets, **others))
-    if mesh is None:
-        return arrays
-    sharding = jax.NamedSharding(mesh, spec("BT"))
-    # Each process takes its own part of what all have read: no rows go between them.
-    return Batch(*(jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in arrays))
+def _padded(rows: dict[str, np.ndarray] | None, num_rows: int, length: int) -> Batch:
+    """int32 [num_rows, T] of up to as many rows {"tokens" [n, T + 1], ...}, None: none.
+
+    Added rows have target -1, which has no loss.
+    """
+    inputs, targets, positions, segment_ids = np.zeros((4, num_rows, length), np.int32)
+    targets[:] = -1
+    if rows is not None:
+        count, tokens = len(rows["tokens"]), rows["tokens"]
+        inputs[:count], targets[:count] = tokens[:, :-1], tokens[:, 1:]
+        positions[:count], segment_ids[:count] = rows["positions"], rows["segment_ids"]
+    return Batch(inputs, targets, positions, segment_ids)
 
 
 def _mean_loss(loaded: LoadedModel, corpus: Corpus, count: int, length: int, source: str | None) -> float:
@@ -51,16 +51,20 @@ def _mean_loss(loaded: LoadedModel, corpus: Corpus, count: int, length: int, sou
     # The phase follows from the run's own tokens per step: not from `config`, whose sequences are of another length.
     rope, loss_fn = make_rope(config.model, rope_after(loaded.config, int(state.step))), make_loss(config)
     num_rows = padded_to(loaded.mesh, DATA_AXES, min(count, BATCH_ROWS))
+    layout = None if loaded.mesh is None else BatchLayout(loaded.mesh, 1, num_rows, length)
+    places = np.arange(num_rows) if layout is None else layout.places  # rows of each batch that this process needs
+    on_devices = (lambda x: x[None]) if layout is None else layout.on_mesh
 
     @jax.jit
     def loss_sum(params, router_bias, batch: Batch):
-        return loss_fn(params, router_bias, batch, rope).loss
+        return loss_fn(params, router_bias, jax.tree.map(lambda x: x[0], batch), rope).loss
 
-    total = 0.0
+    together, total = compiled_when_called(loss_sum), 0.0
+    batches = validation_batches(corpus, config, count, num_rows, source, places)
     with loaded.on_mesh():
-        for rows in validation_batches(corpus, config, count, num_rows, source):
-            batch = _padded_batch(rows, num_rows, loaded.mesh)
-            total += float(jax.device_get(loss_sum(state.params, state.router_bias, batch)))
+        for _ in range(0, count, num_rows):  # the last may have no row for this process, whose devices are needed
+            batch = Batch(*map(on_devices, _padded(next(batches, None), len(places), length)))
+            total += float(jax.device_get(together(state.params, state.router_bias, batch)))
     return total / (count * length)
 
 

@@ -12,6 +12,7 @@ from k2jax.inference.load import LoadedModel
 from k2jax.inference.mesh import DATA_AXES, padded_to
 from k2jax.model.transformer import Cache, build_model
 from k2jax.sharding.place import whole
+from k2jax.train.compiling import compiled_when_called
 from k2jax.train.phases import rope_after
 
 
@@ -47,7 +48,7 @@ class Decoder:
             logits_BV, cache = model(values).decode(tokens_BT, start_B, last_B, cache)
             return choose(whole(logits_BV), seed, index), cache
 
-        self._advance = jax.jit(advance, donate_argnums=6)
+        self._advance = compiled_when_called(jax.jit(advance, donate_argnums=6))
         self._new_cache = jax.jit(lambda values: model(values).init_cache(num_rows, self._window))
 
     def _prefill(self, contexts: list[list[int]], index: int):

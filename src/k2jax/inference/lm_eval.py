@@ -13,6 +13,7 @@ from k2jax.inference.mesh import DATA_AXES, padded_to
 from k2jax.model.transformer import build_model
 from k2jax.sharding.place import place, whole
 from k2jax.sharding.rules import AXES_OF
+from k2jax.train.compiling import compiled_when_called
 from k2jax.train.phases import rope_after
 
 
@@ -51,7 +52,7 @@ class Scorer:
             logits_BTV = build_model(config.model, *values, dtype, rope=rope, kernels=config.kernels)(tokens_BT).logits
             return jax.tree.map(whole, _score(logits_BTV, place(targets_BT, "BS")))
 
-        self._score = score
+        self._score = compiled_when_called(score)
 
     def __call__(self, rows: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether it is the greedy one) for rows of (context, continuation).

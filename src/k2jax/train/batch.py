@@ -49,7 +49,8 @@ class BatchLayout:
         """The rows that this process needs, as `places_for` its devices."""
         return self.places_for(list(self.mesh.local_devices))
 
-    def _on_mesh(self, values: np.ndarray) -> jax.Array:
+    def on_mesh(self, values: np.ndarray) -> jax.Array:
+        """int32 [M, B, T] on the mesh, of the rows [P, T] at `places`."""
         own = {device: self.parts[device] for device in self.mesh.local_devices}
         pieces = [values[np.searchsorted(self.places, rows), positions] for rows, positions in own.values()]
         # Explicit copies, which the loop's transfer guard allows; jax's own helpers for many processes make implicit ones.
@@ -60,7 +61,7 @@ class BatchLayout:
     def split(self, rows: dict[str, np.ndarray]) -> Batch:
         """The rows at `places`, {"tokens" [P, T + 1], "segment_ids" [P, T], "positions" [P, T]}, as a Batch."""
         tokens = rows["tokens"]
-        return Batch(*map(self._on_mesh, (tokens[:, :-1], tokens[:, 1:], rows["positions"], rows["segment_ids"])))
+        return Batch(*map(self.on_mesh, (tokens[:, :-1], tokens[:, 1:], rows["positions"], rows["segment_ids"])))
 
 
 def passes(batch: Batch, together: int | None = None) -> Batch:

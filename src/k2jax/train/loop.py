@@ -16,6 +16,7 @@ from k2jax.processes import barrier, count, fail, index, is_joined, say
 from k2jax.train.batch import BatchLayout
 from k2jax.train.compile_cache import compile_cache
 from k2jax.train.compile_step import CompiledStep, begin_compile
+from k2jax.train.compiling import COMPILE_SECONDS
 from k2jax.train.ledger import Ledger
 from k2jax.train.matmul_rate import matmul_seconds
 from k2jax.train.recorder import Recorder
@@ -23,8 +24,6 @@ from k2jax.train.start import Run, open_run, start_state
 from k2jax.train.state import TrainState
 from k2jax.train.stop import StopRequest
 from k2jax.train.validate import bits_per_byte, make_evaluator
-
-COMPILE_SECONDS = 3600  # between the first process that has compiled the step and the last
 
 
 @dataclass(frozen=True)

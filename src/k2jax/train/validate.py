@@ -9,6 +9,7 @@ from k2jax.config import Config
 from k2jax.data.loader.batches import validation_batches
 from k2jax.data.loader.corpus import Corpus
 from k2jax.train.batch import Batch, BatchLayout, passes
+from k2jax.train.compiling import compiled_when_called
 from k2jax.train.phases import phase_of, phase_rope
 from k2jax.train.state import TrainState
 from k2jax.train.step import make_loss
@@ -33,10 +34,12 @@ def make_evaluator(config: Config, corpus: Corpus, mesh: jax.sharding.Mesh, sour
         rope = phase_rope(config, phase_of(config, step - 1))  # of the last step done
         return loss_fn(params, router_bias, jax.tree.map(lambda x: x[0], passes(batch)), rope).loss
 
+    together = compiled_when_called(loss_sum)
+
     def evaluate(state: TrainState) -> float:
         total = 0.0
         for batch in validation_batches(corpus, config, config.train.eval_sequences, rows, source, layout.places):
-            loss = loss_sum(state.params, state.router_bias, state.step, layout.split(batch))
+            loss = together(state.params, state.router_bias, state.step, layout.split(batch))
             total += float(jax.device_get(loss))
         return total / (config.train.eval_sequences * config.data.sequence_length)
 

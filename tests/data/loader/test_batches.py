@@ -183,6 +183,16 @@ def test_validation_is_fixed(store):
     )
 
 
+def test_held_out_rows_are_dealt_out_where_the_last_batch_is_short(store):
+    """Two processes of a batch of four, ten rows: the second has none in the last batch."""
+    whole = [batch["tokens"] for batch in validation_batches(store, config(), 10, 4)]
+    first, second = ([b["tokens"] for b in validation_batches(store, config(), 10, 4, None, np.array(places))]
+                     for places in ([0, 1], [2, 3]))  # fmt: skip
+    assert [len(rows) for rows in first] == [2, 2, 2] and [len(rows) for rows in second] == [2, 2]
+    for rows, part, other in zip(whole, first, [*second, whole[0][:0]], strict=True):
+        np.testing.assert_array_equal(rows, np.concatenate([part, other]))
+
+
 def test_plan_run_names_everything(store):
     settle_timeline(store, config())
     tokens = store.num_tokens("train")

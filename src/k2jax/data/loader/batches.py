@@ -66,8 +66,11 @@ class _ValidationRows:
         batch: int,
         places: np.ndarray | None,
     ):
-        numbers = np.arange(num_sequences)
-        self.numbers = numbers if places is None else numbers.reshape(-1, batch)[:, places].ravel()
+        if places is None:
+            self.numbers = np.arange(num_sequences)
+        else:
+            numbers = (np.arange(0, num_sequences, batch)[:, None] + places).ravel()
+            self.numbers = numbers[numbers < num_sequences]
         self.names = sorted(corpus.streams["validation"]) if source is None else [source]
         self.streams = [corpus.streams["validation"][name] for name in self.names]
         self.cuts = [Windows(stream, config.data.sequence_length) for stream in self.streams]
@@ -131,8 +134,8 @@ def validation_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """The same `num_sequences` windows of the validation split at every call, as batches like those of training.
 
-    source: only of that one. places: as of `train_batches`; without them the last batch is shorter if `batch` does not
-    divide. UserError if there are fewer windows, BadRow when an id is met that the model does not know.
+    source: only of that one. places: as of `train_batches`. The last batch is shorter if `batch` does not divide, and is
+    not there if none of its rows is at `places`. UserError if there are fewer windows, BadRow when an id is met that the model does not know.
     """
     available = num_windows(corpus, "validation", config.data.sequence_length, source)
     problems = too_few_validation(available, num_sequences, "num_sequences")

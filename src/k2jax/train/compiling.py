@@ -1,0 +1,33 @@
+"""Programs of all processes' devices, compiled by each process before the first of them runs one."""
+
+from collections.abc import Callable
+
+import jax
+
+from k2jax.processes import barrier
+
+COMPILE_SECONDS = 3600  # between the first process that has compiled a program and the last
+
+
+def compile_together(function: Callable, *arguments) -> jax.stages.Compiled:
+    """The jitted function, compiled for these arguments; returns when all processes have come as far.
+
+    The first collective of a process waits 30 s for the others, not more, and each process compiles for itself.
+    """
+    compiled = function.lower(*arguments).compile()
+    barrier("compile", COMPILE_SECONDS)
+    return compiled
+
+
+def compiled_when_called(function: Callable) -> Callable:
+    """The jitted function, compiled by `compile_together` at its first call with arguments of such shapes and layouts."""
+    programs: dict[object, jax.stages.Compiled] = {}
+
+    def call(*arguments):
+        leaves, tree = jax.tree.flatten(arguments)
+        key = tree, tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
+        if key not in programs:
+            programs[key] = compile_together(function, *arguments)
+        return programs[key](*arguments)
+
+    return call
