@@ -7,6 +7,7 @@ muonclip(2e-4, labels, parts)                                   all of K2's opti
 
 from k2jax.optim.assignment import Assignment, make_assignment, make_assignments
 from k2jax.optim.by_path import by_path
+from k2jax.optim.multi_steps import multi_steps
 from k2jax.optim.muon import MatrixView, scale_by_muon
 from k2jax.optim.muonclip import group_labels, matrix_labels, muonclip
 from k2jax.optim.newton_schulz import COEFFICIENTS, newton_schulz
@@ -27,6 +28,7 @@ __all__ = [
     "make_assignment",
     "make_assignments",
     "matrix_labels",
+    "multi_steps",
     "muonclip",
     "muonclip_of",
     "newton_schulz",

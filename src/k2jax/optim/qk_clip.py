@@ -98,8 +98,8 @@ def qk_clip(
 
     parts: pytree like the parameters, of QKPart or None, or a function of them that gives one (`by_path`).
     update() needs params and `max_logits` [layers, H], the largest of this step's scaled logits over the whole batch:
-    with accumulation, as in optax.MultiSteps, which passes on the arguments of its last call, the caller's maximum over
-    all calls since the last step. Unclipped heads come out as they went in, bit for bit. Scales in float32 at least;
+    with accumulation the maximum over all calls since the last step, as `multi_steps` gives it; optax.MultiSteps itself
+    passes on the arguments of its last call alone, and the clip cannot tell. Unclipped heads come out as they went in, bit for bit. Scales in float32 at least;
     bfloat16 parameters round the result, so that a head just over tau may not move.
     Raises ValueError for tau <= 0, for parts that are no QKPart or do not fit, and for missing params or max_logits.
     """
