@@ -17,7 +17,8 @@ from k2jax.launch.local import free_port
 from k2jax.launch.manifest import command_problems
 
 ROOT = Path(__file__).parents[2]
-JOBSET = ("launch", "jobset", "--hosts", "2", "--image", "k2jax:1", "--devices-per-host", "1", "--run-dir", "gs://b/r")
+JOBSET = ("launch", "jobset", "--hosts", "2", "--image", "k2jax:1", "--devices-per-host", "1", "--run-dir", "gs://b/r",
+          "--unchecked")  # fmt: skip
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
@@ -137,6 +138,28 @@ def test_mistakes_start_nothing(capsys, arguments, message):
     assert captured.out == "" and captured.err == message
 
 
+def test_a_config_is_checked_before_a_job_is_written(capsys, tmp_path, monkeypatch):
+    """With the job's own mistakes, and with its options over it; or, if it is only where the job runs, not at all."""
+    monkeypatch.chdir(tmp_path)
+    Path("c.py").write_text("from k2jax.config import Config\ndef config():\n    return Config()\n")
+    slurm = ["launch", "slurm", "--hosts", "2", "--", "train"]
+    assert main([*slurm, "c.py", "--simulate", "4", "--change-mixture", "--mesh.tensor", "2"]) == 0
+    assert capsys.readouterr().out.startswith("#!/bin/bash\n")
+    wrong = ["launch", "slurm", "--hosts", "0", "--run-dir", "~/r", "--", "train", "c.py", "--mesh.tensor", "3", "--x", "1"]
+    assert main(wrong) == 2
+    captured = capsys.readouterr()
+    found = [line.split(":")[0] for line in captured.err.splitlines()[1:]]
+    fields = ["train.run_dir = '~/r'", "model.num_attention_heads = 64", "model.vocab_size = 163840", "data.sequence_length = 4096"]
+    assert captured.out == "" and found[:2] == ["  --hosts 0", "  --x"] and {*found[2:]} <= {f"  {name}" for name in fields}
+    for place in (["slurm"], [*JOBSET[1:-1]]):
+        job = ["launch", *place, *(["--hosts", "2"] if place == ["slurm"] else [])]
+        for path in ("absent.py", "/app/absent.py"):
+            assert main([*job, "--", "train", path]) == 2
+            assert f"{path}: no such config file" in (error := capsys.readouterr().err) and "give --unchecked" in error
+            assert main([*job, "--unchecked", "--", "train", path]) == 0
+    assert main([*slurm]) == 2 and "-- train: has no CONFIG" in capsys.readouterr().err
+
+
 def test_options_of_the_command_need_the_two_hyphens(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["launch", "local", "-n", "2", "train", "c.py", "--mesh.fsdp", "2"])
@@ -144,7 +167,8 @@ def test_options_of_the_command_need_the_two_hyphens(capsys):
 
 
 def test_all_after_the_hyphens_is_the_commands(capsys):
-    assert main(["launch", "slurm", "--hosts", "2", "--", "train", "c.py", "--hosts", "9", "-n", "--out", "x"]) == 0
+    slurm = ["launch", "slurm", "--hosts", "2", "--unchecked"]
+    assert main([*slurm, "--", "train", "c.py", "--hosts", "9", "-n", "--out", "x"]) == 0
     out = capsys.readouterr().out
     assert "#SBATCH --nodes=2\n" in out and "    k2jax train c.py --hosts 9 -n --out x\n" in out
 
@@ -160,7 +184,7 @@ def test_to_stdout_or_a_file(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "program", "given"),
     [
-        (("launch", "slurm", "--hosts", "1"), "sbatch", "\n#!/bin/bash\n"),
+        (("launch", "slurm", "--hosts", "1", "--unchecked"), "sbatch", "\n#!/bin/bash\n"),
         (JOBSET, "kubectl", "apply -f -\n# Written by"),
     ],
 )

@@ -1,8 +1,11 @@
 """`k2jax launch`: a command of k2jax in several processes, on this machine or on a cluster."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
+from k2jax.cli.overrides import load_config, override
+from k2jax.cli.run import train_options
 from k2jax.errors import UserError
 from k2jax.launch.jobset import jobset_manifest
 from k2jax.launch.local import rank_environments, run_k2jax
@@ -34,13 +37,42 @@ def _job(args) -> Job:
     )
 
 
+def _config_problems(arguments: list[str], run_dir: str | None) -> list[str]:
+    """Everything that is wrong with the config of a `train` command, as it is on this machine."""
+    if arguments[:1] != ["train"]:
+        return []
+    parser = argparse.ArgumentParser(prog="k2jax launch -- train", add_help=False, allow_abbrev=False)
+    train_options(parser)
+    known, rest = parser.parse_known_args(arguments[1:])
+    if known.config is None:
+        return ["-- train: has no CONFIG; give a config file, such as configs/tiny.py"]
+    try:
+        override(load_config(known.config), [*rest, *(["--train.run-dir", run_dir] if run_dir else [])])
+    except UserError as error:
+        hint = "paths are seen from this machine and folder; if the config is only where the job runs, give --unchecked"
+        return [*error.problems, *([] if Path(known.config).is_file() else [hint])]
+    return []
+
+
+def _checked(make_manifest: Callable[[], str], args) -> str:
+    """The manifest. UserError with all that is wrong with the job and, unless it is --unchecked, with its config."""
+    problems = [] if args.unchecked else _config_problems(args.arguments, args.run_dir)
+    try:
+        manifest = make_manifest()
+    except UserError as error:
+        problems = [*error.problems, *problems]
+    if problems:
+        raise UserError(*problems)
+    return manifest
+
+
 def _slurm(args) -> int:
-    script = slurm_script(_job(args), args.time, args.partition, args.sbatch)
+    script = _checked(lambda: slurm_script(_job(args), args.time, args.partition, args.sbatch), args)
     return deliver(script, args.out, ["sbatch"] if args.submit else None)
 
 
 def _jobset(args) -> int:
-    manifest = jobset_manifest(_job(args), args.image, args.tpu, args.volume)
+    manifest = _checked(lambda: jobset_manifest(_job(args), args.image, args.tpu, args.volume), args)
     return deliver(manifest, args.out, ["kubectl", "apply", "-f", "-"] if args.submit else None)
 
 
@@ -62,6 +94,7 @@ def _cluster_options(sub: argparse.ArgumentParser, submits_with: str) -> None:
         "--max-restarts", type=int, default=Job.max_restarts, metavar="N", help="after failures (default: %(default)s)"
     )
     sub.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="may be repeated")
+    sub.add_argument("--unchecked", action="store_true", help="the config is not here, but where the job runs")
     sub.add_argument("--out", type=Path, metavar="FILE", help="write the manifest there (default: stdout)")
     sub.add_argument("--submit", action="store_true", help=f"give it to {submits_with} at once")
 

@@ -10,7 +10,7 @@ from k2jax import processes
 from k2jax.cli import audit, data, goodput, launch, model, plan, run, verify
 from k2jax.config import MeshConfig
 from k2jax.errors import RunFailed, UserError, exit_code
-from k2jax.launch.distributed import JOIN_SECONDS, NotComing, decline
+from k2jax.launch.distributed import NotComing, decline
 
 _DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
 
@@ -68,19 +68,9 @@ def _preparing_commands(command) -> None:
     sub.add_argument("--retries", type=int, default=4, help="retries after temporary failures (default: %(default)s)")
 
 
-def _process_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--simulate", type=int, metavar="N", help="run on N CPU devices")
-    sub.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, as the others reach it")
-    sub.add_argument("--num-processes", type=int, metavar="N", help="processes of the run")
-    sub.add_argument("--process-id", type=int, metavar="I", help="of this one: 0 to N - 1")
-    sub.add_argument("--join-timeout", type=float, default=JOIN_SECONDS, metavar="S", help="seconds to wait for the others")
-
-
 def _run_commands(command) -> None:
     sub = command("train", run.train, "Train a config, or resume the run in its directory.", add_help=False)
-    sub.add_argument("config", metavar="CONFIG", nargs="?")
-    _process_options(sub)
-    sub.add_argument("--change-mixture", action="store_true", help="resume with another mixture")
+    run.train_options(sub)
     sub.usage = run.TRAIN_USAGE.removeprefix("usage: ")
 
     launch.add_options(command("launch", launch.launch, "Run in several processes, on this machine or on a cluster."))
@@ -122,7 +112,7 @@ def _run_commands(command) -> None:
 def _mesh_options(sub: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(MeshConfig):
         sub.add_argument(f"--mesh.{field.name}", type=int, metavar="N", help=argparse.SUPPRESS)
-    _process_options(sub)
+    run.process_options(sub)
     axes = "replica, fsdp, expert, tensor, and context where nothing is generated"
     sub.epilog = f"--mesh.AXIS N spreads the model over all devices: {axes}."
 

@@ -1,5 +1,6 @@
 """`k2jax train`."""
 
+import argparse
 import contextlib
 import os
 import shlex
@@ -21,6 +22,23 @@ CONFIG is a Python file with config(), such as configs/tiny.py; `k2jax train CON
 them srun, mpirun, SkyPilot and TPU pods are recognised, and the variables K2JAX_COORDINATOR, K2JAX_NUM_PROCESSES,
 K2JAX_PROCESS_ID and K2JAX_SIMULATE stand for the options. --join-timeout S: patience with processes that come late.
 --change-mixture lets a resumed run use other sources, weights or epochs; the steps done keep theirs."""
+
+
+def process_options(sub: argparse.ArgumentParser) -> None:
+    """The options of commands that run in several processes."""
+    sub.add_argument("--simulate", type=int, metavar="N", help="run on N CPU devices")
+    sub.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, as the others reach it")
+    sub.add_argument("--num-processes", type=int, metavar="N", help="processes of the run")
+    sub.add_argument("--process-id", type=int, metavar="I", help="of this one: 0 to N - 1")
+    patience = distributed.JOIN_SECONDS
+    sub.add_argument("--join-timeout", type=float, default=patience, metavar="S", help="seconds to wait for the others")
+
+
+def train_options(sub: argparse.ArgumentParser) -> None:
+    """The options of `train`, beside the fields of its config."""
+    sub.add_argument("config", metavar="CONFIG", nargs="?")
+    process_options(sub)
+    sub.add_argument("--change-mixture", action="store_true", help="resume with another mixture")
 
 
 def _membership_options(args) -> dict[str, object]:
