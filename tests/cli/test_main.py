@@ -41,9 +41,10 @@ def refusal(capsys, *arguments: str) -> str:
 
 def test_wrong_mesh_size(place, capsys):
     assert refusal(capsys, "train", MICRO, "--mesh.fsdp", "2", "--mesh.expert", "2") == (
-        "k2jax train: 1 problem\n"
+        "k2jax train: 2 problems\n"
         "  mesh.fsdp = 2 * mesh.expert = 2: needs 4 devices, there are 8; "
         "change the axes, or on a CPU give --simulate 4\n"
+        "  data.path: store: there is no such folder or file\n"
     )
     assert list(place.iterdir()) == []
 
@@ -60,15 +61,36 @@ def test_all_wrong_arguments_at_once(place, capsys):
         "--train.remat",
     )
     assert refusal(capsys, "train", MICRO, *arguments) == (
-        "k2jax train: 6 problems\n"
+        "k2jax train: 7 problems\n"
         "  mesh.exprt: no such field; did you mean mesh.expert?\n"
         "  optim.momentum = 'high': must be a finite number\n"
         "  data.seed = '4.5': must be an integer\n"
         "  train.remat: needs a value, one of 'none', 'k2', 'k2-offload', 'layer', 'offload'\n"
         "  model.num_attention_heads = 4: must be a multiple of mesh.tensor = 3; nearest: 3 or 6\n"
         "  data.sequence_length = 32: must be a multiple of mesh.context * mesh.tensor = 3; nearest: 30 or 33\n"
+        "  data.path: store: there is no such folder or file\n"
     )
     assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("config_is_sound", [True, False])
+def test_mistakes_of_all_kinds_at_once(place, capsys, config_is_sound):
+    """Of a field, the mesh, the devices' kernels, the stores, the run directory and the model to begin with."""
+    (place / "run").mkdir()
+    (place / "run" / "notes.txt").write_text("mine")
+    options = ["--mesh.fsdp", "2", "--data.path", "a,b", "--train.init-from", "c", "--kernels.grouped-matmul", "tokamax"]
+    options += [] if config_is_sound else ["--optim.momentum", "2.0", "--kernels.exchange", "rong"]
+    error = refusal(capsys, "train", MICRO, *options)
+    starts = [
+        *([] if config_is_sound else ["kernels.exchange = 'rong': must be", "optim.momentum = 2.0: must be"]),
+        "mesh.fsdp = 2: needs 2 devices, there are 8",
+        "kernels.grouped_matmul = 'tokamax': has no kernel",
+        "data.path: a: there is no", "data.path: b: there is no", "train.init_from: c: there is no",
+        "run: is not a run directory (no config.json) and is not empty: notes.txt",
+    ]  # fmt: skip
+    lines = error.splitlines()[1:]
+    assert len(lines) == len(starts) and all(any(line[2:].startswith(s) for s in starts) for line in lines), error
+    assert [path.name for path in place.iterdir()] == ["run"]
 
 
 def test_an_option_of_another_command_is_called_an_option(place, capsys):

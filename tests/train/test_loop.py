@@ -15,7 +15,7 @@ from k2jax.errors import RunFailed, UserError
 from k2jax.runs.goodput import account, read_starts
 from k2jax.runs.records import RecordFile, read_records
 from k2jax.sharding.mesh import single_device_mesh
-from k2jax.train import loop
+from k2jax.train import loop, mistakes
 from k2jax.train import start as start_module
 from k2jax.train.batch import BatchLayout
 from k2jax.train.display import Display
@@ -28,7 +28,8 @@ BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 @pytest.fixture(scope="module")
 def patch():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(start_module, "make_mesh", lambda config: single_device_mesh())
+        for module in (start_module, mistakes):
+            patch.setattr(module, "make_mesh", lambda config: single_device_mesh())
         before = jax.config.jax_persistent_cache_min_compile_time_secs
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         yield patch

@@ -113,17 +113,16 @@ def read_overrides(arguments: list[str]) -> tuple[dict[str, object], list[str]]:
     return values, problems
 
 
-def override(config: Config, arguments: list[str]) -> Config:
-    """`config` with the arguments of `read_overrides` applied, then validated.
-
-    Raises UserError that lists unknown fields, unreadable values and violated rules together.
-    """
+def overridden(config: Config, arguments: list[str]) -> tuple[Config, list[str]]:
+    """(`config` with the arguments of `read_overrides`, its problems: unknown fields, unreadable values, broken rules)."""
     values, problems = read_overrides(arguments)
     changed = config.replace(values)
-    try:
-        changed.validate()
-    except UserError as error:
-        problems += error.problems
+    return changed, problems + changed.problems()
+
+
+def override(config: Config, arguments: list[str]) -> Config:
+    """The config of `overridden`; raises UserError with all of its problems."""
+    changed, problems = overridden(config, arguments)
     if problems:
         raise UserError(*problems)
     return changed

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from k2jax import processes
-from k2jax.cli.overrides import load_config, override, print_fields
+from k2jax.cli.overrides import load_config, overridden, print_fields
+from k2jax.config import Config
 from k2jax.errors import UserError
 from k2jax.files import write_atomic
 from k2jax.launch import distributed
@@ -68,6 +69,17 @@ def join_processes(args) -> None:
     distributed.join(_membership_options(args), os.environ, say, args.join_timeout)
 
 
+def _further_problems(config: Config, problems: list[str], args) -> list[str]:
+    """Mistakes beside the config's own `problems`, for which the run is not begun."""
+    from k2jax.train.mistakes import device_problems, path_problems
+
+    joins = distributed.membership(_membership_options(args), os.environ) is not None  # devices that are not known yet
+    if joins or any(problem.startswith("mesh.") for problem in problems):
+        return path_problems(config)
+    join_processes(args)
+    return [*device_problems(config), *path_problems(config)]
+
+
 def train(args, rest: list[str]) -> int:
     if args.config is None:
         print(TRAIN_USAGE)
@@ -76,7 +88,9 @@ def train(args, rest: list[str]) -> int:
         print_fields(load_config(args.config), f"k2jax train {args.config}")
         return 0
     with before_joining(args):
-        config = override(load_config(args.config), rest)
+        config, problems = overridden(load_config(args.config), rest)
+        if problems:
+            raise UserError(*problems, *_further_problems(config, problems, args))
     join_processes(args)
     from k2jax.train.loop import run
 

@@ -9,81 +9,35 @@ from pathlib import Path
 import jax
 import optax
 
-from k2jax.config import Config, differences, field_rules
+from k2jax.config import Config, differences
 from k2jax.data.loader.batches import check_position, data_position
 from k2jax.data.loader.corpus import Corpus, open_data, writes_alike
 from k2jax.data.loader.segments import describe_mixture, read_segments, settle_timeline
 from k2jax.data.loader.timeline import Timeline, make_timeline
 from k2jax.data.saved_tokenizer import open_tokenizer
 from k2jax.errors import UserError
-from k2jax.preflight.availability import check_kernels
-from k2jax.preflight.ranks import WRITE_TEST, check_agreement, check_axes, check_storage
+from k2jax.preflight.ranks import check_agreement, check_axes, check_storage
 from k2jax.processes import WORK_PATIENCE, count, gather, index, keep_last_words, on_first
 from k2jax.runs.commits import (
     committed_steps,
     damage,
     find_damaged,
-    is_model_alone,
     newest_step,
     not_ours,
     read_record,
     remove_leftovers,
     set_aside,
 )
-from k2jax.runs.folder import RunFolder, lock_run, path_problem, read_config
+from k2jax.runs.folder import RunFolder, lock_run, read_config
 from k2jax.sharding.mesh import make_mesh
 from k2jax.train.banner import banner, total_bytes
 from k2jax.train.checkpoint import Saver, parts, restore_model, restore_state
+from k2jax.train.mistakes import check_run_dir, check_start
 from k2jax.train.optimizer import make_optimizer
 from k2jax.train.outputs import Outputs, describe_run
 from k2jax.train.state import TrainState, abstract_state, init_state
 
 INDEX_SECONDS = 6 * 3600  # of packing a large store for the first time
-
-
-def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
-    """The differences to the config that the run directory was made with; {} for a new one.
-
-    Raises UserError if the directory is not ours, or where a field that shapes the future differs.
-    """
-    folder = Path(config.train.run_dir)
-    if rule := path_problem(folder):
-        raise UserError(f"train.run_dir = {config.train.run_dir!r}: {rule}; give another")
-    files = RunFolder(folder)
-    if not files.config.exists():
-        # A start that ended before it wrote the config may have left these; glob finds nothing where nothing is.
-        begun = files.config.name, files.lock.name, WRITE_TEST
-        entries = [e.name for e in folder.glob("*") if e.name != files.ranks.name]
-        strangers = [name for name in entries if not name.startswith(begun)]
-        if strangers:
-            raise UserError(
-                f"{folder}: is not a run directory (no config.json) and is not empty: {', '.join(sorted(strangers)[:5])}"
-            )
-        return {}
-    steps = committed_steps(files.checkpoints)
-    if is_model_alone(files.checkpoints):
-        raise UserError(
-            f"{folder}: holds an imported model without an optimizer's state; begin a training with it by "
-            f"--train.init-from {folder} and another train.run_dir"
-        )
-    changes = differences(read_config(folder), config)
-    rule = (
-        "this may not change within a run; restore it, or continue from the weights alone in a new run: "
-        f"--train.run-dir NEW --train.init-from {folder}"
-    )
-    # timeline.json and the data position keep the mixture, the stores and the skipped steps of the past from changing.
-    rules = field_rules()
-    problems = [
-        f"{name}: the run in {folder} has {old!r}, now given {new!r}; {rule}"
-        for name, (old, new) in changes.items()
-        if not rules[name].resume
-    ]
-    if steps and config.train.num_steps < steps[-1]:  # what was done beyond it would be in no account
-        rule = f"the run in {folder} has done {steps[-1]} steps; give at least as many, or another train.run_dir"
-        problems.append(f"train.num_steps = {config.train.num_steps}: {rule}")
-    if problems:
-        raise UserError(*problems)
-    return changes
 
 
 def check_source(config: Config, corpus: Corpus) -> None:
@@ -196,11 +150,9 @@ def open_run(config: Config, change_mixture: bool) -> Iterator[Run]:
     Everything is checked before anything is written, and all that is shared by the first process alone. Raises
     UserError with what the user can correct.
     """
-    config.validate()
     check_agreement(config)
+    check_start(config)  # the run directory again below, under the lock
     mesh = make_mesh(config.mesh)
-    check_kernels(config, mesh)
-    on_first("run directory", lambda: check_run_dir(config) and None)  # and again below, under the lock
     corpus, folder = _open_data(config), RunFolder(Path(config.train.run_dir))
     on_first("check", lambda: _check_before(config, corpus, change_mixture))
     tx = make_optimizer(config, mesh)
