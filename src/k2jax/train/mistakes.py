@@ -9,7 +9,7 @@ from k2jax.files import is_url
 from k2jax.preflight.availability import check_kernels
 from k2jax.preflight.ranks import WRITE_TEST
 from k2jax.processes import on_first
-from k2jax.runs.commits import committed_steps, is_model_alone, newest_step
+from k2jax.runs.commits import committed_steps, is_model_alone
 from k2jax.runs.folder import RunFolder, path_problem, read_config
 from k2jax.sharding.mesh import make_mesh, single_device_mesh
 
@@ -81,7 +81,7 @@ def path_problems(config: Config) -> list[str]:
     """Problems of the run directory, and of paths that must be there. A field that is wrong in itself is passed over."""
     wrong, run_dir = _wrong_fields(config), config.train.run_dir
     paths = {"data.path": config.data.path, "data.validation_path": config.data.validation_path}
-    if "train.run_dir" not in wrong and newest_step(RunFolder(Path(run_dir)).checkpoints) is None:  # else needed no more
+    if "train.run_dir" not in wrong and not committed_steps(RunFolder(Path(run_dir)).checkpoints):  # else needed no more
         paths["train.init_from"] = config.train.init_from
     problems = [problem for field, value in paths.items() if field not in wrong for problem in _missing(field, value)]
     return problems if "train.run_dir" in wrong else [*problems, *_problems_of(lambda: check_run_dir(config))]
