@@ -310,7 +310,7 @@ def test_phases_are_columns_of_one_length():
     assert error_of(config.validate) == "\n".join(
         [
             "phases.balance_alpha = (0.1, -0.1, 0.0): must be at least 0",
-            "phases.router_bias_rate = (0.1,): has 1 values, must have 3, one per phase, as phases.start_tokens has",
+            "phases.router_bias_rate = (0.1,): has 1 value, must have 3, one per phase, as phases.start_tokens has",
             "phases.start_tokens = (5, 100, 100): must begin with 0 and rise; nearest: (0, 5, 100)",
             "phases.rope: 'yarn' needs model.rope.factor, which is None; give the factor or use 'plain'",
         ]

@@ -11,6 +11,7 @@ from os.path import expanduser
 from typing import Literal
 
 from k2jax.files import is_url
+from k2jax.words import counted
 
 UNIONS = types.UnionType, typing.Union  # of `X | None`; the second where X is Annotated
 
@@ -247,7 +248,7 @@ def _phase_problems(values: dict):
     for name in names:
         if len(values[name]) != len(starts):
             count = f"{len(starts)}, one per phase, as phases.start_tokens has"
-            yield f"{name} = {values[name]!r}: has {len(values[name])} values, must have {count}"
+            yield f"{name} = {values[name]!r}: has {counted(len(values[name]), 'value')}, must have {count}"
     if starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
         yield f"phases.start_tokens = {starts!r}: must begin with 0 and rise; nearest: {tuple(sorted({0, *starts}))!r}"
     stretched = "yarn" in values.get("phases.rope", ())
@@ -259,7 +260,7 @@ def _mixture_problems(values: dict):
     phases, weights = values.get("phases.start_tokens", ()), values.get("mixture.weights", ())
     if weights and phases and len(weights) not in (1, len(phases)):
         counts = "1" if len(phases) == 1 else f"1 or {len(phases)}"
-        rule = f"has {len(weights)} entries, must have {counts}, one per phase, as phases.start_tokens has"
+        rule = f"has {counted(len(weights), 'entry', 'entries')}, must have {counts}, one per phase, as phases.start_tokens has"
         yield f"mixture.weights = {weights!r}: {rule}"
     for text in weights:
         try:

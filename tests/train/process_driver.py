@@ -18,7 +18,7 @@ from jax._src import cache_key
 from k2jax import processes
 from k2jax.cli.main import main
 from k2jax.errors import RunFailed
-from k2jax.train import checkpoint, compile_cache, loop, start
+from k2jax.train import checkpoint, compile_cache, compile_step, loop, start
 from k2jax.train.recorder import Recorder
 
 
@@ -72,7 +72,7 @@ def at(moment: str, kind: str, process: int) -> None:
         before(start, "restore_state", once)
     elif moment == "compile":
         before(compile_cache, "_use", lambda folder: folder and once())
-        before(loop, "cache_notes", once)
+        before(compile_step, "cache_notes", once)
     else:
         before(Recorder, "hold", lambda self, step, *_: step == int(moment) and once())
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from k2jax.cli.overrides import load_config, override
 from k2jax.config import Config
 from k2jax.errors import UserError
+from k2jax.words import counted
 
 _OF_PLACES = "data.validation_path", "data.index_dir", "data.tokenizer"
 
@@ -90,7 +91,7 @@ def audit(args, rest: list[str]) -> int:
     else:
         found = audits.token_account(reader, config, until)
         lines = map(_account_line, found)
-    print("\n".join(map(json.dumps, found) if args.json else lines) or f"not seen in {until} steps")
+    print("\n".join(map(json.dumps, found) if args.json else lines) or f"not seen in {counted(until, 'step')}")
     return 0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from k2jax.errors import UserError
+from k2jax.words import counted
 
 _SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
 
@@ -50,7 +51,7 @@ def _progress_bars(console) -> Iterator[Callable]:
             bars.update(ids[p.task], completed=_share(p), rates=_rates(p))
         elif time.monotonic() - last[0] > _SECONDS_BETWEEN_LINES:
             last[0] = time.monotonic()
-            console.print(f"{p.task}: {_share(p):.0%}, {p.documents:,} documents, {_rates(p)}", markup=False)
+            console.print(f"{p.task}: {_share(p):.0%}, {counted(p.documents, 'document')}, {_rates(p)}", markup=False)
 
     if not console.is_terminal:
         yield show
@@ -126,7 +127,7 @@ def rephrase(args, rest: list[str]) -> int:
             styles=styles, chunk_chars=args.chunk_chars, min_chars=args.min_chars, parallel=args.parallel,
             timeout=args.timeout, retries=args.retries, pattern=args.pattern, exclude=tuple(args.exclude),
             text_field=args.text_field, skip_bad_lines=args.skip_bad_lines,
-            progress=lambda d, v, n: status.update(f"{d:,} documents, {v:,} variants, {n:,} requests"),
+            progress=lambda *done: status.update(", ".join(map(counted, done, ("document", "variant", "request")))),
         )  # fmt: skip
     for what in ("left_out", "rejected"):
         for reason, entry in report[what].items():

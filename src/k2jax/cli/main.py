@@ -11,6 +11,7 @@ from k2jax.cli import audit, data, goodput, launch, model, plan, run, verify
 from k2jax.config import MeshConfig
 from k2jax.errors import RunFailed, UserError, exit_code
 from k2jax.launch.distributed import NotComing, decline
+from k2jax.words import counted
 
 _DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
 
@@ -174,7 +175,7 @@ def _report(command: str, error: BaseException) -> int:
     """Say what ended the command, in lines for its user, and return the exit code. Anything else is raised again."""
     if isinstance(error, UserError):
         count = len(error.problems)
-        print(f"k2jax {command}: {count} problem{'s' if count > 1 else ''}", file=sys.stderr)
+        print(f"k2jax {command}: {counted(count, 'problem')}", file=sys.stderr)
         print("\n".join(f"  {problem}" for problem in error.problems), file=sys.stderr)
     elif isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

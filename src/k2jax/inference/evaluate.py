@@ -20,6 +20,7 @@ from k2jax.train.compiling import compiled_when_called
 from k2jax.train.phases import rope_after
 from k2jax.train.step import make_loss
 from k2jax.train.validate import bits_per_byte
+from k2jax.words import counted
 
 BATCH_ROWS = 16  # scored together, or as many as the data axes have shards
 
@@ -102,8 +103,8 @@ def perplexity(
     count = available if num_sequences is None else num_sequences
     if not 0 < count <= available:
         raise UserError(
-            f"--sequences {count}: the validation split of {corpus.path} has {available} whole sequences of "
-            f"{length} tokens; must be 1 to that"
+            f"--sequences {count}: the validation split of {corpus.path} has {counted(available, 'whole sequence')} of "
+            f"{counted(length, 'token')}; must be 1 to that"
         )
     nats = _mean_loss(loaded, corpus, count, length, source)
     return Perplexity(nats, math.exp(nats), bits_per_byte(nats, corpus, source), count * length)

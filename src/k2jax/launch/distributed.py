@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from k2jax import processes
 from k2jax.errors import UserError
 from k2jax.launch.roll_call import Caller, call, listen, split_address, told
+from k2jax.words import counted
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "K2JAX_COORDINATOR", "K2JAX_NUM_PROCESSES", "K2JAX_PROCESS_ID"
 SIMULATE = "K2JAX_SIMULATE"  # CPU devices of a process, as --simulate of its command
@@ -143,7 +144,7 @@ def _asked(options: Mapping[str, object], environ: Mapping[str, str]) -> Members
                 problems.append(f"{shown} {value!r}: must be a number from {0 if name == PROCESS_ID else 1}")
     if len(numbers) == 2 and numbers[PROCESS_ID] >= numbers[NUM_PROCESSES]:
         count = numbers[NUM_PROCESSES]
-        problems.append(f"{given[PROCESS_ID][0]} {numbers[PROCESS_ID]}: must be 0 to {count - 1}, of {count} processes")
+        problems.append(f"{given[PROCESS_ID][0]} {numbers[PROCESS_ID]}: must be 0 to {count - 1}, of {counted(count, 'process', 'processes')}")
     if COORDINATOR in given:
         shown, value = given[COORDINATOR]
         try:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from k2jax.errors import UserError, first_of
+from k2jax.words import counted
 
 _GREETING = "k2jax roll call 2"
 _NOTICE = 30  # seconds between two lines about those that are missing
@@ -75,7 +76,7 @@ def _problems(callers: list[Caller], count: int) -> list[str]:
             problems.append(f"process id {number} was given twice: {' and '.join(map(str, same))}; ids must be 0 to {count - 1}, each once")
     for caller in callers:
         if caller.count != count:
-            problems.append(f"{caller}: was told of {caller.count} processes, process 0 of {count}; give all the same number")
+            problems.append(f"{caller}: was told of {counted(caller.count, 'process', 'processes')}, process 0 of {count}; give all the same number")
         elif not 0 <= caller.index < count:
             problems.append(f"{caller}: must have an id of 0 to {count - 1}")
     return problems

@@ -10,6 +10,7 @@ from k2jax.config import MeshConfig
 from k2jax.errors import UserError
 from k2jax.sharding.device_order import domain_counts, fast_domains, order_domains
 from k2jax.sharding.names import AXES
+from k2jax.words import counted
 
 
 def nearest_on_torus(sizes: dict[str, int], torus: tuple[int, ...]) -> dict[str, int]:
@@ -50,10 +51,6 @@ def _other_number(needed: int) -> str:
     return f"on CPUs give each of the {count} processes {each} by --simulate, or launch local's --devices-per-process"
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
-
-
 def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
     """The mesh of `config` over `devices` (all there are, by default).
 
@@ -67,7 +64,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.M
     if (needed := math.prod(sizes.values())) != len(devices):
         product = " * ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items() if size > 1)
         raise UserError(
-            f"{product or 'the mesh (all axes 1)'}: needs {_counted(needed, 'device')}, "
+            f"{product or 'the mesh (all axes 1)'}: needs {counted(needed, 'device')}, "
             f"there {'are' if len(devices) > 1 else 'is'} {len(devices)}; change the axes, or {_other_number(needed)}"
         )
     types, outer = (AxisType.Explicit,) * len(AXES), dict.fromkeys(AXES, 1)

@@ -14,6 +14,7 @@ from k2jax.preflight.ranks import versions
 from k2jax.sharding.compile_options import describe_options
 from k2jax.sharding.host_picture import picture_hosts
 from k2jax.train.state import TrainState
+from k2jax.words import counted
 
 SHOWN = ("k2jax", "jax", "flax", "optax", "python")
 
@@ -65,7 +66,7 @@ def banner(config: Config, abstract: TrainState, mesh: jax.sharding.Mesh) -> str
         ("compiler", describe_options(config.kernels, mesh)),
         ("per token", f"{_si(flops, 'FLOP')} forward and backward"),
         ("batch", f"{config.data.batch_sequences} x {config.data.sequence_length} = {config.batch_tokens:,} tokens, "
-                  f"{microbatches} microbatch{'es' * (microbatches > 1)}; {config.train.num_steps:,} steps, "
+                  f"{counted(microbatches, 'microbatch', 'microbatches')}; {counted(config.train.num_steps, 'step')}, "
                   f"{_si(config.train.num_steps * config.batch_tokens, 'tokens')}"),
     ]  # fmt: skip
     return "\n".join(f"{name:<11}{text}" for name, text in lines)

@@ -10,6 +10,7 @@ from k2jax.errors import RunFailed
 from k2jax.files import naming, write_atomic
 from k2jax.processes import gather, is_first, on_first
 from k2jax.runs.records import read_records, to_line
+from k2jax.words import counted
 
 
 class Ledger:
@@ -60,7 +61,7 @@ class Ledger:
             rule = f"data.max_bad_rows = {self.limit} were allowed; repair the store or allow more"
             rule += f"; {'all' if is_first() else 'those until the last save'} are in {self.path}"
             last = entries[-1]
-            raise RunFailed(f"{self.count} bad rows by step {last['step']}, the last: {last['why']}; {rule}")
+            raise RunFailed(f"{counted(self.count, 'bad row')} by step {last['step']}, the last: {last['why']}; {rule}")
 
     def sync(self) -> None:
         """In all processes at once: write what any of them noted since the last time. Raises as `enter`."""

@@ -12,6 +12,7 @@ from k2jax.processes import on_first
 from k2jax.runs.commits import committed_steps, is_model_alone
 from k2jax.runs.folder import RunFolder, path_problem, read_config
 from k2jax.sharding.mesh import make_mesh, single_device_mesh
+from k2jax.words import counted
 
 
 def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
@@ -52,7 +53,7 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
         if not rules[name].resume
     ]
     if steps and config.train.num_steps < steps[-1]:  # what was done beyond it would be in no account
-        rule = f"the run in {folder} has done {steps[-1]} steps; give at least as many, or another train.run_dir"
+        rule = f"the run in {folder} has done {counted(steps[-1], 'step')}; give at least as many, or another train.run_dir"
         problems.append(f"train.num_steps = {config.train.num_steps}: {rule}")
     if problems:
         raise UserError(*problems)

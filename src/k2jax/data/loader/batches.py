@@ -15,6 +15,7 @@ from k2jax.data.loader.rows import RowReader, check_ids, make_rows, read_pieces
 from k2jax.data.loader.shuffle import permute
 from k2jax.data.loader.timeline import Timeline, permutation_key
 from k2jax.errors import UserError
+from k2jax.words import counted
 
 NUM_ROWS = 2**62  # more than any run reads; Grain wants a length
 _ROWS_PER_READ = 64  # most rows that one thread reads at a time: they share arithmetic and waiting
@@ -24,7 +25,7 @@ def too_few_validation(available: int, wanted: int, name: str) -> list[str]:
     """The message for a validation split with fewer sequences than are wanted."""
     if wanted <= available:
         return []
-    rule = f"must be at most the {available} whole sequences of the validation split"
+    rule = f"must be at most the {counted(available, 'whole sequence')} of the validation split"
     fix = "lower data.sequence_length, or prepare with a larger --validation-fraction"
     return [f"{name} = {wanted}: {rule}; " + (f"nearest: {available}; or " if available else "") + fix]
 

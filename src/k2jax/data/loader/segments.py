@@ -12,6 +12,7 @@ from k2jax.data.loader.corpus import Corpus, make_cut
 from k2jax.data.loader.timeline import Timeline, make_timeline
 from k2jax.errors import UserError
 from k2jax.files import read_sealed, write_sealed
+from k2jax.words import counted
 
 # What of a segment has to be the same for it to be the same mixture; the stores may move, their digests cover the rest.
 _SAME = ("digest", "sources", "phases")
@@ -37,7 +38,7 @@ def _natural_problems(segment: dict) -> Iterator[str]:
     for name, count in windows.items():
         if count * MAX_WEIGHTS < total:
             rule = f"less than a {MAX_WEIGHTS:,}th, the least weight; write the weights out"
-            yield f"mixture: 'natural': source {name!r} has {count:,} of {total:,} windows, {rule}"
+            yield f"mixture: 'natural': source {name!r} has {count:,} of {counted(total, 'window')}, {rule}"
 
 
 def _unread_problems(segment: dict, corpus: Corpus, config: Config) -> Iterator[str]:
@@ -48,7 +49,7 @@ def _unread_problems(segment: dict, corpus: Corpus, config: Config) -> Iterator[
         if name not in windows:
             rule = f"no whole row of data.sequence_length + 1 = {config.data.sequence_length + 1}"
             mend = f"lower that, or leave the source out by mixture.weights = {rest!r}"
-            yield f"mixture: 'natural': source {name!r} has {stream.num_tokens:,} tokens, and {rule}; {mend}"
+            yield f"mixture: 'natural': source {name!r} has {counted(stream.num_tokens, 'token')}, and {rule}; {mend}"
 
 
 def make_segment(corpus: Corpus, config: Config) -> dict:
@@ -173,7 +174,7 @@ def _leak_problems(timeline: Timeline, corpus: Corpus, config: Config, step: int
     for store in corpus.stores:
         if store.validation_fraction is not None and store.validation_fraction > least:
             found = f"{store.path} has {store.validation_fraction} and source {name!r} of {path} had {least}"
-            rule = f"a document that was trained on in the first {step} steps would be held out from now on"
+            rule = f"a document that was trained on in the first {counted(step, 'step')} would be held out from now on"
             mend = f"prepare it with at most {least}, or give held-out text as data.validation_path"
             yield f"data.path: validation_fraction grows, {found}: {rule}; {mend}"
 
@@ -195,7 +196,7 @@ def settle_timeline(
         tokens = max((stream.num_tokens for stream in corpus.streams["train"].values()), default=0)
         most = f"at most {tokens - 1} fits" if tokens > 1 else "it has no sequence at all"
         problems.append(
-            f"data.sequence_length = {length}: must be below the {tokens} tokens of the training split of data.path = "
+            f"data.sequence_length = {length}: must be below the {counted(tokens, 'token')} of the training split of data.path = "
             f"{corpus.path!r}; {most}"
         )
         segment = None

@@ -27,6 +27,7 @@ from k2jax.data.text.tasks import TASKS, fates, left_out
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer, train_vocab
 from k2jax.errors import UserError
 from k2jax.files import is_url, locked, sync_file
+from k2jax.words import counted
 
 RANK_BYTES = 2**26
 
@@ -134,7 +135,7 @@ def _refuse_lopsided(work: Path, recipe: Recipe) -> None:
             f"source = {source!r}: holds one document{besides}, but training and validation need one each; "
             "split it into files, or into the lines of a .jsonl"
         )
-    found = f"validation_fraction = {fraction}: leaves none of {sum(counts)} documents for {SPLITS[counts.index(0)]}"
+    found = f"validation_fraction = {fraction}: leaves none of {counted(sum(counts), 'document')} for {SPLITS[counts.index(0)]}"
     fits = f"above {places.min():.6g} and at most {places.max():.6g}"
     raise UserError(f"{found}; for these documents it must be {fits}")
 

@@ -26,6 +26,7 @@ from k2jax.data.text.readers import Record, choose_files, records
 from k2jax.data.text.sources import Tally, path_problems, refuse_bad
 from k2jax.errors import RunFailed, UserError
 from k2jax.files import is_url, locked, parse_json, read_small, write_atomic
+from k2jax.words import counted
 
 _TEMPERATURE = 0.7
 _ATTEMPTS = 2  # of one chunk, before its variant is given up
@@ -230,7 +231,7 @@ def _write_variants(file, endpoint, options: Options, documents, parallel: int, 
         no_answer = [p for _, _, p in found if p and p.startswith("no answer")]
         failed = failed + 1 if len(no_answer) == len(found) else 0
         if failed == _MOST_FAILED:
-            raise RunFailed(f"{failed} documents in a row: {no_answer[-1]}; the same command continues from here")
+            raise RunFailed(f"{counted(failed, 'document')} in a row: {no_answer[-1]}; the same command continues from here")
         if progress:
             progress(counts["documents"], counts["variants"], endpoint.num_requests)
     return counts
