@@ -115,6 +115,7 @@ def small(tiny, **changes) -> Config:
     )
 
 
+@pytest.mark.grid  # compiles two programs of five layers; libtpu's, of a small model: test_layers_tpu.py
 def test_layers_alone_have_the_step_s_figures(tiny):
     """Four layers and three microbatches of a step compiled for this machine, and the same layers by themselves."""
     config = small(tiny)

@@ -45,7 +45,7 @@ K2_SLICE = {
 
 
 def check_program(text: str, config: Config, mesh) -> None:
-    """What we promise of every step of several devices, read from its HLO."""
+    """Promises of every step of several devices, read from its HLO."""
     collectives = step_collectives(text, mesh)
     reduced = [one for one in collectives if one.kind in ("all-reduce", "reduce-scatter")]
     assert reduced and not [one for one in reduced if re.search(r"\b(b?f16|f8\w*)\[", one.result)]

@@ -55,7 +55,7 @@ def test_synchronous():
 
 @pytest.mark.parametrize("copies", [1, 3, 5])
 def test_asynchronous(copies):
-    """What is scheduled between its start and its end hides it, until there is nothing left to hide."""
+    """The core's work between its start and its end hides it, until there is nothing left to hide."""
     start = f"s = (f32[250000]{{0}}, f32[2000000]{{0}}) all-gather-start(%a), {GATHER}"
     done = played(start, *(f"c{i} = {COPY}" for i in range(copies)), "g = f32[2000000]{0} all-gather-done(%s)")
     exposed = max(0, GATHER_MS - copies)
@@ -116,7 +116,7 @@ def test_loops_and_collectives_of_sparsecore():
 
 
 def test_sparsecore_begins_with_its_update():
-    """What stands between a start without inputs and its update may make the inputs, so it hides nothing."""
+    """Between a start without inputs and its update the inputs may be made, so nothing is hidden there."""
     lines = [
         "s = ((), (), s32[]) custom-call-start(), called_computations={%inner}",
         f"d = {DOT}",

@@ -142,7 +142,7 @@ def slices_along(mesh: jax.sharding.Mesh) -> dict[str, int]:
 
 
 def is_one_program(mesh: jax.sharding.Mesh) -> bool:
-    """Whether the HLO is that of all devices: of GPUs always, of TPUs if they are one slice."""
+    """True if the HLO is that of all devices: of GPUs always, of TPUs if they are one slice."""
     return mesh.devices.flat[0].platform == "gpu" or math.prod(slices_along(mesh).values()) == 1
 
 

@@ -75,7 +75,7 @@ class Ring(NamedTuple):
 
 
 class Network(NamedTuple):
-    """How devices of a mesh are joined."""
+    """The links that join the devices of a mesh."""
 
     chip: Chip
     rings: Mapping[str, tuple[Ring, ...]]  # TPU: of each mesh axis

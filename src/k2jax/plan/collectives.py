@@ -140,7 +140,7 @@ def as_collective(computation: Computation, one: Instruction, sizes: Mapping[str
 
 
 def _found(module: Module, read) -> list[Collective]:
-    """What `read(computation, instruction)` finds in all that runs, with its runs and origin."""
+    """All that `read(computation, instruction)` returns of what runs, with its runs and origin."""
     return [
         one._replace(repeated=call.repeated, runs=call.runs, op_name=one.op_name or call.op_name)
         for name, call in calls(module).items()

@@ -25,7 +25,7 @@ WINDOW = re.compile(r"window=\{([^}]*)\}")
 
 
 class Work(NamedTuple):
-    """What an instruction does once."""
+    """The work of an instruction that runs once."""
 
     flops: float = 0.0
     hbm_bytes: float = 0.0
@@ -80,7 +80,7 @@ def _hbm(arrays: list[Array]) -> int:
 
 
 def _through(computation: Computation, one: Instruction) -> Instruction:
-    """What `one` is another name of."""
+    """The instruction that `one` is another name of."""
     while one.opcode in ("bitcast", "reshape") and one.operands and one.operands[0] in computation.by_name:
         one = computation.by_name[one.operands[0]]
     return one

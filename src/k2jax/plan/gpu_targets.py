@@ -90,7 +90,7 @@ def target_config(target: GpuTarget) -> str:
 
 
 def is_gpu(name: str) -> bool:
-    """Whether a topology's name is that of GPUs: h100:16x8."""
+    """True if a topology's name is that of GPUs: h100:16x8."""
     return name.partition(":")[0] in GPU_TARGETS
 
 

@@ -211,7 +211,7 @@ def _constant(computation: Computation, name: str) -> int | None:
 
 
 def _bound(module: Module, caller: Computation, loop: Instruction) -> tuple[Computation, str] | None:
-    """Where the number stands below which a loop's counter must be: in its condition, or among what it is given."""
+    """The place of the number that bounds a loop's counter: in its condition, or among what it is given."""
     condition = module.computations[loop.attribute("condition")]
     compare = next((one for one in condition.instructions if one.is_root), None)
     if compare is None or compare.opcode != "compare" or "direction=LT" not in compare.attributes:

@@ -63,7 +63,7 @@ class LayerMetrics:
         return [(transfer, runs) for (_, transfer), runs in self.played().transfers.items()]
 
     def _rows(self) -> set[int]:
-        """How many rows are exchanged at once and worked on by experts: leading dims of what they are given."""
+        """Numbers of rows exchanged at once, and worked on by experts: leading dims of what they are given."""
         found = set()
         for computation, one, _ in self.instructions:
             if one.opcode == "custom-call" and is_ragged_dot(one):

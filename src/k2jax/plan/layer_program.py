@@ -15,6 +15,7 @@ from k2jax.plan.aot import compile_step, program_text
 from k2jax.plan.chips import network_of
 from k2jax.plan.layer_metrics import LayerMetrics
 from k2jax.plan.program import Program
+from k2jax.sharding.compile_options import options_without_device, program_options
 from k2jax.sharding.place import place
 from k2jax.sharding.rules import spec
 from k2jax.train.state import abstract_model
@@ -54,7 +55,8 @@ def lower_layers(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     x = jax.ShapeDtypeStruct((*shape, config.model.hidden_size), dtype, sharding=rows)
     params, bias = abstract_model(config, mesh)
     with jax.set_mesh(mesh):
-        step = jax.jit(jax.value_and_grad(objective, (0, 1), has_aux=True))
+        options = program_options(config.kernels, mesh)
+        step = jax.jit(jax.value_and_grad(objective, (0, 1), has_aux=True), compiler_options=options)
         return step.lower(params["moe"], x, bias["moe"], index, index)
 
 
@@ -65,7 +67,7 @@ def describe_layers(config: Config, mesh: jax.sharding.Mesh, options: Mapping[st
     single one. Raises UserError as `lower_layers` does, and for devices without figures.
     """
     network = network_of(mesh)
-    compiled = compile_step(lower_layers(config, mesh), options)
+    compiled = compile_step(lower_layers(config, mesh), options_without_device(mesh) | dict(options or {}))
     program = Program(program_text(compiled), config, network)
     return {
         "layer": LayerMetrics(program).describe() if program.layer_bodies else None,

@@ -1,4 +1,4 @@
-"""How often the loops of a module turn, those too whose trip count data decides; and which of them are the layers'."""
+"""Trip counts of a module's loops, of those too that data decides; and the loops over MoE layers."""
 
 import re
 from collections.abc import Iterator

@@ -60,7 +60,7 @@ class Played:
 
 
 class _Running(NamedTuple):
-    """What was started and not yet waited for."""
+    """Something that was started and not yet waited for."""
 
     end: float  # on the clock; of a copy: on the memory's
     core_seconds: float  # when it started
