@@ -1,4 +1,4 @@
-"""What the TPU's compiler makes of our options: the tiles of K2's matmuls of experts, compiled for v5p without one."""
+"""The tiles that the TPU's compiler gives K2's matmuls of experts with our options, compiled for v5p without one."""
 
 import re
 

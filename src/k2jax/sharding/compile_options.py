@@ -91,7 +91,7 @@ def compile_options(platform: str) -> dict[str, OptionValue]:
 
 
 def options_without_device(mesh: jax.sharding.Mesh) -> dict[str, OptionValue]:
-    """What compiling for the devices of `mesh` takes besides where they are not here."""
+    """Options that compiling for the devices of `mesh` takes besides where they are not here."""
     return {option.name: option.value for option in WITHOUT_DEVICE.get(mesh.devices.flat[0].platform, ())}
 
 
