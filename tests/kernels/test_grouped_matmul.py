@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from k2jax.kernels.grouped_matmul import grouped_matmul
+from k2jax.config import KernelsConfig
+from k2jax.kernels import grouped_matmul as module
+from k2jax.kernels.grouped_matmul import choose_grouped_matmul, grouped_matmul
 
 NUM_ROWS, NUM_GROUPS, NUM_IN, NUM_OUT = 37, 6, 5, 7
 
@@ -113,3 +115,14 @@ def test_rows_past_the_sum_may_hold_anything(implementation):
     for result, want in zip(*(rows_alone(jax.device_get(r), sizes) for r in (dirty, clean)), strict=True):
         assert np.isfinite(want).all()
         np.testing.assert_array_equal(result, want)
+
+
+@pytest.mark.parametrize(
+    ("platform", "problem", "chosen"),
+    [("cpu", None, "blocked"), ("tpu", None, "ragged_dot"), ("gpu", None, "tokamax"), ("gpu", "broken", "blocked")],
+)
+def test_auto_is_never_dense(platform, problem, chosen, monkeypatch):
+    """`lax.ragged_dot` is on CPUs and GPUs; tokamax may be missing, or not work with this jax."""
+    monkeypatch.setattr(module, "tokamax_problem", lambda: problem)
+    assert choose_grouped_matmul(KernelsConfig(), platform) == chosen
+    assert choose_grouped_matmul(KernelsConfig(grouped_matmul="ragged_dot"), platform) == "ragged_dot"

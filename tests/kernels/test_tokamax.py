@@ -1,5 +1,7 @@
 """tokamax's kernels, those for TPUs interpreted on a CPU: `make test-kernels`."""
 
+import sys
+import types
 from functools import partial
 
 import jax
@@ -10,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from k2jax.config import Config, DataConfig, KernelsConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from k2jax.errors import UserError
+from k2jax.kernels import tokamax_attention
 from k2jax.kernels.chunked_attention import TokenIndex
 from k2jax.kernels.grouped_matmul import grouped_matmul
-from k2jax.kernels.tokamax import load_tokamax
+from k2jax.kernels.tokamax import kernel_problem, load_tokamax
 from k2jax.kernels.tokamax_attention import library_attention
 from k2jax.model import attention as model_attention
 from k2jax.model.mla import keys_and_values
@@ -196,3 +199,51 @@ def test_without_tokamax_it_says_what_to_do(monkeypatch, field):
             library_attention(*np.zeros((3, 1, 1, 128, 8)), np.zeros((1, 128), np.int32), 1.0, "tpu")
         else:
             grouped_matmul(np.zeros((8, 4)), (np.zeros((1, 4, 4)),), np.array([8]), "tokamax")
+
+
+def no_such_keyword(x, sizes):
+    raise TypeError("Mesh.__init__() got an unexpected keyword argument 'out_shape'\nand more")
+
+
+def test_a_kernel_that_this_jax_does_not_run():
+    """Found by tracing it once, forward and backward, wherever that is asked: within a mesh's program too."""
+    arguments = ((8, 8), jnp.bfloat16), ((4,), jnp.int32)
+    assert kernel_problem(lambda x, sizes: jnp.sin(x) * sizes.sum(), *arguments) is None
+    problem = kernel_problem(no_such_keyword, *arguments)
+    assert problem.endswith("here (TypeError: Mesh.__init__() got an unexpected keyword argument 'out_shape')")
+    assert f"does not work with jax {jax.__version__}" in problem
+    no_gradient = jax.custom_vjp(lambda x, sizes: x)
+    assert "AttributeError" in kernel_problem(no_gradient, *arguments)
+    seen = []
+
+    def local(x):
+        seen.append(kernel_problem(lambda x, sizes: jnp.sin(x), *arguments))
+        return x
+
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])):
+        jax.jit(jax.shard_map(local, in_specs=P("fsdp"), out_specs=P("fsdp"))).trace(
+            jax.device_put(jnp.zeros(2), P("fsdp"))
+        )
+    assert seen == [None]
+
+
+def test_attention_without_a_kernel_that_works(monkeypatch):
+    """One message for the user, with what each kernel says, whatever it raises."""
+
+    def refuses(*arguments, **options):
+        raise NotImplementedError("head dim 24")
+
+    attention = types.ModuleType("tokamax._src.ops.attention")
+    implementations = {"mosaic_gpu": lambda *_, **__: no_such_keyword(None, None), "triton": refuses}
+    attention.api = types.SimpleNamespace(IMPLEMENTATIONS=implementations)
+    attention.base = types.SimpleNamespace(Mask=lambda **options: None)
+    monkeypatch.setitem(sys.modules, attention.__name__, attention)
+    for name in ("tokamax", "tokamax._src", "tokamax._src.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setattr(tokamax_attention, "load_tokamax", lambda field: None)
+    q = jnp.zeros((1, 2, 128, 24))
+    with pytest.raises(UserError) as error:
+        library_attention(q, q, q, jnp.zeros((1, 128), jnp.int32), 1.0, "gpu")
+    (message,) = error.value.problems
+    assert message.startswith("kernels.attention = 'tokamax': tokamax has none that works with jax ")
+    assert "mosaic_gpu: TypeError: Mesh.__init__()" in message and "triton: NotImplementedError: head dim 24" in message

@@ -69,3 +69,14 @@ def test_what_does_not_fit_is_said(monkeypatch):
 
     with pytest.raises(RunFailed, match="does not fit: RESOURCE_EXHAUSTED"):
         aot.compile_step(Lowered())
+
+
+def test_a_plan_ends_where_a_device_has_not_the_memory(tiny, monkeypatch):
+    """XLA compiles for GPUs, and for CPUs, what a device has no room for."""
+    mesh, memory = make_mesh(MeshConfig(), jax.devices()[:1]), {"arguments": 2**30, "temp": 2**30, "total": 2**31}
+    kind = jax.devices()[0].device_kind
+    monkeypatch.setattr(aot, "lower_step", lambda config, mesh: (jax.jit(lambda x: x).lower(0.0), None))
+    monkeypatch.setattr(aot, "memory_by_kind", lambda *_: memory | {"outputs": 0, "program": 0})
+    monkeypatch.setitem(aot.MEMORY_BYTES, kind, 2**30)
+    with pytest.raises(RunFailed, match=rf"^does not fit: used 2.00G of 1.00G of {kind}: .*; exceeded by 1.00G$"):
+        aot.describe_step(Config(model=tiny), mesh)
