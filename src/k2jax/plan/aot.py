@@ -158,8 +158,7 @@ def step_collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
 
 def has_figures(mesh: jax.sharding.Mesh) -> bool:
     """True if the program of such a mesh can be played: chips with known figures, in one slice if they are TPUs."""
-    first = mesh.devices.flat[0]
-    return is_known(first.device_kind) and (first.platform == "gpu" or math.prod(slices_along(mesh).values()) == 1)
+    return is_known(mesh.devices.flat[0].device_kind) and is_one_program(mesh)
 
 
 def describe_step(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str, str] | None = None) -> dict:
