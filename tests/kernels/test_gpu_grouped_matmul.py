@@ -34,7 +34,7 @@ def compile_gradient(implementation: str) -> jax.stages.Compiled:
 
 
 def is_dense(compiled: jax.stages.Compiled) -> bool:
-    """Whether all rows are there once for each group."""
+    """True if all rows are there once for each group."""
     return f"[{NUM_GROUPS},{NUM_ROWS}," in compiled.as_text()
 
 
@@ -45,6 +45,6 @@ def test_ours_has_no_copy_of_the_rows_for_each_group():
 
 
 def test_ragged_dot_is_dense():
-    """Why "auto" does not choose it: to be thought over when this fails."""
+    """The reason for which "auto" does not choose it: to be thought over when this fails."""
     compiled = compile_gradient("ragged_dot")
     assert is_dense(compiled) and compiled.memory_analysis().temp_size_in_bytes > NUM_GROUPS * ROWS_BYTES
