@@ -11,10 +11,10 @@ ROOT = TOP / "src" / "k2jax"
 # A word, and the only files (by the beginning of their path) in whose names it may stand.
 ROOMS = {
     "plan": ("plan/", "cli/plan.py"),
-    "phase": ("config.py", "config_rules.py", "train/", "cli/", "interop/"),
+    "phase": ("plan/", "config.py", "config_rules.py", "train/", "cli/", "interop/"),
     "assignment": ("optim/", "plan/", "train/optimizer.py"),
     "recipe": ("data/text/", "cli/data.py"),
-    "segment": ("data/", "train/", "cli/audit.py", "model/", "kernels/", "preflight/", "config.py"),
+    "segment": ("inference/", "plan/", "data/", "train/", "cli/audit.py", "model/", "kernels/", "preflight/", "config.py"),
     "zigzag": ("sharding/", "model/"),
     "sealed": ("files.py", "data/store/", "runs/"),
 }
