@@ -21,8 +21,8 @@ def started(folder, run_dir, count, devices, *arguments, event="none"):
     return many.train(folder, count, devices, *options, *MESH, *arguments, event=event)
 
 
-def records(run_dir):
-    return [{k: v for k, v in record.items() if k not in WALL_CLOCK} for record in read_records(run_dir / "metrics.jsonl")]
+def records(run_dir):  # a start validates at its own last step
+    return [{k: v for k, v in record.items() if k not in (*WALL_CLOCK, "validation_bits_per_byte")} for record in read_records(run_dir / "metrics.jsonl")]
 
 
 def content(run_dir, step):
