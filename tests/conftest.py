@@ -55,3 +55,40 @@ def tiny() -> ModelConfig:
 def mesh_of():
     """mesh_of(expert=4, tensor=2): that mesh on the first 8 devices, every other axis 1."""
     return k2jax.mesh_of
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Credentials, and nothing else that a service of buckets looks at; connections and mirrors of the test's own."""
+    from bucket_server import KEY
+
+    from k2jax import storage
+    from k2jax.runs import mirror
+
+    context = storage.shared_context.__wrapped__()
+    monkeypatch.setattr(storage, "shared_context", lambda: context)
+    monkeypatch.setattr(mirror, "_mirrors", {})
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY), monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", KEY)  # a variable of TensorStore's
+    return monkeypatch
+
+
+@pytest.fixture
+def s3(tmp_path, environment):
+    """All that a server is asked at which the folders of tmp_path are buckets."""
+    from bucket_server import S3, serve
+
+    with serve(tmp_path, S3) as (url, asked):
+        environment.setenv("AWS_ENDPOINT_URL", f"{url}/")
+        yield asked
+
+
+@pytest.fixture
+def gcs(tmp_path, environment):
+    from bucket_server import GCS, serve
+
+    with serve(tmp_path, GCS) as (url, asked):
+        environment.setenv("TENSORSTORE_GCS_HTTP_URL", url)
+        yield asked

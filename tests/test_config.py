@@ -289,12 +289,13 @@ def test_mixture_and_data_rules():
 
 def test_a_url_where_a_folder_is_written_to():
     """It would become a folder called gs: in the current one."""
-    fields = ("data.index_dir", "train.run_dir", "train.compile_cache")
+    fields = ("data.index_dir", "train.compile_cache")
     rule = "must be a folder, not a URL; copy it there when the run is done, or mount the bucket"
     assert error_of(Config().replace(dict.fromkeys(fields, "gs://bucket/x")).validate).split("\n") == [
         f"{name} = 'gs://bucket/x': {rule}" for name in fields
     ]
-    Config().replace({"data.path": "gs://bucket/store", "train.compile_cache": None}).validate()
+    urls = {"data.path": "gs://bucket/store", "train.run_dir": "gs://bucket/run", "train.init_from": "s3://bucket/run"}
+    Config().replace(urls | {"train.compile_cache": None}).validate()
 
 
 def test_phases_are_columns_of_one_length():

@@ -214,7 +214,7 @@ class MeshConfig:
 class TrainConfig:
     """The loop."""
 
-    run_dir: Free[Folder[str]] = "runs/k2"
+    run_dir: Free[Paths[str]] = "runs/k2"  # a folder, or gs://BUCKET/RUN or s3://BUCKET/RUN: docs/hosts.md
     num_steps: Free[int] = 230_968
     num_microbatches: Free[int] = 1
     microbatches_together: Free[int | None] = None  # that pass the pipeline's stages in one go; None: all of a step

@@ -21,6 +21,7 @@ from k2jax.errors import RunFailed, UserError, exit_code
 
 PATIENCE = 300  # seconds that the others wait for one that is late: a slow disk, a long compile
 WORK_PATIENCE = 86_400  # for one that works alone, on an index of all stores, say; they hear at once if it fails
+_SHARE_SECONDS = 10
 _FAILURE = "k2jax/failure"
 _client = None  # of jax.distributed, which has no public way to its store
 _index, _count = 0, 1
@@ -34,6 +35,7 @@ _stopping = threading.Condition()  # guards what follows
 _polled = -1  # steps done when `stop_is_due` was last asked, and had not heard of a stop
 _asked = False  # by a process, to stop
 _stop_step: int | None = None  # steps done at the common end
+_share_last_words: Callable[[], None] | None = None
 
 
 def index() -> int:
@@ -162,10 +164,15 @@ def stop_is_due(step: int) -> bool:
         return step >= _stop_step
 
 
-def keep_last_words(folder: Path) -> None:
-    """Let a process that fails write why into `folder`."""
-    global _last_words
-    _last_words = folder
+def keep_last_words(folder: Path, share: Callable[[], None] | None = None) -> None:
+    """Let a process that fails write why into `folder`. share: brings it to where others can read it, where they cannot."""
+    global _last_words, _share_last_words
+    _last_words, _share_last_words = folder, share
+
+
+def _share() -> None:
+    with contextlib.suppress(Exception):  # a network may be why it fails
+        _share_last_words()
 
 
 def _write_last_words(text: str) -> None:
@@ -176,6 +183,10 @@ def _write_last_words(text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S %z")
         with open(_last_words / f"{_index}.failed", "a", encoding="utf-8") as file:
             file.write(f"{stamp} process {_index} of {_count}: {text}\n")
+    if _share_last_words is not None:
+        thread = threading.Thread(target=_share, name="last words", daemon=True)
+        thread.start()
+        thread.join(_SHARE_SECONDS)
 
 
 def say(text: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 from k2jax.config import Config
 from k2jax.errors import RunFailed, UserError
 from k2jax.preflight import ranks
+from k2jax.runs.mirror import run_folder
 
 
 @pytest.fixture
@@ -82,6 +83,22 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [name] and problem is None
     with ranks._written(tmp_path / "none") as found:
         assert found == (None, "cannot be written: No such file or directory") and [*tmp_path.iterdir()] == []
+
+
+def test_a_bucket_that_all_can_write(four, tmp_path, s3):
+    (tmp_path / "bucket").mkdir()
+    folder = run_folder("s3://bucket/run").path
+    four(0, lambda entry: None)
+    ranks.check_storage(folder, {}, 10**18)
+    written = [key for method, _, key, *_ in s3 if method == "PUT"]
+    assert len(written) == 1 and written[0].startswith("run/.write-test-")
+    assert s3[-1][0] == "DELETE" and not [p for p in tmp_path.rglob("*") if p.is_file()]
+    four(1, lambda entry: entry.update(problem="s3://bucket/run/x: PERMISSION_DENIED"))
+    (found,) = problems(ranks.check_storage, folder, {}, 1)
+    assert found.startswith("train.run_dir = 's3://bucket/run', process 1 (h1): s3://bucket/run/x: PERMISSION_DENIED; ")
+    private = run_folder("s3://private/run").path
+    with ranks._written(private) as (name, problem):
+        assert name is None and "AccessDenied" in problem
 
 
 def test_sums_over_every_axis(mesh_of, monkeypatch):

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2] / "src" / "k2jax"
 LAYERS = [
     {"errors", "words"},
     {"files", "dtypes", "processes", "tables", "user_code"},
+    {"storage"},
     {"config_rules"},
     {"config"},
     {"sharding", "kernels", "optim", "data", "runs"},
@@ -28,7 +29,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 DATA_LEVEL = {"splitmix": 0, "tokenizer": 0, "saved_tokenizer": 1, "store": 2, "text": 3, "loader": 3}
 WITHOUT_JAX = (
     "cli", "config.py", "config_rules.py", "data/store", "data/text", "errors.py", "files.py", "launch", "processes.py",
-    "report", "runs", "words.py",
+    "report", "runs", "storage.py", "words.py",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from k2jax.cli.overrides import load_config, override
 from k2jax.config import Config
 from k2jax.errors import UserError
+from k2jax.files import is_url
 from k2jax.words import counted
 
 _OF_PLACES = "data.validation_path", "data.index_dir", "data.tokenizer"
@@ -32,11 +33,11 @@ def _open_audit(args, rest: list[str]):
     from k2jax.data.loader.rows import RowReader
     from k2jax.data.loader.segments import read_segments, segment_paths, settle_timeline
     from k2jax.data.loader.timeline import make_timeline
-    from k2jax.runs.folder import RunFolder
+    from k2jax.runs.mirror import open_run_folder
 
-    is_run = Path(args.run).is_dir()
-    config = _config_of_run(Path(args.run), rest) if is_run else override(load_config(args.run), rest)
-    segments = read_segments(RunFolder(Path(args.run if is_run else config.train.run_dir)).timeline)
+    is_run = is_url(args.run) or Path(args.run).is_dir()
+    config = _config_of_run(open_run_folder(args.run).path, rest) if is_run else override(load_config(args.run), rest)
+    segments = read_segments(open_run_folder(args.run if is_run else config.train.run_dir).timeline)
     if args.data is None and not segments:
         corpus = open_data(config)
     else:

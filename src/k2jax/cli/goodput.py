@@ -2,9 +2,8 @@
 
 import json
 import time
-from pathlib import Path
 
-from k2jax.runs.folder import RunFolder, read_config
+from k2jax.runs.folder import read_config
 from k2jax.runs.goodput import account, read_starts
 from k2jax.tables import aligned
 
@@ -16,9 +15,11 @@ def _clock(seconds: float) -> str:
 
 def goodput(args, rest: list[str]) -> int:
     """Print the seconds of a run by kind over all of its starts, and each start."""
-    folder = Path(args.run)
-    read_config(folder)
-    starts = read_starts(RunFolder(folder).time)
+    from k2jax.runs.mirror import open_run_folder
+
+    files = open_run_folder(args.run)
+    read_config(files.path)
+    starts = read_starts(files.time)
     seconds = account(starts)
     total = sum(seconds.values())
     share = seconds["step"] / total if total else 0.0

@@ -119,8 +119,9 @@ def import_(args, rest: list[str]) -> int:
 def export(args, rest: list[str]) -> int:
     """Write a checkpoint for other libraries."""
     from k2jax.interop.export import export_run
+    from k2jax.runs.mirror import run_folder
 
     step = export_run(args.run, args.to, args.dtype, args.step, args.rope)
-    known = RunFolder(Path(args.run)).tokenizer.is_dir()
+    known = run_folder(args.run).tokenizer.is_dir()
     print(f"{args.to}: step {step} of {args.run}, {args.dtype}{'' if known else '; without a tokenizer, as the run'}")
     return 0

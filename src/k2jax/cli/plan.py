@@ -6,13 +6,18 @@ from pathlib import Path
 
 from k2jax.cli.overrides import load_config, override
 from k2jax.config import Config
+from k2jax.files import is_url
 from k2jax.launch.distributed import use_cpu_devices
 from k2jax.runs.folder import read_config
 
 
 def _open_config(source: str, rest: list[str]) -> Config:
     """The config of a file or of a run directory, with the options."""
-    return override(read_config(Path(source)) if Path(source).is_dir() else load_config(source), rest)
+    if not is_url(source) and not Path(source).is_dir():
+        return override(load_config(source), rest)
+    from k2jax.runs.mirror import open_run_folder
+
+    return override(read_config(open_run_folder(source).path), rest)
 
 
 def inspect(args, rest: list[str]) -> int:

@@ -5,7 +5,6 @@ import contextlib
 import os
 import shlex
 import sys
-from pathlib import Path
 
 from k2jax import processes
 from k2jax.cli.overrides import load_config, overridden, print_fields
@@ -95,7 +94,6 @@ def train(args, rest: list[str]) -> int:
     from k2jax.train.loop import run
 
     result = run(config, args.change_mixture)
-    folder = Path(config.train.run_dir)
     first, many = processes.is_first(), processes.count() > 1
     processes.leave()
     if result.signal is not None:
@@ -104,30 +102,32 @@ def train(args, rest: list[str]) -> int:
             print(f"stopped after step {result.step}, saved. Resume {how}:\n  k2jax {shlex.join(sys.argv[1:])}")
         return 128 + result.signal
     if first:
-        _show_result(folder, result, with_sample=not many)
+        _show_result(config.train.run_dir, result, with_sample=not many)
     return 0
 
 
-def _show_result(folder: Path, result, with_sample: bool) -> None:
+def _show_result(run_dir: str, result, with_sample: bool) -> None:
     """Print validation loss, picture, sample, and the paths of everything."""
     from k2jax.inference.generate import generate
     from k2jax.inference.load import load_run
     from k2jax.report.curves import plot_runs
-    from k2jax.runs.folder import RunFolder
+    from k2jax.runs.mirror import run_folder, shown, upload
 
-    files = RunFolder(folder)
+    files = run_folder(run_dir)
     print(f"done: step {result.step}")
     if result.validation_bits_per_byte is not None:
         print(f"validation: {result.validation_bits_per_byte:.4f} bits per byte")
     try:
-        plot_runs([str(folder)], str(files.curves))
-        print(f"curves: {files.curves}")
+        plot_runs([run_dir], str(files.curves))
+        print(f"curves: {shown(files.curves)}")
     except UserError as missing:  # the picture is an extra, the run is not
         print(f"no picture: {missing}")
-    print(f"metrics: {files.metrics}\ncheckpoints: {files.checkpoints}\nTensorBoard: {files.tensorboard}")
+    paths = {"metrics": files.metrics, "checkpoints": files.checkpoints, "TensorBoard": files.tensorboard}
+    print("\n".join(f"{what}: {shown(path)}" for what, path in paths.items()))
     if not with_sample:  # this process has no longer the devices that the model may need
-        print(f"a sample: k2jax generate {folder} PROMPT")
-        return
-    text = generate(load_run(folder), [""], num_tokens=400, temperature=0.7, seed=0)[0]
-    write_atomic(files.sample, text)
-    print(f"sample ({files.sample}; more with: k2jax generate {folder} PROMPT):\n{text}")
+        print(f"a sample: k2jax generate {run_dir} PROMPT")
+    else:
+        text = generate(load_run(run_dir), [""], num_tokens=400, temperature=0.7, seed=0)[0]
+        write_atomic(files.sample, text)
+        print(f"sample ({shown(files.sample)}; more with: k2jax generate {run_dir} PROMPT):\n{text}")
+    upload(files.path)  # picture and sample

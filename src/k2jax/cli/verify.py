@@ -1,18 +1,18 @@
 """`k2jax verify`."""
 
-from pathlib import Path
-
 from k2jax.errors import RunFailed, UserError
-from k2jax.runs.commits import check_committed, committed_steps, damage
-from k2jax.runs.folder import RunFolder, read_config
 
 
 def verify(args, rest: list[str]) -> int:
     """Check the files of committed steps, and of damaged ones name the arrays."""
+    from k2jax.runs.commits import check_committed, committed_steps, damage
+    from k2jax.runs.folder import read_config
+    from k2jax.runs.mirror import open_run_folder
     from k2jax.train.restore import damaged_arrays
 
-    read_config(Path(args.run))
-    folder, bad = RunFolder(Path(args.run)).checkpoints, []
+    files, bad = open_run_folder(args.run), []
+    read_config(files.path)
+    folder = files.checkpoints
     steps = committed_steps(folder)
     check_committed(steps, args.step)
     for step in steps if args.step is None else [args.step]:

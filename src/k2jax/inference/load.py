@@ -15,7 +15,8 @@ from k2jax.inference.mesh import DECODING_AXES, inference_mesh, on
 from k2jax.model.choices import describe_experts
 from k2jax.processes import on_first
 from k2jax.runs.commits import sound_step
-from k2jax.runs.folder import RunFolder, read_config
+from k2jax.runs.folder import read_config
+from k2jax.runs.mirror import open_run_folder
 from k2jax.train.checkpoint import model_part, restore_model
 from k2jax.train.state import TrainState, abstract_model
 
@@ -79,10 +80,9 @@ def load_run(
     axes: those that may be above 1, DECODING_AXES or, for scoring alone, SCORING_AXES. Raises UserError if `run_dir` is
     no run, has no such sound step, or its model does not go with the mesh.
     """
-    folder = Path(run_dir)
-    config = use_kernels(read_config(folder))
+    files = open_run_folder(run_dir)
+    config = use_kernels(read_config(files.path))
     mesh = None if sizes is None else inference_mesh(sizes, config.model, axes)
-    files = RunFolder(folder)
     # Of a run that still saves each process would see another newest step; and one reading of all files is enough.
     step = on_first("step", lambda: sound_step(files.checkpoints, step))
     model = restore_model(files.checkpoints, step, model_part(*abstract_model(config, mesh)))

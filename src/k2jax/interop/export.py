@@ -16,8 +16,9 @@ from k2jax.interop.published import all_weights, published_names, published_shap
 from k2jax.interop.safetensor_files import NewTensor, write_tensors
 from k2jax.interop.tokenizer_files import tokenizer_files
 from k2jax.model.weights import Weight
-from k2jax.runs.commits import sound_step
-from k2jax.runs.folder import RunFolder, read_config
+from k2jax.runs.commits import arrays_of, read_record, sound_step
+from k2jax.runs.folder import read_config
+from k2jax.runs.mirror import open_run_folder
 from k2jax.train.content import name_of
 from k2jax.train.phases import rope_after
 from k2jax.train.restore import open_array
@@ -26,12 +27,12 @@ DTYPES = {"bf16": ("BF16", "bfloat16"), "f32": ("F32", "float32")}  # ours: (saf
 FILE_BYTES = 5 * 10**9
 
 
-def _new_tensors(folder: Path, step: int, model, dtype: str) -> dict[str, NewTensor]:
+def _new_tensors(arrays: Path, model, dtype: str) -> dict[str, NewTensor]:
     """Every published tensor, to be read from the checkpoint when it is written."""
     tensors = {}
     leaves = jax.tree_util.tree_leaves_with_path(all_weights(model), is_leaf=lambda x: isinstance(x, Weight))
     for path, weight in leaves:
-        array = open_array(folder, step, f"model.{name_of(path)}")
+        array = open_array(arrays, f"model.{name_of(path)}")
         stored = "F32" if weight.group is None else dtype  # the router bias decides near ties: it keeps its bits
 
         def make(index, weight=weight, array=array, stored=stored) -> np.ndarray:
@@ -60,9 +61,8 @@ def export_run(
     or is a URL, the run has no sound checkpoint, or its network no published form.
     """
     must_be_new(to)  # before the checkpoint's files are looked through
-    run_dir, to = Path(run_dir), Path(to)
-    config = read_config(run_dir)
-    files = RunFolder(run_dir)
+    files, to = open_run_folder(run_dir), Path(to)
+    config = read_config(files.path)
     step = sound_step(files.checkpoints, step)
     rope = rope or rope_after(config, step)
     if rope == "yarn" and config.model.rope.factor is None:
@@ -72,7 +72,8 @@ def export_run(
     stored, torch_name = DTYPES[dtype]
     values = hf_config(config.model, rope, config.data.sequence_length, torch_name, *ids)
     with whole_folder(to, "exporting") as aside:
-        write_tensors(aside, _new_tensors(files.checkpoints, step, config.model, stored), file_bytes)
+        arrays = arrays_of(files.checkpoints, read_record(files.checkpoints, step))
+        write_tensors(aside, _new_tensors(arrays, config.model, stored), file_bytes)
         for name, content in (tokenizer_files(tokenizer) if tokenizer else {}).items():
             write_atomic(aside / name, content)
         write_atomic(aside / "config.json", json.dumps(values, indent=2) + "\n")

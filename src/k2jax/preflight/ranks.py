@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import secrets
 import shutil
 import socket
 import tempfile
@@ -25,6 +26,7 @@ import k2jax
 from k2jax.config import Config, flatten
 from k2jax.errors import RunFailed, UserError
 from k2jax.processes import barrier, count, gather
+from k2jax.runs.mirror import mirror_of, shown
 
 LIBRARIES = ("k2jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 WRITE_TEST = ".write-test-"  # begins the names of files that are in the run directory for a moment
@@ -95,43 +97,57 @@ def check_agreement(config: Config) -> None:
 @contextlib.contextmanager
 def _written(folder: Path) -> Iterator[tuple[str | None, str | None]]:
     """(name of a file of this process, in `folder` while inside, what keeps one from there); one of them None."""
+    mirror = mirror_of(folder)
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=WRITE_TEST))
-            file.write(b"x")
-            file.flush()
-            os.fsync(file.fileno())
-            found = Path(file.name).name, None
+            if mirror is None:
+                file = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=WRITE_TEST))
+                file.write(b"x")
+                file.flush()
+                os.fsync(file.fileno())
+                found = Path(file.name).name, None
+            else:
+                found = f"{WRITE_TEST}{secrets.token_hex(8)}", None
+                mirror.bucket.write(found[0], "x")
+                stack.callback(mirror.bucket.delete, found[0])
         except OSError as error:
             found = None, f"cannot be written: {error.strerror}"
+        except UserError as error:  # of a bucket
+            found = None, str(error)
         yield found
+
+
+def _is_there(folder: Path, name: str) -> bool:
+    mirror = mirror_of(folder)
+    return os.path.lexists(folder / name) if mirror is None else mirror.bucket.has(name)
 
 
 def check_storage(folder: Path, digests: dict[str, str], state_bytes: int) -> None:
     """Raise UserError, in all processes, if one cannot write to the run directory, or if they read different stores.
 
     Also if they have no run directory in common: each would save its part where the others' are not. digests: of what
-    they read. state_bytes: of one checkpoint, for which there must be room.
+    they read. state_bytes: of one checkpoint, for which there must be room; in a bucket there is.
     """
     if count() == 1:
         return
+    in_bucket = mirror_of(folder) is not None
     with _written(folder) as (name, problem):
-        free = None if problem else shutil.disk_usage(folder).free
+        free = None if problem or in_bucket else shutil.disk_usage(folder).free
         own = {"host": socket.gethostname(), "name": name, "problem": problem, "free": free, "digests": digests}
         entries = gather("storage", own)
         first = entries[0]["name"]  # new, so that no file system answers from memory
-        seen = gather("shared", first is None or os.path.lexists(folder / first))
+        seen = gather("shared", first is None or _is_there(folder, first))
     barrier("tidied")  # the first that raises ends the others, whose files would stay
     hosts = [entry["host"] for entry in entries]
     problems = [*differences([entry["digests"] for entry in entries], hosts)]
     shared = "it must be one directory that all processes share"
     for number, entry in enumerate(entries):
-        where = f"train.run_dir = {str(folder)!r}, {_who([number], hosts)}"
+        where = f"train.run_dir = {shown(folder)!r}, {_who([number], hosts)}"
         if entry["problem"]:
             problems.append(f"{where}: {entry['problem']}; {shared}")
         elif not seen[number]:
             problems.append(f"{where}: is another directory than that of process 0 ({hosts[0]}); {shared}")
-        elif entry["free"] < state_bytes:
+        elif entry["free"] is not None and entry["free"] < state_bytes:
             rule = f"a checkpoint takes {state_bytes:,}; make room, or give another"
             problems.append(f"{where}: {entry['free']:,} bytes are free, {rule}")
     if problems:

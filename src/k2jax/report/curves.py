@@ -4,17 +4,18 @@ from pathlib import Path
 
 from k2jax.config import Config
 from k2jax.errors import UserError
-from k2jax.runs.folder import RunFolder, read_config
+from k2jax.runs.folder import read_config
+from k2jax.runs.mirror import open_run_folder
 from k2jax.runs.records import read_records
 
 
 def read_run(run_dir: str) -> tuple[Config, list[dict]]:
     """Config and records of a run; raises UserError if there are none."""
-    folder = Path(run_dir)
-    config = read_config(folder)
-    records = read_records(RunFolder(folder).metrics)
+    files = open_run_folder(run_dir)
+    config = read_config(files.path)
+    records = read_records(files.metrics)
     if not records:
-        raise UserError(f"{folder}: has no finished step yet")
+        raise UserError(f"{run_dir}: has no finished step yet")
     return config, records
 
 

@@ -1,19 +1,23 @@
 """Commit records: checkpoints/STEP.json, written last, makes a step exist. Needs no jax.
 
-Steps are found by their records alone, never by Orbax's listing: it shows steps whose save has not ended yet.
+Steps are found by their records alone, never by Orbax's listing: it shows steps whose save has not ended yet. Of a run
+in a bucket `folder` is that of its mirror (runs/mirror.py), which has the records and not the arrays.
 """
 
 import contextlib
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from k2jax.errors import RunFailed, UserError, first_of
-from k2jax.files import read_sealed, sha256_of, sync_file, write_sealed
+from k2jax.files import read_sealed, sealed, sha256_of, sync_file, write_sealed
 from k2jax.runs.folder import RunFolder
 from k2jax.runs.identity import identity
+from k2jax.runs.mirror import mirror_of, shown
 
 
 def _remove(entry: Path) -> None:
@@ -24,28 +28,33 @@ def _remove(entry: Path) -> None:
         entry.unlink(missing_ok=True)
 
 
-def remove_step(folder: Path, step: int) -> None:
-    """Remove a committed step. The record goes first, so that no half step is ever listed."""
-    _remove(folder / f"{step}.json")
-    sync_file(folder)
-    _remove(folder / str(step))
-
-
 def committed_steps(folder: Path) -> list[int]:
     """Steps that can be restored, oldest first."""
     names = (record.stem for record in folder.glob("*.json"))
     return sorted(int(name) for name in names if name.isascii() and name.isdigit() and name == str(int(name)))
 
 
+def arrays_of(folder: Path, record: dict) -> Path:
+    """The folder of a step's arrays: STEP, beside its commit record, or of a step saved to a bucket ../arrays/STEP-WRITER."""
+    if "folder" in record:
+        return RunFolder(folder.parent).arrays / record["folder"]
+    return folder / str(record["step"])
+
+
 def _record_of(folder: Path, step: int, expected: dict[str, str] | None) -> dict:
     """The commit record of a step. UserError if it was changed, or belongs to another step or not to `expected`."""
     path = folder / f"{step}.json"
+    if (mirror := mirror_of(folder)) is not None:
+        mirror.fetch_record(path)
     record = read_sealed(path)
     kinds = {"step": int, "holds": list, "files": dict, "content": dict, "data_position": dict, "run": type(expected)}
+    kinds |= {"folder": str} if "folder" in record else {}
     if wrong := [name for name, kind in kinds.items() if type(record.get(name)) is not kind]:
         raise UserError(f"{path}: is not a commit record: {', '.join(wrong)} missing or of another type")
     if record["step"] != step:
         raise UserError(f"{path}: is the record of step {record['step']}; give it its name back")
+    if not re.fullmatch(rf"{step}-[0-9a-f]+", record.get("folder", f"{step}-0")):
+        raise UserError(f"{path}: its folder is {record['folder']!r}, must be {step}-WRITER; restore it from a copy")
     if expected is not None and record["run"] != expected:
         differs = [name for name in expected if record["run"].get(name) != expected[name]]
         rule = "it was copied from elsewhere; move it away" if "id" in differs else "restore config.json from a copy"
@@ -58,6 +67,19 @@ def read_record(folder: Path, step: int) -> dict:
     return _record_of(folder, step, identity(folder.parent))
 
 
+def remove_step(folder: Path, step: int) -> None:
+    """Remove a committed step. The record goes first, so that no half step is ever listed."""
+    path, arrays = folder / f"{step}.json", folder / str(step)
+    with contextlib.suppress(UserError):  # what its record does not tell is left to `remove_leftovers`
+        arrays = arrays_of(folder, read_record(folder, step))
+    if (mirror := mirror_of(folder)) is not None:
+        return mirror.remove_step(path, arrays)
+    _remove(path)
+    sync_file(folder)
+    _remove(arrays)
+
+
+_READS = 8  # objects of a bucket that are read at once, each in memory
 _WRITER = re.compile(r"(?:ocdbt\.|array_metadatas/)process_([0-9]+)(?:/|$)")  # Orbax's names of what one process writes
 
 
@@ -85,20 +107,26 @@ def damage(folder: Path, step: int, process: int = 0, processes: int = 1) -> lis
     """
     run = identity(folder.parent)
     try:
-        expected = _record_of(folder, step, run)["files"]
+        record = _record_of(folder, step, run)
     except UserError as error:
         return [*error.problems]
-    problems = []
-    for name in sorted(expected)[process::processes]:
-        path = folder / str(step) / name
+    mirror, expected, root = mirror_of(folder), record["files"], arrays_of(folder, record)
+    arrays = None if mirror is None else mirror.folder(root)
+
+    def problem(name: str) -> str | None:
+        where = f"{root if arrays is None else arrays}/{name}"
         try:
-            if sha256_of(path) != expected[name]:
-                problems.append(f"{path}: is not what was written (sha256)")
+            found = sha256_of(root / name) if arrays is None else arrays.describe(name)["sha256"]
         except (FileNotFoundError, NotADirectoryError):
-            problems.append(f"{path}: is missing")
+            return f"{where}: is missing"
         except OSError as error:  # of a failing disk, say
-            problems.append(f"{path}: cannot be read: {error.strerror}")
-    return problems
+            return f"{where}: cannot be read: {error.strerror}"
+        except UserError as error:  # of a bucket
+            return str(error)
+        return None if found == expected[name] else f"{where}: is not what was written (sha256)"
+
+    with ThreadPoolExecutor(1 if arrays is None else _READS) as pool:
+        return list(filter(None, pool.map(problem, sorted(expected)[process::processes])))
 
 
 def check_committed(steps: list[int], step: int | None) -> None:
@@ -112,7 +140,7 @@ def sound_step(folder: Path, step: int | None) -> int:
     """`step`, or for None the newest committed one. Raises UserError if it is not there, or damaged."""
     steps = committed_steps(folder)
     if not steps:
-        raise UserError(f"{folder.parent}: has no committed checkpoint yet")
+        raise UserError(f"{shown(folder.parent)}: has no committed checkpoint yet")
     check_committed(steps, step)
     step = steps[-1] if step is None else step
     if wrong := damage(folder, step):
@@ -140,8 +168,11 @@ def find_damaged(
 
 def set_aside(folder: Path, steps: list[int], problems: list[str]) -> None:
     """Move these steps to ../damaged. UserError, with what is wrong with them, if that does not take them."""
-    aside = RunFolder(folder.parent).damaged
+    aside, mirror = RunFolder(folder.parent).damaged, mirror_of(folder)
     for step in steps:
+        if mirror is not None:  # objects have no other name to be given: the arrays stay
+            mirror.move_record(folder / f"{step}.json", aside / f"{step}.json")
+            continue
         try:
             aside.mkdir(exist_ok=True)
             for name in (f"{step}.json", str(step)):
@@ -153,7 +184,12 @@ def set_aside(folder: Path, steps: list[int], problems: list[str]) -> None:
 
 
 def _saves(folder: Path) -> list[str]:
-    """Names of what saves make, finished or not: STEP, STEP.json and Orbax's temporary folders of it; never a link."""
+    """Names of what saves make, finished or not: STEP, STEP.json and Orbax's temporary folders of it; never a link.
+
+    Of a run in a bucket STEP-WRITER.
+    """
+    if (mirror := mirror_of(folder)) is not None:
+        return [name for name in mirror.saves() if re.fullmatch(r"[0-9]+-[0-9a-f]+", name)]
     made = re.compile(r"(0|[1-9][0-9]*)(\.json(\.tmp)?|\.orbax-checkpoint-tmp.*)?")
     entries = folder.glob("*")
     return sorted(entry.name for entry in entries if made.fullmatch(entry.name) and not entry.is_symlink())
@@ -161,6 +197,8 @@ def _saves(folder: Path) -> list[str]:
 
 def not_ours(folder: Path) -> list[str]:
     """Names in the folder that no save makes: copies, notes, links, lost+found. They are never removed."""
+    if mirror_of(folder) is not None:
+        return []  # nothing else is looked at, and only what is ours removed
     return sorted({entry.name for entry in folder.glob("*")} - {*_saves(folder)})
 
 
@@ -171,7 +209,7 @@ def newest_step(folder: Path) -> int | None:
     """
     if steps := committed_steps(folder):
         return steps[-1]
-    lost = [name for name in _saves(folder) if name.split(".")[0] != "0"]
+    lost = [name for name in _saves(folder) if re.split("[.-]", name)[0] != "0"]
     if lost:
         raise UserError(
             f"{folder}: holds {', '.join(sorted(lost))} but no commit record (STEP.json), so no step can be trusted; "
@@ -183,25 +221,37 @@ def newest_step(folder: Path) -> int | None:
 def remove_leftovers(folder: Path) -> list[str]:
     """Remove what unfinished saves left behind; returns the names. What k2jax did not make stays."""
     committed = {str(step) for step in committed_steps(folder)}
-    left = [folder / name for name in _saves(folder) if name.removesuffix(".json") not in committed]
-    for entry in left:
-        _remove(entry)
-    return sorted(entry.name for entry in left)
+    if (mirror := mirror_of(folder)) is not None:
+        files = RunFolder(folder.parent)
+        committed |= {str(step) for step in committed_steps(files.damaged)}  # their arrays have stayed
+        left = [name for name in _saves(folder) if name.split("-")[0] not in committed]
+        for name in left:
+            mirror.remove(files.arrays / name)
+        return left
+    left = [name for name in _saves(folder) if name.removesuffix(".json") not in committed]
+    for name in left:
+        _remove(folder / name)
+    return left
 
 
 def commit(folder: Path, record: dict) -> None:
     """Make the step of `record` exist. Its files are on the disk, and `record` has everything but the run's identity.
 
     record: step, holds (names of its items), files ({relative path: sha256}), content ({array: digests of its content}),
-    data_position. Raises RunFailed if it leaves out a file of the step, for which nobody would then vouch.
+    data_position; in a bucket also folder (STEP-WRITER). Raises RunFailed if it leaves out a file of the step, for which
+    nobody would then vouch, or if another process holds the run's lock by now or has committed the step.
     """
-    root = folder / str(record["step"])
+    path, record = folder / f"{record['step']}.json", record | {"run": identity(folder.parent)}
+    if (mirror := mirror_of(folder)) is not None:
+        record["writer"] = mirror.lock.holder
+        return mirror.commit(path, json.dumps(sealed(record), indent=2) + "\n")
+    root = arrays_of(folder, record)
     found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     if lost := sorted(found - record["files"].keys()):  # who wrote them did not see them in the finished folder
         rule = "do all hosts see the same in train.run_dir, at once?"
         raise RunFailed(f"{root}: no process vouches for {', '.join(first_of(lost, 3))}; {rule}")
     sync_file(folder)
-    write_sealed(folder / f"{record['step']}.json", record | {"run": identity(folder.parent)})
+    write_sealed(path, record)
 
 
 def held_parts(folder: Path, step: int) -> list[str]:

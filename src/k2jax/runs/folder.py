@@ -36,6 +36,7 @@ class RunFolder:
     tokenizer = _Inside("tokenizer")  # folder; absent where no tokenizer is known
     env = _Inside("env.txt")  # versions
     checkpoints = _Inside("checkpoints")  # folder of the committed steps: runs/commits.py
+    arrays = _Inside("arrays")  # folder of the arrays of steps that were saved to a bucket
     damaged = _Inside("damaged")  # folder to which damaged ones are moved
     metrics = _Inside("metrics.jsonl")  # a record per step: runs/records.py
     time = _Inside("time.jsonl")  # an account of each start's seconds: runs/goodput.py

@@ -3,10 +3,13 @@
     checkpoints/120/        Orbax: items model (params, router bias) and optimizer (step, state, guard)
     checkpoints/120.json    the commit record; a folder without one is the rest of a save that did not end
 
+In a bucket train/bucket_arrays.py writes them, to arrays/120-WRITER/.
+
 Steps are found by their records alone, never by Orbax's listing: it shows steps whose save has not ended yet.
 """
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -16,7 +19,9 @@ from orbax.checkpoint import v1 as ocp
 from k2jax.config import CheckpointConfig
 from k2jax.errors import RunFailed, first_of
 from k2jax.processes import barrier, count, gather, index, is_first
-from k2jax.runs.commits import commit, committed_steps, file_digests, remove_step
+from k2jax.runs.commits import arrays_of, commit, committed_steps, file_digests, remove_step
+from k2jax.runs.mirror import mirror_of, shown, upload
+from k2jax.train.bucket_arrays import copy_shards, write_shards
 from k2jax.train.content import content_sums, name_of, named_digests
 from k2jax.train.restore import open_array, restore_items
 from k2jax.train.state import TrainState
@@ -53,7 +58,7 @@ def parts(state: TrainState) -> dict:
     }
 
 
-def _check_readable(folder: Path, step: int, items: dict) -> None:
+def _check_readable(arrays: Path, items: dict) -> None:
     """Raise RunFailed unless every array of every item opens, with its shape.
 
     items: the arrays or their shapes. Orbax has saved without an error what it could not read back (a path that it
@@ -63,25 +68,27 @@ def _check_readable(folder: Path, step: int, items: dict) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(items):
         name = name_of(path)
         try:
-            stored = open_array(folder, step, name).shape
+            stored = open_array(arrays, name).shape
         except ValueError as error:
             problems.append(f"{name}: {error}")
             continue
         if stored != leaf.shape:
             problems.append(f"{name}: shape {stored} for {leaf.shape}")
     if problems:
-        raise RunFailed(f"{folder / str(step)}: cannot be read back: {'; '.join(first_of(problems, 3))}")
+        raise RunFailed(f"{shown(arrays)}: cannot be read back: {'; '.join(first_of(problems, 3))}")
 
 
-def _commit(folder: Path, step: int, items: dict, sums: jax.Array, data_position: dict, seconds: float) -> None:
-    """In all processes, after Orbax: each vouches for the files that it wrote, the first makes the step exist."""
-    written = gather("save", file_digests(folder, step, index(), count()), seconds)
+def _commit(folder: Path, record: dict, items: dict, sums: jax.Array, files: dict[str, str], seconds: float) -> None:
+    """In all processes, when each has written its `files` ({name: sha256}); the first makes the step exist.
+
+    record: step, data_position, and of a run in a bucket folder.
+    """
+    written = gather("save", files, seconds)
     if is_first():
-        _check_readable(folder, step, items)
+        _check_readable(arrays_of(folder, record), items)
         content = named_digests(items, np.asarray(jax.device_get(sums)))
         files = {name: digest for part in written for name, digest in part.items()}
-        record = {"step": step, "holds": sorted(items), "files": files, "content": content, "data_position": data_position}
-        commit(folder, record)
+        commit(folder, record | {"holds": sorted(items), "files": files, "content": content})
 
 
 def save_model(folder: Path, model: dict) -> None:
@@ -90,7 +97,7 @@ def save_model(folder: Path, model: dict) -> None:
     items = {"model": model}
     with _context():
         ocp.save_checkpointables(folder.resolve() / "0", items)
-    _commit(folder, 0, items, content_sums(items), {}, 0)
+    _commit(folder, {"step": 0, "data_position": {}}, items, content_sums(items), file_digests(folder, 0), 0)
 
 
 class Saver:
@@ -105,28 +112,41 @@ class Saver:
     def save(self, step: int, state: TrainState, data_position: dict) -> None:
         """Start saving `state`, which may be donated as soon as this returns. Waits for the save before it."""
         self.wait()
-        items = parts(state)
+        items, record = parts(state), {"step": step, "data_position": data_position}
         sums = content_sums(items)
         try:
             # Processes compare the path through their devices, by transfers that the loop's guard forbids.
             with _context(self._config.save_timeout_seconds), jax.transfer_guard("allow"):
-                path = self._folder.resolve() / str(step)
-                response = ocp.save_checkpointables_async(path, items, overwrite=True)
+                write = self._begin(record, items)
         except OSError as error:
-            raise RunFailed(f"checkpoint in {self._folder} could not be saved: {error}") from error
+            raise RunFailed(f"checkpoint in {shown(self._folder)} could not be saved: {error}") from error
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), items)
-        arguments = response, step, shapes, sums, data_position
-        self._thread = threading.Thread(target=self._finish, args=arguments, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._finish, args=(write, record, shapes, sums), name="checkpoint", daemon=True)
         self._thread.start()
 
-    def _finish(self, response, step: int, items: dict, sums: jax.Array, data_position: dict) -> None:
-        seconds = self._config.save_timeout_seconds
+    def _begin(self, record: dict, items: dict) -> Callable[[], dict[str, str]]:
+        """Begin to write the arrays. What it returns ends it, and gives the sha256 of the files of this process."""
+        step = record["step"]
+        if (mirror := mirror_of(self._folder.parent)) is not None:
+            record["folder"] = f"{step}-{mirror.writer}"  # what another process, cut off, still writes is not in it
+            own, headers = copy_shards(items, CHUNK_BYTES)
+            return lambda: write_shards(mirror.folder(arrays_of(self._folder, record)), own, headers)
+        response = ocp.save_checkpointables_async(self._folder.resolve() / str(step), items, overwrite=True)
+
+        def end() -> dict[str, str]:
+            response.result(timeout=self._config.save_timeout_seconds)
+            return file_digests(self._folder, step, index(), count())
+
+        return end
+
+    def _finish(self, write: Callable[[], dict[str, str]], record: dict, items: dict, sums: jax.Array) -> None:
         try:
-            response.result(timeout=seconds)
-            _commit(self._folder, step, items, sums, data_position, seconds)
-            barrier("committed", seconds)  # a process that ends now ends the first, which writes the record, with it
+            _commit(self._folder, record, items, sums, write(), self._config.save_timeout_seconds)
+            barrier("committed", self._config.save_timeout_seconds)  # one that ends now ends the first, which writes, with it
             if is_first():
                 self._prune()
+            else:
+                upload(self._folder.parent)  # its log
         except BaseException as error:
             self._error = error
 
@@ -140,7 +160,7 @@ class Saver:
         """Raise what a background save failed with."""
         if self._error is not None:
             error, self._error = self._error, None
-            raise RunFailed(f"checkpoint in {self._folder} could not be saved: {error}") from error
+            raise RunFailed(f"checkpoint in {shown(self._folder)} could not be saved: {error}") from error
 
     def is_saving(self) -> bool:
         """True while a save is under way."""

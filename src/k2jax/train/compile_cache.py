@@ -7,26 +7,27 @@ the compiler's flags. What compiles in less than a second is not kept.
 import contextlib
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from k2jax.config import TrainConfig
 from k2jax.errors import UserError
+from k2jax.runs.mirror import run_folder
 
 
 @contextlib.contextmanager
 def compile_cache(config: TrainConfig) -> Iterator[None]:
     """Programs compiled inside come from, and go to, `config.compile_cache`, seen from the run directory.
 
-    A folder that JAX was given itself (JAX_COMPILATION_CACHE_DIR) comes first. Raises UserError if the folder
+    A folder that JAX was given itself (JAX_COMPILATION_CACHE_DIR) comes first. Of a run in a bucket a folder that is seen
+    from the run directory lasts as long as the process: an absolute one is needed to keep programs. Raises UserError if the folder
     cannot be made.
     """
     if config.compile_cache is None or jax.config.jax_compilation_cache_dir is not None:
         yield
         return
-    folder = Path(config.run_dir, config.compile_cache).absolute()
+    folder = (run_folder(config.run_dir).path / config.compile_cache).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

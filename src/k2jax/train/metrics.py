@@ -7,7 +7,7 @@ import numpy as np
 
 from k2jax.config import Config
 from k2jax.errors import RunFailed
-from k2jax.runs.folder import RunFolder
+from k2jax.runs.mirror import run_folder, shown
 from k2jax.train.guard import skip_reasons
 from k2jax.train.step import Metrics
 
@@ -69,7 +69,7 @@ def make_record(step: int, metrics: Metrics, config: Config, seconds: float, mat
 
 def check_health(record: dict, config: Config) -> None:
     """Raise RunFailed if new parameters are not numbers, or too many steps in a row were skipped."""
-    folder = RunFolder(Path(config.train.run_dir)).checkpoints
+    folder = shown(run_folder(config.train.run_dir).checkpoints)
     end = f"the newest good state is in {folder}, and the same command continues from there"
     if record["param_norm"] is None:
         raise RunFailed(

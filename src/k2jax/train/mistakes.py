@@ -10,7 +10,8 @@ from k2jax.preflight.availability import check_kernels
 from k2jax.preflight.ranks import WRITE_TEST
 from k2jax.processes import on_first
 from k2jax.runs.commits import committed_steps, is_model_alone
-from k2jax.runs.folder import RunFolder, path_problem, read_config
+from k2jax.runs.folder import path_problem, read_config
+from k2jax.runs.mirror import entries_of, open_run_folder, run_folder, shown
 from k2jax.sharding.mesh import make_mesh, single_device_mesh
 from k2jax.words import counted
 
@@ -20,40 +21,39 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
 
     Raises UserError if the directory is not ours, or where a field that shapes the future differs.
     """
-    folder = Path(config.train.run_dir)
+    files = open_run_folder(config.train.run_dir)
+    folder, where = files.path, shown(files.path)
     if rule := path_problem(folder):
         raise UserError(f"train.run_dir = {config.train.run_dir!r}: {rule}; give another")
-    files = RunFolder(folder)
     if not files.config.exists():
         # A start that ended before it wrote the config may have left these; glob finds nothing where nothing is.
         begun = files.config.name, files.lock.name, WRITE_TEST
-        entries = [e.name for e in folder.glob("*") if e.name != files.ranks.name]
-        strangers = [name for name in entries if not name.startswith(begun)]
+        strangers = [name for name in entries_of(folder) if name != files.ranks.name and not name.startswith(begun)]
         if strangers:
             raise UserError(
-                f"{folder}: is not a run directory (no config.json) and is not empty: {', '.join(sorted(strangers)[:5])}"
+                f"{where}: is not a run directory (no config.json) and is not empty: {', '.join(sorted(strangers)[:5])}"
             )
         return {}
     steps = committed_steps(files.checkpoints)
     if is_model_alone(files.checkpoints):
         raise UserError(
-            f"{folder}: holds an imported model without an optimizer's state; begin a training with it by "
-            f"--train.init-from {folder} and another train.run_dir"
+            f"{where}: holds an imported model without an optimizer's state; begin a training with it by "
+            f"--train.init-from {where} and another train.run_dir"
         )
     changes = differences(read_config(folder), config)
     rule = (
         "this may not change within a run; restore it, or continue from the weights alone in a new run: "
-        f"--train.run-dir NEW --train.init-from {folder}"
+        f"--train.run-dir NEW --train.init-from {where}"
     )
     # timeline.json and the data position keep the mixture, the stores and the skipped steps of the past from changing.
     rules = field_rules()
     problems = [
-        f"{name}: the run in {folder} has {old!r}, now given {new!r}; {rule}"
+        f"{name}: the run in {where} has {old!r}, now given {new!r}; {rule}"
         for name, (old, new) in changes.items()
         if not rules[name].resume
     ]
     if steps and config.train.num_steps < steps[-1]:  # what was done beyond it would be in no account
-        rule = f"the run in {folder} has done {counted(steps[-1], 'step')}; give at least as many, or another train.run_dir"
+        rule = f"the run in {where} has done {counted(steps[-1], 'step')}; give at least as many, or another train.run_dir"
         problems.append(f"train.num_steps = {config.train.num_steps}: {rule}")
     if problems:
         raise UserError(*problems)
@@ -78,14 +78,23 @@ def _wrong_fields(config: Config) -> set[str]:
     return {problem.partition(" = ")[0].partition(":")[0] for problem in config.problems()}
 
 
+def _has_steps(config: Config) -> bool:
+    """True if the run has steps; a URL at which no run can be is told of elsewhere."""
+    try:
+        return bool(committed_steps(run_folder(config.train.run_dir).checkpoints))
+    except UserError:
+        return False
+
+
 def path_problems(config: Config) -> list[str]:
     """Problems of the run directory, and of paths that must be there. A field that is wrong in itself is passed over."""
-    wrong, run_dir = _wrong_fields(config), config.train.run_dir
+    wrong = _wrong_fields(config)
     paths = {"data.path": config.data.path, "data.validation_path": config.data.validation_path}
-    if "train.run_dir" not in wrong and not committed_steps(RunFolder(Path(run_dir)).checkpoints):  # else needed no more
+    of_run = [] if "train.run_dir" in wrong else _problems_of(lambda: check_run_dir(config))
+    if "train.run_dir" not in wrong and not _has_steps(config):  # else needed no more
         paths["train.init_from"] = config.train.init_from
     problems = [problem for field, value in paths.items() if field not in wrong for problem in _missing(field, value)]
-    return problems if "train.run_dir" in wrong else [*problems, *_problems_of(lambda: check_run_dir(config))]
+    return [*problems, *of_run]
 
 
 def device_problems(config: Config) -> list[str]:

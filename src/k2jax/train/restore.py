@@ -11,16 +11,26 @@ import numpy as np
 import tensorstore
 
 from k2jax.errors import RunFailed, first_of
-from k2jax.runs.commits import read_record
+from k2jax.runs.commits import arrays_of, read_record
+from k2jax.runs.mirror import mirror_of, shown
+from k2jax.storage import PATIENT, Folder, shared_context
 from k2jax.train.content import content_problems, name_of
 
 
-def open_array(folder: Path, step: int, name: str) -> tensorstore.TensorStore:
-    """One array of a step, such as "model.params.moe.ffn.gate", to be read in parts. No cache is kept."""
+def open_array(arrays: Path, name: str) -> tensorstore.TensorStore:
+    """One array of a step, such as "model.params.moe.ffn.gate", to be read in parts. No cache is kept.
+
+    arrays: the folder of the step's arrays, written by Orbax or by train/bucket_arrays.py; in a mirror, of the bucket.
+    """
     item, _, rest = name.partition(".")
-    base = {"driver": "file", "path": f"{folder.resolve() / str(step) / item}/"}
-    kvstore = {"driver": "ocdbt", "base": base, "path": f"{rest}/"}
-    return tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True).result()
+    mirror = mirror_of(arrays)
+    place = Folder(arrays / item) if mirror is None else mirror.folder(arrays / item)
+    spec = {"driver": "zarr3"}
+    if place.has("manifest.ocdbt"):
+        spec["kvstore"] = {"driver": "ocdbt", "base": place.spec(), "path": f"{rest}/"}
+    else:  # a lost chunk is no chunk of zeros
+        spec |= {"kvstore": place.spec(rest), "fill_missing_data_reads": False}
+    return tensorstore.open(spec | {"context": PATIENT}, open=True, read=True, context=shared_context()).result()
 
 
 def _read(stored: tensorstore.TensorStore, wanted: jax.ShapeDtypeStruct) -> jax.Array:
@@ -41,13 +51,14 @@ def restore_items(folder: Path, step: int, items: dict) -> dict:
     On any mesh and number of processes. Host memory: the arrays and one of them again. Raises UserError if the commit
     record was changed, RunFailed with every array that cannot be read, or whose shape, dtype or content is another.
     """
-    expected = read_record(folder, step)["content"]
+    record = read_record(folder, step)
+    root, expected = arrays_of(folder, record), record["content"]
     paths, tree = jax.tree_util.tree_flatten_with_path(items)
     arrays, problems = [], []
     for path, wanted in paths:
         name = name_of(path)
         try:
-            stored = open_array(folder, step, name)
+            stored = open_array(root, name)
             found, due = (stored.shape, stored.dtype.numpy_dtype), (wanted.shape, np.dtype(wanted.dtype))
             if found != due:
                 problems.append(f"{name}: is {found[1]} {list(found[0])}, must be {due[1]} {list(due[0])}")
@@ -59,7 +70,7 @@ def restore_items(folder: Path, step: int, items: dict) -> dict:
         items = tree.unflatten(arrays)
         problems = content_problems(items, expected)
     if problems:  # in files that are sound: what read them, or what they passed through, is not
-        where = f"{folder / str(step)}: cannot be restored: {'; '.join(first_of(problems, 3))}"
+        where = f"{shown(root)}: cannot be restored: {'; '.join(first_of(problems, 3))}"
         raise RunFailed(f"{where}; start again, on another machine if it repeats")
     return items
 
@@ -69,10 +80,11 @@ def damaged_arrays(folder: Path, step: int) -> list[str]:
 
     Reads the whole step, one array in memory at a time. Raises UserError if the commit record was changed.
     """
-    problems = []
-    for name, digests in read_record(folder, step)["content"].items():
+    problems, record = [], read_record(folder, step)
+    root = arrays_of(folder, record)
+    for name, digests in record["content"].items():
         try:
-            value = jax.numpy.asarray(open_array(folder, step, name).read().result())
+            value = jax.numpy.asarray(open_array(root, name).read().result())
         except ValueError as error:
             problems.append(f"{name}: cannot be read: {str(error).splitlines()[0]}")
             continue

@@ -28,7 +28,17 @@ from k2jax.runs.commits import (
     remove_leftovers,
     set_aside,
 )
-from k2jax.runs.folder import RunFolder, lock_run, read_config
+from k2jax.runs.folder import RunFolder, read_config
+from k2jax.runs.mirror import (
+    hold_run,
+    join_run,
+    leave_run,
+    open_run_folder,
+    run_folder,
+    shown,
+    upload,
+    uploading,
+)
 from k2jax.sharding.mesh import make_mesh
 from k2jax.train.banner import banner, total_bytes
 from k2jax.train.checkpoint import Saver, parts, restore_model, restore_state
@@ -43,9 +53,9 @@ INDEX_SECONDS = 6 * 3600  # of packing a large store for the first time
 def check_source(config: Config, corpus: Corpus) -> None:
     """Raise UserError if train.init_from is no run with a sound model of the same shape and tokenizer."""
     source = config.train.init_from
-    if source is None or newest_step(RunFolder(Path(config.train.run_dir)).checkpoints) is not None:  # needed no more
+    if source is None or newest_step(run_folder(config.train.run_dir).checkpoints) is not None:  # needed no more
         return
-    files = RunFolder(Path(source))
+    files = open_run_folder(source)
     other, step = read_config(files.path), newest_step(files.checkpoints)
     if step is None:
         raise UserError(f"train.init_from = {source!r}: has no committed checkpoint")
@@ -73,7 +83,7 @@ def find_step(config: Config) -> tuple[int | None, list[str]]:
 
     In all processes at once, which share the reading. Raises UserError if steps are there, and none is sound.
     """
-    files = RunFolder(Path(config.train.run_dir))
+    files = run_folder(config.train.run_dir)
     folder = files.checkpoints
 
     # Of a folder that hosts share each may see another state: all go by what the first sees, and end alike.
@@ -89,12 +99,12 @@ def find_step(config: Config) -> tuple[int | None, list[str]]:
         set_aside(folder, bad, problems)
         return newest_step(folder)
 
-    return on_first("newest step", settle), [*problems, *([f"moved to {files.damaged}"] if problems else [])]
+    return on_first("newest step", settle), [*problems, *([f"moved to {shown(files.damaged)}"] if problems else [])]
 
 
 def check_resume(config: Config, corpus: Corpus, step: int | None, change_mixture: bool) -> tuple[Timeline, list[str]]:
     """The timeline of the run that goes on from `step`, and what to tell its user. UserError if it may not go on."""
-    files = RunFolder(Path(config.train.run_dir))
+    files = run_folder(config.train.run_dir)
     notes = [
         f"changed since the run began: {name} {old!r} -> {new!r}" for name, (old, new) in check_run_dir(config).items()
     ]
@@ -106,7 +116,7 @@ def check_resume(config: Config, corpus: Corpus, step: int | None, change_mixtur
 
 def with_model_of(source: str, state: TrainState) -> TrainState:
     """`state` with the newest model of another run, on whatever mesh that was."""
-    folder = RunFolder(Path(source)).checkpoints
+    folder = open_run_folder(source).checkpoints
     step = on_first("source", lambda: newest_step(folder))  # it may be a run that still saves
     layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts(state)["model"])
     return dataclasses.replace(state, **restore_model(folder, step, layout))
@@ -132,7 +142,7 @@ class Run:
 
 def _check_before(config: Config, corpus: Corpus, change_mixture: bool) -> None:
     """All that can be wrong with the run directory and the stores, before anything is written."""
-    files = RunFolder(Path(config.train.run_dir))
+    files = run_folder(config.train.run_dir)
     settle_timeline(corpus, config, read_segments(files.timeline), newest_step(files.checkpoints) or 0, change_mixture)
     check_source(config, corpus)
 
@@ -153,17 +163,17 @@ def open_run(config: Config, change_mixture: bool) -> Iterator[Run]:
     check_agreement(config)
     check_start(config)  # the run directory again below, under the lock
     mesh = make_mesh(config.mesh)
-    corpus, folder = _open_data(config), RunFolder(Path(config.train.run_dir))
+    corpus, folder = _open_data(config), run_folder(config.train.run_dir)
     on_first("check", lambda: _check_before(config, corpus, change_mixture))
     tx = make_optimizer(config, mesh)
     with contextlib.ExitStack() as held, jax.set_mesh(mesh):
 
-        def lock() -> None:
+        def lock() -> str:
             make_run_dir(folder.path)
-            held.enter_context(lock_run(folder.path))
+            return held.enter_context(hold_run(folder.path))
 
-        on_first("lock", lock)
-        keep_last_words(folder.ranks)
+        join_run(folder.path, on_first("lock", lock))
+        keep_last_words(folder.ranks, lambda: leave_run(folder.path))
         abstract = abstract_state(config, tx, mesh)
         digests = {"data.path": corpus.digest, "data.validation_path": corpus.validation_digest}
         read = {f"digest of {name}": digest for name, digest in digests.items()}
@@ -173,8 +183,10 @@ def open_run(config: Config, change_mixture: bool) -> Iterator[Run]:
         def describe() -> tuple[list[dict], list[str]]:
             timeline, notes = check_resume(config, corpus, step, change_mixture)
             describe_run(folder, config, timeline.segments, corpus.tokenizer())
+            upload(folder.path)
             return timeline.segments, notes
 
+        held.enter_context(uploading(folder.path))
         segments, notes = on_first("describe", describe)
         saver = Saver(folder.checkpoints, config.checkpoint)
         held.callback(saver.join)  # a failure elsewhere loses no save that had begun

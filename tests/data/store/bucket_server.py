@@ -57,12 +57,12 @@ class Handler(loopback.Handler):
         content = self.rfile.read(int(self.headers["Content-Length"]))
         if place is None:
             return None
-        there = self.version(place.read_bytes()) if place.is_file() else {}
-        if not allowed(*there.values()):
-            return self.fail(412, "PreconditionFailed")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(content)
-        return content
+        with self.server.lock:  # of several that are allowed by the same version one wins
+            there = self.version(place.read_bytes()) if place.is_file() else {}
+            if may := allowed(*there.values()):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(content)
+        return content if may else self.fail(412, "PreconditionFailed")
 
 
 class S3(Handler):

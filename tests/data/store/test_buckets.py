@@ -7,7 +7,6 @@ import shutil
 
 import numpy as np
 import pytest
-from bucket_server import GCS, KEY, S3, serve
 from token_writer import TokenWriter
 
 from k2jax.cli.main import main
@@ -15,12 +14,11 @@ from k2jax.config import Config
 from k2jax.data.loader.batches import train_batches, validation_batches
 from k2jax.data.loader.corpus import open_corpus
 from k2jax.data.loader.segments import settle_timeline
-from k2jax.data.store import storage as module
 from k2jax.data.store.manifest import CorruptStore
 from k2jax.data.store.reader import TokenStore
-from k2jax.data.store.storage import Folder
 from k2jax.data.tokenizer import load_tokenizer
 from k2jax.errors import UserError
+from k2jax.storage import Folder
 
 
 def write(place):
@@ -35,33 +33,6 @@ def store(tmp_path):
     """On disk, in what is a bucket to the server."""
     write(tmp_path / "bucket/a store")
     return tmp_path / "bucket/a store"
-
-
-@pytest.fixture
-def environment(monkeypatch):
-    """Credentials, and nothing else that either service looks at; connections of the test's own."""
-    context = module.shared_context.__wrapped__()
-    monkeypatch.setattr(module, "shared_context", lambda: context)
-    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY), monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", KEY)  # a variable of TensorStore's
-    return monkeypatch
-
-
-@pytest.fixture
-def s3(tmp_path, environment):
-    """All that the server is asked."""
-    with serve(tmp_path, S3) as (url, asked):
-        environment.setenv("AWS_ENDPOINT_URL", f"{url}/")
-        yield asked
-
-
-@pytest.fixture
-def gcs(tmp_path, environment):
-    with serve(tmp_path, GCS) as (url, asked):
-        environment.setenv("TENSORSTORE_GCS_HTTP_URL", url)
-        yield asked
 
 
 URL = "s3://bucket/a%20store"

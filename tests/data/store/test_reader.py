@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from token_writer import TokenWriter
 
+from k2jax import storage as folder_module
 from k2jax.data.store import reader as module
-from k2jax.data.store import storage as folder_module
 from k2jax.data.store.manifest import CorruptStore
 from k2jax.data.store.reader import TokenStore
 from k2jax.data.tokenizer import load_tokenizer, train_bpe

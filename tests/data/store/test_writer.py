@@ -16,11 +16,11 @@ from token_writer import TokenWriter, check_files, split_of
 from k2jax.data.loader.corpus import open_corpus
 from k2jax.data.store.manifest import CorruptStore
 from k2jax.data.store.reader import TokenStore
-from k2jax.data.store.storage import Folder
 from k2jax.data.store.writer import PartWriter, finished_part, merge_parts
 from k2jax.data.tokenizer import load_tokenizer, train_bpe
 from k2jax.errors import UserError
 from k2jax.files import read_sealed, write_sealed
+from k2jax.storage import Folder
 
 SIZES = {"shard_tokens": 64, "chunk_tokens": 16}
 DERIVED = {"web-rephrased": {"derived_from": "web", "variants": 2}}

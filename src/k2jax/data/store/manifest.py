@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from k2jax.data.store.storage import Folder
 from k2jax.errors import UserError
 from k2jax.files import parse_json, unsealed
+from k2jax.storage import Folder
 
 FORMAT = 2
 SPLITS = ("train", "validation")

@@ -29,9 +29,9 @@ import numpy as np
 import tensorstore
 
 from k2jax.data.store.manifest import COUNTS, MEND, SPLITS, CorruptStore, VerifiedFolder, file_problems, parse_manifest
-from k2jax.data.store.storage import PATIENT, Folder, shared_context
 from k2jax.data.tokenizer import Tokenizer, load_tokenizer
 from k2jax.errors import UserError
+from k2jax.storage import PATIENT, Folder, shared_context
 
 _CACHE_BYTES = 2**26  # decompressed chunks kept for the next read; a short sequence needs a sliver of one
 _CACHED_INDEXES = 1024  # parts whose borders stay mapped, or in memory where the store is not on a local disk

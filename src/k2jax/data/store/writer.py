@@ -14,10 +14,10 @@ import numpy as np
 import tensorstore
 
 from k2jax.data.store.manifest import CHUNK_TOKENS, FORMAT, MEND, SHARD_TOKENS, SPLITS
-from k2jax.data.store.storage import Folder, shared_context
 from k2jax.data.tokenizer import Tokenizer
 from k2jax.errors import UserError
 from k2jax.files import parse_json, sealed, sync_file, unsealed
+from k2jax.storage import Folder, shared_context
 
 PART_TOKENS = 2**30
 DEFAULT_SOURCE = "text"

@@ -9,7 +9,7 @@ import time
 import pytest
 import tensorstore
 
-from k2jax.data.store import storage as module
+from k2jax import storage as module
 from k2jax.data.store.reader import TokenStore
 from k2jax.errors import UserError
 
@@ -45,7 +45,7 @@ def test_s3_gives_up_too(closed, context, monkeypatch):
 
 
 SILENT = """import sys
-from k2jax.data.store import storage as folder
+from k2jax import storage as folder
 from k2jax.data.store.reader import TokenStore
 folder._PATIENCE = dict.fromkeys(folder._PATIENCE, "1")
 folder._RETRIES = {"max_retries": 1, "initial_delay": "1ms", "max_delay": "1ms"}

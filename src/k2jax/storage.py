@@ -58,12 +58,14 @@ def _remote_spec(url: str) -> dict:
 class Folder:
     """Files by their names inside the folder. UserError if the URL is none or the place does not answer."""
 
-    def __init__(self, url, context: tensorstore.Context | None = None):
+    def __init__(self, url, context: tensorstore.Context | None = None, patient: bool = False):
+        """patient: try for many minutes where a place does not answer, as in the middle of a run."""
         self.url = str(url).rstrip("/")
         # A local folder is a Path too: its files are mapped and their sizes known without reading them.
         self.local = Path(self.url.removeprefix("file://")) if _is_local(self.url) else None
         try:
-            self._files = tensorstore.KvStore.open(self.spec(), context=context or shared_context()).result()
+            spec = self.spec() | ({"context": PATIENT} if patient else {})
+            self._files = tensorstore.KvStore.open(spec, context=context or shared_context()).result()
         except ValueError as error:
             raise UserError(f"{self.url}: is not a folder that can be opened: {error}") from None
 
@@ -87,12 +89,39 @@ class Folder:
         """Every file below `prefix`, which is "" or ends with a slash, sorted."""
         return sorted(name.decode() for name in self._wait(self._files.list(_below(prefix)), prefix))
 
+    def names_between(self, first: str, end: str) -> list[str]:
+        """Every file whose name is `first` or later, and before `end`, in the order of their bytes; end "": the last."""
+        found = self._wait(self._files.list(tensorstore.KvStore.KeyRange(first, end)), first)
+        return sorted(name.decode() for name in found)
+
     def read(self, name: str) -> bytes:
         """FileNotFoundError where there is none."""
         result = self._wait(self._files.read(name), name)
         if result.state != "value":
             raise FileNotFoundError(f"{self.url}/{name}")
         return result.value
+
+    def has(self, name: str) -> bool:
+        """True if there is such a file; its content is not read."""
+        if self.local is not None:
+            return (self.local / name).is_file()
+        return self.names_between(name, f"{name}\0") == [name]
+
+    def read_version(self, name: str, known: bytes | None = None) -> tuple[bytes | None, bytes]:
+        """(content, version); None for the content where there is no such file, or where `known` is its version."""
+        result = self._wait(self._files.read(name, if_not_equal=known), name)
+        return (result.value if result.state == "value" else None), result.stamp.generation
+
+    def write_if(self, name: str, content: bytes, version: bytes) -> bytes | None:
+        """Write where `version` is still that of the file; the new version, None if it is not. Of several one wins.
+
+        version: as `read_version` gave it. content: another for every writer and time, by which it knows its own.
+        """
+        written = self._wait(self._files.write(name, content, if_equal=version), name).generation
+        if written:
+            return written
+        found, now = self.read_version(name)
+        return now if found == content else None  # an answer that was lost: ours was written, and then tried again
 
     def write(self, name: str, content: str | bytes) -> None:
         """Atomic: a reader, or a crash, finds the old content or the new."""
