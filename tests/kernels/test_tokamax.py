@@ -196,9 +196,10 @@ def test_without_tokamax_it_says_what_to_do(monkeypatch, field):
     monkeypatch.setitem(__import__("sys").modules, "tokamax", None)
     with pytest.raises(UserError, match=f"kernels.{field} as 'tokamax'.*needs tokamax: pip install .*docs/experts.md"):
         if field == "attention":
-            library_attention(*np.zeros((3, 1, 1, 128, 8)), np.zeros((1, 128), np.int32), 1.0, "tpu")
+            library_attention(*np.zeros((3, 1, 1, 128, 8), np.float32), np.zeros((1, 128), np.int32), 1.0, "tpu")
         else:
-            grouped_matmul(np.zeros((8, 4)), (np.zeros((1, 4, 4)),), np.array([8]), "tokamax")
+            x, w = np.zeros((8, 4), np.float32), np.zeros((1, 4, 4), np.float32)
+            grouped_matmul(x, (w,), np.array([8], np.int32), "tokamax")
 
 
 def no_such_keyword(x, sizes):
