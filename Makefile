@@ -70,7 +70,7 @@ test-tpu: env
 test-gpu:
 	test -d .venv-gpu || $(PYTHON) -m venv .venv-gpu
 	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$(VERSION).txt -e '.[test,gpu-compiler]'
-	.venv-gpu/bin/python -m pytest -m gpu tests/plan tests/sharding tests/train tests/kernels
+	.venv-gpu/bin/python -m pytest -m gpu tests/plan tests/sharding tests/kernels tests/model
 
 # tokamax's kernels, interpreted and compiled for TPU v5p, in an environment of their own: docs/experts.md says why.
 test-kernels:
