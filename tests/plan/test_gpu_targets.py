@@ -60,7 +60,6 @@ def test_without_the_compiler(monkeypatch):
         return versions[package]
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     message = refusal(topology.topology_devices, "h100:1x8")
     assert message.count("pip install 'k2jax[gpu-compiler]'") == 2  # both parts at once
     versions |= {gpu_targets.PLUGIN: "0.0.1", gpu_targets.PTXAS: "13.0"}
@@ -68,9 +67,11 @@ def test_without_the_compiler(monkeypatch):
     assert f"jax-cuda13-plugin 0.0.1: must be {needed}" in refusal(topology.topology_devices, "h100:1x8")
 
 
-def test_with_an_older_jax(monkeypatch):
-    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
-    assert "compiling for GPUs needs 0.11.2 or newer" in refusal(topology.topology_devices, "h100:1x8")
+@pytest.mark.parametrize(("version", "is_there"), [((0, 10, 2), False), ((0, 11, 2), True)])
+def test_a_field_that_an_older_xla_refuses(version, is_there, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", version)
+    text = gpu_targets.target_config(gpu_targets.GPU_TARGETS["h100"])
+    assert ("collective_memory_granularity: 2097152\n" in text) == is_there and text.count("{") == text.count("}")
 
 
 def test_a_mesh_of_another_size(monkeypatch):

@@ -38,7 +38,6 @@ GPU_TARGETS = {
     "gb200": GpuTarget("NVIDIA GB200", "10.0", 152, 2.062, 135_528_448, 7_928_064_000_000, 197_897_748_480, 18, 4),
 }
 PLUGIN, PTXAS = "jax-cuda13-plugin", "nvidia-cuda-nvcc"
-OLDEST_JAX = (0, 11, 2)
 # Alike for all of them: CUDA's limits of Hopper and Blackwell, and the libraries of CUDA 13.
 _TARGET_CONFIG = """
 gpu_device_info {{
@@ -74,19 +73,20 @@ gpu_device_info {{
   compile_time_toolkit_version: "13.0.0"
   dnn_version: "9.10.0"
   cub_version: "3.1.2"
-  device_interconnect_info {{ active_links: 18 }}
-  collective_memory_granularity: 2097152
+  device_interconnect_info {{ active_links: 18 }}{newer}
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "{device_kind}"
 """
+_SINCE_JAX_0_11 = "\n  collective_memory_granularity: 2097152"  # an older XLA refuses a field that it does not know
 
 
 def target_config(target: GpuTarget) -> str:
     """XLA's GpuTargetConfigProto as text."""
     major, minor = target.capability.split(".")
-    return _TARGET_CONFIG.format(major=major, minor=minor, **target._asdict())
+    newer = _SINCE_JAX_0_11 if jax.__version_info__ >= (0, 11) else ""
+    return _TARGET_CONFIG.format(major=major, minor=minor, newer=newer, **target._asdict())
 
 
 def is_gpu(name: str) -> bool:
@@ -130,9 +130,6 @@ def read_name(name: str) -> tuple[int, int, int]:
 
 def _check_compiler() -> None:
     """Raises UserError for each part of the compiler that is missing or does not go with this jax."""
-    if jax.__version_info__ < OLDEST_JAX:
-        needed = ".".join(map(str, OLDEST_JAX))
-        raise UserError(f"jax {jax.__version__}: compiling for GPUs needs {needed} or newer: use Python 3.12")
     problems = []
     for package in (PLUGIN, PTXAS):
         try:
