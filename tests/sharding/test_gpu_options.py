@@ -66,7 +66,8 @@ def test_an_exchange_between_hosts_becomes_an_all_gather():
     arguments = mesh, exchange, (jax.P("expert"),), (16 * 128, 256)
     text = compile_for(*arguments)
     assert "ragged-all-to-all" in text and "all-gather" not in text
-    assert "all-gather" in compile_for(*arguments, left_out=name)
+    decomposed = "all-gather" in compile_for(*arguments, left_out=name)
+    assert decomposed == (jax.__version_info__ >= (0, 11))  # jax 0.10's XLA has the option and leaves it off
 
 
 def test_a_sort_asks_the_absent_device():
