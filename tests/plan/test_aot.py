@@ -44,7 +44,9 @@ def test_plan_of_a_small_model(tiny):
     assert table["forward", "all-to-all", ("expert",)]["runs"] % (2 * 2) == 0  # microbatches, MoE layers
     exchanges = sum(row["runs"] for key, row in table.items() if key[:2] == ("optimizer", "all-to-all"))
     assert exchanges == aot.expected_exchanges(config, mesh.shape) > 0
+    assert found["kernels"][1] == "experts: exchange dense x 2, room for all rows; grouped matmul blocked"
     text = "\n".join(aot.plan_lines(found))
+    assert found["kernels"][0] in text and "\ncompiler: no options\n" in text
     assert "fsdp 2 x expert 2;" in text and "all-to-all and nothing else" in text
     assert (set(found["slices"].values()), found["hosts"]) == ({1}, [])
     text = "\n".join(aot.plan_lines(found | {"hosts": ["slice 0  replica 0"], "optimizer_beyond_exchanges": None}))

@@ -11,6 +11,7 @@ import jax
 
 from k2jax.config import Config
 from k2jax.errors import RunFailed
+from k2jax.model.choices import describe_attention, describe_experts
 from k2jax.optim.spread import chunks
 from k2jax.plan.chips import is_known
 from k2jax.plan.collectives import Collective, collectives, part_of, slice_exchanges
@@ -18,7 +19,7 @@ from k2jax.plan.muon_work import muon_assignments
 from k2jax.plan.program_report import describe_program, program_lines
 from k2jax.plan.topology import MEMORY_BYTES
 from k2jax.preflight.availability import check_kernels
-from k2jax.sharding.compile_options import options_without_device, refusing_options
+from k2jax.sharding.compile_options import describe_options, options_without_device, refusing_options
 from k2jax.sharding.device_order import domain_counts, fast_domains
 from k2jax.sharding.host_picture import picture_hosts
 from k2jax.tables import aligned
@@ -190,6 +191,8 @@ def describe_step(config: Config, mesh: jax.sharding.Mesh, options: Mapping[str,
         "slices": slices,
         "hosts": picture_hosts(mesh),
         "tokens_per_device_and_microbatch": tokens,
+        "kernels": [f"attention: {describe_attention(config, mesh)}", f"experts: {describe_experts(config, mesh)}"],
+        "compiler_options": describe_options(config.kernels, mesh),
         "lower_seconds": lower_seconds,
         "compile_seconds": compile_seconds,
         "memory": memory,
@@ -246,6 +249,8 @@ def plan_lines(found: dict) -> list[str]:
         f"{found['devices']:,} x {found['device_kind']}, {mesh or 'one device'}; "
         f"{found['tokens_per_device_and_microbatch']:,} tokens per device and microbatch",
         *found["hosts"],
+        *found["kernels"],
+        f"compiler: {found['compiler_options']}",
         f"lowered in {found['lower_seconds']:.1f} s, compiled in {found['compile_seconds']:.0f} s",
         "",
         *aligned(memory),
