@@ -29,7 +29,7 @@ class GpuTarget(NamedTuple):
     gpus_per_host: int
 
 
-# NVIDIA's data sheets of H100 SXM, H200 SXM and GB200 NVL72; memory, cores and L2 as the CUDA runtime reports them.
+# Of H100 SXM, H200 SXM and GB200 NVL72, as XLA describes such devices; not checked against data sheets or hardware.
 GPU_TARGETS = {
     "h100": GpuTarget("NVIDIA H100 80GB HBM3", "9.0", 132, 1.98, 52_428_800, 3_352_320_000_000, 84_942_979_072, 1, 8),
     "h200": GpuTarget(
