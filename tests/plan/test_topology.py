@@ -6,14 +6,7 @@ import pytest
 
 from k2jax.cli.main import main
 from k2jax.config import MeshConfig
-from k2jax.errors import UserError
 from k2jax.plan import topology
-
-
-def refusal(function, *arguments) -> str:
-    with pytest.raises(UserError) as error:
-        function(*arguments)
-    return "\n".join(error.value.problems)
 
 
 @pytest.mark.parametrize(
@@ -28,19 +21,28 @@ def refusal(function, *arguments) -> str:
         ("2xv5q:4x4x4", "v5p"),
         ("0xv5p:4x4x4", "v5p"),
         ("2x2xv5p:4x4x4", "v5p"),
+        ("h100:16", "h100:1x8"),
+        ("h100:2x16", "h100:4x8"),
+        ("h200:0x8", "h200:1x8"),
+        ("h100:4x1x8", "h100:4x8"),
+        ("gb200:8x4", "gb200:1x18x4"),
+        ("gb200:2x36x4", "gb200:4x18x4"),
+        ("gb200:x18x4", "gb200:1x18x4"),
+        ("h101:2x8", "h100"),
+        ("2xh100:2x8", "h100"),
     ],
 )
-def test_a_wrong_name(name, near):
+def test_a_wrong_name(refusal, name, near):
     message = refusal(topology.topology_devices, name)
     assert message.startswith(f"--topology {name}: must be") and f"nearest: {near}" in message
 
 
-def test_without_libtpu(monkeypatch):
+def test_without_libtpu(refusal, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'k2jax[tpu-compiler]'" in refusal(topology.topology_devices, "v5p:2x2x1")
 
 
-def test_a_mesh_of_another_size(monkeypatch):
+def test_a_mesh_of_another_size(refusal, monkeypatch):
     monkeypatch.setattr(topology, "topology_devices", lambda name: [None] * 64)
     message = refusal(topology.topology_mesh, MeshConfig(fsdp=16, expert=64), "v5p:4x4x4")
     assert message == (
@@ -51,7 +53,7 @@ def test_a_mesh_of_another_size(monkeypatch):
     assert "--topology v5p:1x1x3" in message and "mesh.fsdp" not in message
 
 
-def test_a_mesh_of_another_size_than_two_slices(monkeypatch):
+def test_a_mesh_of_another_size_than_two_slices(refusal, monkeypatch):
     monkeypatch.setattr(topology, "topology_devices", lambda name: [None] * 128)
     message = refusal(topology.topology_mesh, MeshConfig(replica=4, expert=64), "2xv5p:4x4x4")
     assert message == (
