@@ -20,6 +20,7 @@ def events(monkeypatch):
         if event == COMPILED and "twice" in known["fun_name"]:
             events.append("compiled")
 
+    monkeypatch.setattr(compiling, "is_joined", lambda: True)
     monkeypatch.setattr(compiling, "barrier", lambda name, seconds: events.append("barrier"))
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield events
@@ -40,3 +41,8 @@ def test_once_for_each_shape_and_layout(events, mesh_of):
     rest = events[7:]
     assert events[:7] == ["compiled", "barrier", "ran", "ran", "compiled", "barrier", "ran"]
     assert rest[:2] == ["compiled", "barrier"] and {*rest[2:]} == {"ran"} and jnp.shape(found) == (8,)
+
+
+def test_alone_there_is_nothing_beside_the_function():
+    function = jax.jit(jnp.sin)
+    assert compiled_when_called(function) is function

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 
-from k2jax.processes import barrier
+from k2jax.processes import barrier, is_joined
 
 COMPILE_SECONDS = 3600  # between the first process that has compiled a program and the last
 
@@ -25,7 +25,12 @@ def compile_together(function: Callable, *arguments) -> jax.stages.Compiled:
 
 
 def compiled_when_called(function: Callable) -> Callable:
-    """The jitted function, compiled by `compile_together` at its first call with arguments of such shapes and layouts."""
+    """The jitted function, compiled by `compile_together` at its first call with arguments of such shapes and layouts.
+
+    Alone there is nobody to wait for, and jax's own dispatch, which looks at each argument once, is all that it takes.
+    """
+    if not is_joined():
+        return function
     programs: dict[object, jax.stages.Compiled] = {}
 
     def call(*arguments):
