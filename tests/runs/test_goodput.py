@@ -124,10 +124,12 @@ def test_kinds_nest(tmp_path, clock):
     assert seconds["evaluation"] == 5 and seconds["data wait"] == 2 and seconds["start"] == 0
 
 
-def test_a_process_without_a_file_keeps_nothing(clock):
+def test_a_process_without_a_file_keeps_nothing(tmp_path, monkeypatch, clock):
+    monkeypatch.chdir(tmp_path)
     log = begin(None, clock, 3)
     steps(log, clock, 3, 6, 40.0)
     log.close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_flipped_bit_is_named_or_harmless(tmp_path, clock):
