@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
+import optax
 
 from k2jax.config import Config
 from k2jax.sharding.compile_options import program_options
@@ -25,14 +26,20 @@ def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
     return Batch(rows, rows, rows, rows)
 
 
+def _lower(
+    config: Config, tx: optax.GradientTransformation, state: TrainState, mesh: jax.sharding.Mesh
+) -> jax.stages.Lowered:
+    options = program_options(config.kernels, mesh)
+    step = jax.jit(make_train_step(config, tx), donate_argnums=0, compiler_options=options)
+    with jax.set_mesh(mesh):
+        return step.lower(state, abstract_batch(config, mesh))
+
+
 def lower_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, TrainState]:
     """The step that a run of `config` compiles, and the shapes of its state, which is donated."""
-    with jax.set_mesh(mesh):
-        tx = make_optimizer(config, mesh)
-        state = abstract_state(config, tx, mesh)
-        options = program_options(config.kernels, mesh)
-        step = jax.jit(make_train_step(config, tx), donate_argnums=0, compiler_options=options)
-        return step.lower(state, abstract_batch(config, mesh)), state
+    tx = make_optimizer(config, mesh)
+    state = abstract_state(config, tx, mesh)
+    return _lower(config, tx, state, mesh), state
 
 
 class CompiledStep(NamedTuple):
@@ -43,17 +50,22 @@ class CompiledStep(NamedTuple):
     notes: list[str]
 
 
-def _compile(config: Config, mesh: jax.sharding.Mesh) -> CompiledStep:
-    started = time.monotonic()
-    with cache_notes(threading.get_ident()) as notes:
-        step = lower_step(config, mesh)[0].compile()
-    return CompiledStep(step, time.monotonic() - started, notes)
+def begin_compile(
+    config: Config, tx: optax.GradientTransformation, state: TrainState, mesh: jax.sharding.Mesh
+) -> Future[CompiledStep]:
+    """Compile the step in a thread of its own. XLA cannot be interrupted: an interpreter that ends waits for it.
 
+    state: its shapes, dtypes and shardings, as `abstract_state` gives them.
+    """
 
-def begin_compile(config: Config, mesh: jax.sharding.Mesh) -> Future[CompiledStep]:
-    """Compile the step in a thread of its own. XLA cannot be interrupted: an interpreter that ends waits for it."""
+    def compile_step() -> CompiledStep:
+        started = time.monotonic()
+        with cache_notes(threading.get_ident()) as notes:
+            step = _lower(config, tx, state, mesh).compile()
+        return CompiledStep(step, time.monotonic() - started, notes)
+
     pool = ThreadPoolExecutor(1, "compile")
     try:
-        return pool.submit(_compile, config, mesh)
+        return pool.submit(compile_step)
     finally:
         pool.shutdown(wait=False)

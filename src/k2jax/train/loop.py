@@ -20,6 +20,7 @@ from k2jax.train.compile_step import CompiledStep, begin_compile
 from k2jax.train.compiling import all_have_compiled
 from k2jax.train.ledger import Ledger
 from k2jax.train.matmul_rate import matmul_seconds
+from k2jax.train.outputs import Outputs
 from k2jax.train.recorder import Recorder
 from k2jax.train.start import Run, open_run, start_state
 from k2jax.train.state import TrainState
@@ -67,7 +68,7 @@ def run(config: Config, change_mixture: bool = False) -> Result:
             with compile_cache(config.train), refusing_options():
                 # From shapes alone, beside the state: either may take minutes, and each leaves most of the host idle.
                 steps_left = opened.resumed_step is None or opened.resumed_step < config.train.num_steps
-                compiling = begin_compile(config, opened.mesh) if steps_left else None
+                compiling = begin_compile(config, opened.tx, opened.abstract, opened.mesh) if steps_left else None
                 return train(opened, start_state(opened), compiling, stop)
         except Exception as error:
             if count() > 1:  # what is below would wait for the others, who wait for this one
@@ -75,6 +76,16 @@ def run(config: Config, change_mixture: bool = False) -> Result:
             raise
         finally:
             stop.restore()
+
+
+def _wait_for(compiling: Future[CompiledStep], outputs: Outputs) -> jax.stages.Compiled:
+    """The only step of a run, when every process has compiled it; from here on the time is that of steps."""
+    with outputs.phase("compile", "compile") as said:
+        compiled = compiling.result()
+        said += [f"{compiled.seconds:.1f} s in all", *compiled.notes]
+    all_have_compiled()
+    outputs.time.begin_steps()
+    return compiled.step
 
 
 def train(run: Run, state: TrainState, compiling: Future[CompiledStep] | None, stop: StopRequest) -> Result:
@@ -108,11 +119,7 @@ def train(run: Run, state: TrainState, compiling: Future[CompiledStep] | None, s
     stopped = step < num_steps and stop.is_due(step)
     if step < num_steps and not stopped:
         batch = draw()
-        with outputs.phase("compile", "compile") as said:
-            compiled = compiling.result()  # the only one of a run
-            said += [f"{compiled.seconds:.1f} s in all", *compiled.notes]
-        all_have_compiled()
-        outputs.time.begin_steps()
+        train_step = _wait_for(compiling, outputs)
         recorder.start_clock(matmul_seconds(config, run.mesh.size))
     with jax.transfer_guard("disallow"):
         while step < num_steps and not stopped:
@@ -121,7 +128,7 @@ def train(run: Run, state: TrainState, compiling: Future[CompiledStep] | None, s
                     save()
                 # Nothing may come between a save and the next batch: the data position is the step alone.
                 batch = draw()
-            state, metrics = compiled.step(state, batch)
+            state, metrics = train_step(state, batch)
             recorder.write()
             step += 1
             extra = {}

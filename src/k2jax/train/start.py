@@ -126,13 +126,15 @@ def with_model_of(source: str, state: TrainState) -> TrainState:
 class Run:
     """An open run: everything that training needs besides the state. Its folder is locked by the first process.
 
-    resumed_step: the committed step that it goes on from, None for a new run. saver, outputs: closed with the run.
+    abstract: shapes, dtypes and shardings of the state. resumed_step: the committed step that it goes on from, None for
+    a new run. saver, outputs: closed with the run.
     """
 
     config: Config
     folder: RunFolder
     mesh: jax.sharding.Mesh
     tx: optax.GradientTransformation
+    abstract: TrainState
     corpus: Corpus
     timeline: Timeline
     resumed_step: int | None
@@ -192,7 +194,7 @@ def open_run(config: Config, change_mixture: bool) -> Iterator[Run]:
         held.callback(saver.join)  # a failure elsewhere loses no save that had begun
         outputs = Outputs(folder, config, step or 0)
         held.callback(outputs.close)
-        run = Run(config, folder, mesh, tx, corpus, make_timeline(segments, config), step, saver, outputs)
+        run = Run(config, folder, mesh, tx, abstract, corpus, make_timeline(segments, config), step, saver, outputs)
         outputs.say("\n".join([banner(config, abstract, mesh),
                                describe_mixture(run.timeline, config), *damaged, *notes]))  # fmt: skip
         if count() > 1:
@@ -210,7 +212,7 @@ def start_state(run: Run) -> TrainState:
         run.outputs.say(f"left alone, not made by k2jax: {', '.join(strangers)} in {folder}")
     if run.resumed_step is not None:
         with run.outputs.phase(f"restore step {run.resumed_step}", "restore"):
-            return restore_state(folder, run.resumed_step, abstract_state(run.config, run.tx, run.mesh))
+            return restore_state(folder, run.resumed_step, run.abstract)
     with run.outputs.phase("initialise", "start"):
         state = init_state(run.config, run.tx)
         if run.config.train.init_from is not None:
