@@ -71,6 +71,11 @@ def file_problems(folder: Folder, files: dict) -> Iterator[str]:
             yield f"{folder}/{name}: is not in the manifest; move it out of the store"
 
 
+# NumPy reads a header with ast.literal_eval, and Python 3.11 counts its depth for all threads together: where a collection
+# of garbage lets a second thread in, as JAX's callbacks do, one of the two ends in SystemError (python/cpython#106905).
+ONE_HEADER_AT_A_TIME = threading.Lock()
+
+
 class VerifiedFolder:
     """A folder whose files are compared with their digests when they are first read, by any number of threads."""
 
@@ -105,5 +110,8 @@ class VerifiedFolder:
         """An array file, mapped where it lies on a local disk."""
         self.verify(name)
         if self.folder.local is not None:
-            return np.asarray(np.load(self.folder.local / name, mmap_mode="r"))  # plain views are quicker to make
-        return np.load(io.BytesIO(self.folder.read(name)))
+            with ONE_HEADER_AT_A_TIME:
+                return np.asarray(np.load(self.folder.local / name, mmap_mode="r"))  # plain views are quicker to make
+        content = io.BytesIO(self.folder.read(name))
+        with ONE_HEADER_AT_A_TIME:
+            return np.load(content)
