@@ -147,7 +147,7 @@ def test_json_with_unknown_and_missing_fields():
     assert error_of(lambda: Config.from_json("x", values)) == (
         "optim.learning_rat: no such field; did you mean optim.learning_rate or optim.final_learning_rate?\n"
         "zebra.stripes: no such field; sections are model, optim, guard, phases, kernels, data, mixture, mesh, train, "
-        "checkpoint\n"
+        "checkpoint, watchdog\n"
         "optim.learning_rate: is missing"
     )
 
@@ -175,7 +175,7 @@ def test_a_section_of_another_type():
 
 def test_fields_that_are_not_there_are_not_replaced():
     changes = {"train.num_step": 3, "modl": 1, "train.seed.x": 2, "train.seed": 1, "zebra.stripes": 2}
-    sections = "sections are model, optim, guard, phases, kernels, data, mixture, mesh, train, checkpoint"
+    sections = "sections are model, optim, guard, phases, kernels, data, mixture, mesh, train, checkpoint, watchdog"
     assert error_of(lambda: Config().replace(changes)).split("\n") == [
         "train.num_step: no such field; did you mean train.num_steps?",
         "modl: no such field; did you mean model?",
@@ -386,6 +386,7 @@ def test_what_a_resumed_run_may_change():
         "train",
         "data",
         "guard",
+        "watchdog",
     }
     assert {n for n in free if n.startswith(("train.", "data.", "guard."))} == {
         "train.run_dir", "data.path", "data.validation_path", "data.read_threads", "data.prefetch_sequences",

@@ -1,5 +1,6 @@
 """A process without a model, for tests of k2jax.processes: toy_process.py ADDRESS COUNT INDEX WORK, COUNT 0 for one alone."""
 
+import ctypes
 import hashlib
 import itertools
 import os
@@ -10,11 +11,12 @@ import time
 from pathlib import Path
 
 from k2jax import processes
-from k2jax.config import Config, TrainConfig
+from k2jax.config import Config, TrainConfig, WatchdogConfig
 from k2jax.errors import RunFailed, UserError
 from k2jax.launch import distributed
 from k2jax.preflight.ranks import check_storage
 from k2jax.train.stop import StopRequest
+from k2jax.train.watchdog import Watchdog
 
 
 def talk() -> None:
@@ -154,6 +156,45 @@ def one_is_stopped_before_it_begins() -> None:
 def one_is_late() -> None:
     if processes.index() != 1:
         processes.barrier("here", 2)
+
+
+def _steps(at_three) -> None:
+    """Steps that all do together, under a watchdog, but for what the last process does in the fourth of them."""
+    dog = Watchdog(WatchdogConfig(step_seconds=2, phase_seconds=60), Path("ranks"))
+    dog.start(lambda: print("stuck", flush=True))
+    for step in range(8):
+        dog.watch("step")
+        processes.barrier("step")
+        if step == 3 and processes.index() == processes.count() - 1:
+            at_three()
+    dog.stop()
+    time.sleep(3)
+    print("done", flush=True)
+
+
+def one_sleeps() -> None:
+    _steps(lambda: time.sleep(60))
+
+
+def one_keeps_the_interpreter() -> None:
+    _steps(lambda: ctypes.PyDLL(None).sleep(60))
+
+
+def all_wait() -> None:
+    dog = Watchdog(WatchdogConfig(step_seconds=None, phase_seconds=1), Path("ranks"))
+    dog.start(lambda: None)
+    dog.watch("restore")
+    time.sleep(60)
+
+
+def one_stands_still() -> None:
+    """As a laptop that is closed: nothing of the process runs for seconds, and then all of it."""
+
+    def stand_still() -> None:
+        print("stop me", flush=True)
+        time.sleep(1)
+
+    _steps(stand_still)
 
 
 if __name__ == "__main__":

@@ -242,6 +242,14 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class WatchdogConfig:
+    """Seconds without a sign of life after which a process is stuck, and the run ends with exit code 124. None: any."""
+
+    step_seconds: int | None = 900  # of a step with its batch
+    phase_seconds: int | None = 7200  # of anything else: a restore, a compile, an evaluation, what a save holds up
+
+
+@dataclass(frozen=True)
 class Config(_Section):
     """One run."""
 
@@ -255,6 +263,7 @@ class Config(_Section):
     mesh: Free[MeshConfig] = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: Free[CheckpointConfig] = field(default_factory=CheckpointConfig)
+    watchdog: Free[WatchdogConfig] = field(default_factory=WatchdogConfig)
 
     @property
     def batch_tokens(self) -> int:

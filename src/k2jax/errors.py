@@ -21,10 +21,16 @@ class Stopped(RunFailed):
         self.number = number
 
 
+class Stuck(RunFailed):
+    """A process gave no sign of life for longer than it may. The CLI prints the message and exits with 124, as timeout(1)."""
+
+
 def exit_code(error: BaseException) -> int:
-    """The command's exit code for an error that ends it: 2 if its user can correct it, 128 + n for signal n, else 1."""
+    """The command's exit code for an error that ends it: 2 if its user can correct it, 124 if it is stuck, 128 + n for signal n, else 1."""
     if isinstance(error, Stopped):
         return 128 + error.number
+    if isinstance(error, Stuck):
+        return 124
     return 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
 
 

@@ -31,6 +31,7 @@ _told = threading.Event()  # that another process failed, so that this one ends
 _last_words: Path | None = None
 _STOP = "k2jax/stop"
 _stopper: threading.Thread | None = None
+_answerers: list[threading.Thread] = []
 _stopping = threading.Condition()  # guards what follows
 _polled = -1  # steps done when `stop_is_due` was last asked, and had not heard of a stop
 _asked = False  # by a process, to stop
@@ -164,6 +165,30 @@ def stop_is_due(step: int) -> bool:
         return step >= _stop_step
 
 
+def answer(name: str, make: Callable[[], object]) -> None:
+    """Give the JSON value that `make` returns as soon as a process `ask`s for `name`, whatever the main thread does."""
+
+    def wait() -> None:
+        if _await(f"k2jax/{name}") is not None:
+            with contextlib.suppress(Exception):  # the processes have parted
+                _client.key_value_set(f"k2jax/{name}-answers/{_index}", json.dumps(make()))
+
+    thread = threading.Thread(target=wait, name=name, daemon=True)
+    _answerers.append(thread)
+    thread.start()
+
+
+def ask(name: str, seconds: float) -> dict[int, object]:
+    """The values of all processes that `answer` within `seconds`, by process. Can be asked once in a run."""
+    with contextlib.suppress(Exception):  # another was first
+        _client.key_value_set(f"k2jax/{name}", str(_index))
+    until, entries = time.monotonic() + seconds, []
+    while len(entries) < _count and time.monotonic() < until:
+        time.sleep(0.1)
+        entries = _client.key_value_dir_get(f"k2jax/{name}-answers/")
+    return {int(key.rpartition("/")[2]): json.loads(text) for key, text in entries}
+
+
 def keep_last_words(folder: Path, share: Callable[[], None] | None = None) -> None:
     """Let a process that fails write why into `folder`. share: brings it to where others can read it, where they cannot."""
     global _last_words, _share_last_words
@@ -252,7 +277,8 @@ def leave() -> None:
     import jax
 
     jax.distributed.shutdown()
-    for thread in filter(None, (_watcher, _stopper)):
+    for thread in filter(None, (_watcher, _stopper, *_answerers)):
         thread.join()
+    _answerers.clear()
     _client, _index, _count, _watcher = None, 0, 1, None
     _stopper, _polled, _asked, _stop_step = None, -1, False, None

@@ -61,7 +61,7 @@ def test_two_processes_of_k2jax(capfd, tmp_path, monkeypatch):
         assert lines[0] == f"[{index}] k2jax train: 1 problem" and "missing.py" in lines[1]
         assert Path("logs", f"rank-{index}.log").read_text().splitlines() == [line[4:] for line in lines]
     assert re.match(
-        r"k2jax launch local: process [01] failed first, with exit code 2 after [\d.]+ s; its last lines:\n\[", err
+        r"k2jax launch: process [01] failed first, with exit code 2 after [\d.]+ s; its last lines:\n\[", err
     )
 
 
@@ -170,7 +170,7 @@ def test_all_after_the_hyphens_is_the_commands(capsys):
     slurm = ["launch", "slurm", "--hosts", "2", "--unchecked"]
     assert main([*slurm, "--", "train", "c.py", "--hosts", "9", "-n", "--out", "x"]) == 0
     out = capsys.readouterr().out
-    assert "#SBATCH --nodes=2\n" in out and "    k2jax train c.py --hosts 9 -n --out x\n" in out
+    assert "#SBATCH --nodes=2\n" in out and "    k2jax launch host -- train c.py --hosts 9 -n --out x\n" in out
 
 
 def test_to_stdout_or_a_file(capsys, tmp_path):

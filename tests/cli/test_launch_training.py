@@ -71,7 +71,11 @@ def test_stopped_resumed_and_killed(place):
     with launched(place) as process:
         assert first_step(process) == int(stopped) + 1
         os.kill(ranks(process)[1], signal.SIGKILL)
+        assert any("restore step" in line for line in process.stdout)  # by itself
+        assert first_step(process) >= int(stopped) + 1
+        process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
-    assert process.returncode == 137, out + err
-    assert "k2jax launch local: process 1 failed first, with exit code 137 (SIGKILL)" in err
+    assert process.returncode == 143, out + err
+    assert "k2jax launch: process 1 failed first, with exit code 137 (SIGKILL)" in err
+    assert re.search(r"k2jax launch: exit code 137: step \d+ is committed; restart 1 of 3 without a newer one", err)
     assert not [line for line in out.splitlines() if not line.startswith(("[0] ", "[1] "))]

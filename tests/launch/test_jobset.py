@@ -200,7 +200,7 @@ def test_pods_have_the_numbers_of_their_places_and_one_coordinator(tmp_path, hos
         environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
         done = subprocess.run(argv, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
         arguments, got = json.loads(done.stdout)
-        assert arguments == [*TRAIN, *HOSTILE, "--train.run-dir", "gs://b/r"]
+        assert arguments == ["launch", "host", "--", *TRAIN, *HOSTILE, "--train.run-dir", "gs://b/r"]
         assert [got[f"V{n}"] for n in range(len(HOSTILE))] == list(HOSTILE)
         assert got["K2JAX_COORDINATOR"] == f"{pods[0][0]}:61412"
         assert (got["K2JAX_PROCESS_ID"], got["K2JAX_NUM_PROCESSES"]) == (str(number), str(hosts))

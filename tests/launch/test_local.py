@@ -20,14 +20,14 @@ import json, os, sys
 from k2jax.launch.local import rank_environments, supervise
 script, count, grace = json.loads(sys.argv[1])
 try:
-    sys.exit(supervise([sys.executable, "-c", script], rank_environments(count, None), grace=grace))
+    sys.exit(supervise([sys.executable, "-c", script], rank_environments(count, None), grace=grace).code)
 except BrokenPipeError:
     os._exit(42)  # or Python would try to write what is left
 """
 
 
 def run(script: str, count: int, grace: float = 5, log_dir: Path | None = None) -> int:
-    return supervise([sys.executable, "-c", RANK + script], rank_environments(count, None), log_dir, grace)
+    return supervise([sys.executable, "-c", RANK + script], rank_environments(count, None), log_dir, grace).code
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def wait_until_dead(pids: list[int], seconds: float) -> None:
 def test_what_each_rank_is_told(capfdbinary):
     names = ("K2JAX_COORDINATOR", "K2JAX_NUM_PROCESSES", "K2JAX_PROCESS_ID", "K2JAX_SIMULATE")
     script = f"import json, os\nprint(json.dumps([os.environ.get(name) for name in {names}]))"
-    assert supervise([sys.executable, "-c", script], rank_environments(3, 2)) == 0
+    assert supervise([sys.executable, "-c", script], rank_environments(3, 2)).code == 0
     lines = sorted(capfdbinary.readouterr().out.splitlines())
     assert [line[:4] for line in lines] == [b"[0] ", b"[1] ", b"[2] "]
     told = [json.loads(line[4:]) for line in lines]
@@ -135,7 +135,7 @@ sys.exit(9)
 """
     assert run(script, 4, grace=20) == 3
     words = capfdbinary.readouterr().err.decode().splitlines()
-    assert words[0].startswith("k2jax launch local: process 1 failed first, with exit code 3 after ")
+    assert words[0].startswith("k2jax launch: process 1 failed first, with exit code 3 after ")
     assert words[1:] == [f"[1] line {n}" for n in range(10, 30)]
 
 

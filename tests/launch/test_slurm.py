@@ -96,7 +96,7 @@ def test_what_each_process_gets(cluster, tmp_path):
     assert finish(cluster(job)) == (0, "")
     for index in range(3):
         arguments, environment = json.loads((tmp_path / f"process-{index}.json").read_text())
-        assert arguments == ["train", "configs/tiny.py", *HOSTILE, "--train.run-dir", "/shared/it's $HOME"]
+        assert arguments == ["launch", "host", "--", "train", "configs/tiny.py", *HOSTILE, "--train.run-dir", "/shared/it's $HOME"]
         assert [environment[f"V{n}"] for n in range(len(HOSTILE))] == list(HOSTILE)
         ours = {name: value for name, value in environment.items() if name.startswith("K2JAX_")}
         assert ours == {

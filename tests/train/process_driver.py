@@ -1,11 +1,13 @@
 """One process of a run, for tests: process_driver.py EVENT ARGUMENTS... runs the `k2jax` command.
 
 EVENT is `none`, or KIND:PROCESS:STEP, which happens in that process when it hands out the record of that step:
-term (SIGTERM), kill (SIGKILL), raise (an exception), full (a disk error), stop (SIGSTOP), bad (RunFailed), or in all
-processes, PROCESS -1, alike. With `bad` every save takes three seconds more;
+term (SIGTERM), kill (SIGKILL), raise (an exception), full (a disk error), stop (SIGSTOP), bad (RunFailed), sleep (the main
+thread, for good), hold (the same in a C call that keeps the interpreter's lock), or in all processes, PROCESS -1, alike.
+With K2JAX_EVENT_ONCE set to a path it happens once for all starts, of which the first that comes there makes the file. With `bad` every save takes three seconds more;
 or KIND:PROCESS:save, eval, restore, compile: at the beginning of the first of these after step 0.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -33,6 +35,11 @@ def share_compiled_programs() -> None:
 def happen(kind: str, process: int) -> None:
     if process not in (processes.index(), -1):
         return
+    if once := os.environ.get("K2JAX_EVENT_ONCE"):
+        try:
+            open(once, "x").close()
+        except FileExistsError:
+            return
     print(f"event {kind}", flush=True)
     if kind == "raise":
         raise ZeroDivisionError("as the test wants it")
@@ -40,6 +47,10 @@ def happen(kind: str, process: int) -> None:
         raise RunFailed("too many bad rows")
     if kind == "full":
         raise OSError(28, "No space left on device", "metrics.jsonl")
+    if kind == "sleep":
+        time.sleep(1000)
+    if kind == "hold":
+        ctypes.PyDLL(None).sleep(1000)
     os.kill(os.getpid(), {"term": signal.SIGTERM, "kill": signal.SIGKILL, "stop": signal.SIGSTOP}[kind])
 
 

@@ -8,7 +8,7 @@ from k2jax.cli.overrides import load_config, override
 from k2jax.cli.run import train_options
 from k2jax.errors import UserError
 from k2jax.launch.jobset import jobset_manifest
-from k2jax.launch.local import rank_environments, run_k2jax
+from k2jax.launch.local import run_k2jax, run_on_host
 from k2jax.launch.manifest import Job, command_problems, deliver
 from k2jax.launch.slurm import slurm_script
 
@@ -17,10 +17,20 @@ def _local(args) -> int:
     problems = [f"-n {args.processes}: must be at least 1"] if args.processes < 1 else []
     if args.devices_per_process is not None and args.devices_per_process < 1:
         problems.append(f"--devices-per-process {args.devices_per_process}: must be at least 1")
+    if args.max_restarts is not None and args.max_restarts < 0:
+        problems.append(f"--max-restarts {args.max_restarts}: must be at least 0")
     if problems := problems + command_problems(args.arguments):
         raise UserError(*problems)
-    environments = rank_environments(args.processes, args.devices_per_process)
-    return run_k2jax(args.arguments, environments, args.log_dir)
+    restarts = args.max_restarts
+    if restarts is None:  # a run goes on from its checkpoints, another command would begin again
+        restarts = Job.max_restarts if args.arguments[0] == "train" else 0
+    return run_k2jax(args.arguments, args.processes, args.devices_per_process, args.log_dir, restarts)
+
+
+def _host(args) -> int:
+    if problems := command_problems(args.arguments):
+        raise UserError(*problems)
+    return run_on_host(args.arguments)
 
 
 def _job(args) -> Job:
@@ -78,7 +88,7 @@ def _jobset(args) -> int:
 
 def launch(args, rest: list[str]) -> int:
     """The exit code of what was launched; 0 for a manifest that was only written."""
-    return {"local": _local, "slurm": _slurm, "jobset": _jobset}[args.where](args)
+    return {"local": _local, "host": _host, "slurm": _slurm, "jobset": _jobset}[args.where](args)
 
 
 def _cluster_options(sub: argparse.ArgumentParser, submits_with: str) -> None:
@@ -115,6 +125,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--devices-per-process", type=int, metavar="D", help="CPU devices of each (default: what jax finds)"
     )
     sub.add_argument("--log-dir", type=Path, metavar="DIR", help="what each process writes, as rank-I.log in DIR")
+    most = f"restarts in a row without a newer checkpoint (default: {Job.max_restarts} of train, else 0)"
+    sub.add_argument("--max-restarts", type=int, metavar="N", help=most)
+
+    place("host", "This host's process of a run on a cluster, supervised: what the manifests below start on every host.")
 
     sub = place("slurm", "Write a job script for Slurm.")
     _cluster_options(sub, "sbatch")

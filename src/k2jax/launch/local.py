@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -24,6 +25,8 @@ from typing import BinaryIO
 from k2jax.errors import UserError
 from k2jax.launch import guardian
 from k2jax.launch.distributed import COORDINATOR, NUM_PROCESSES, PROCESS_ID, SIMULATE
+from k2jax.launch.pulse import PULSE, read_signs
+from k2jax.launch.restarts import Restarts
 
 GRACE = 10.0  # seconds to end by oneself, before SIGTERM and again before SIGKILL
 _LAST_LINES = 20
@@ -31,6 +34,10 @@ _LONGEST_LINE = 1 << 20  # bytes; a longer one is shown in pieces, so that memor
 _NOISE = re.compile(rb"\[Gloo\] Rank \d+ is connected to \d+ peer ranks")  # of C++, one line a communicator
 _SIGNALS = {number.value: number.name for number in signal.Signals}
 _TICK = 0.1  # seconds between two looks at signals and deadlines
+
+
+def _say(text: str) -> None:
+    print(f"k2jax launch: {text}", file=sys.stderr, flush=True)
 
 
 def free_port() -> int:
@@ -55,14 +62,17 @@ class _Rank:
     index: int
     process: subprocess.Popen
     log: BinaryIO | None
+    pulse: Path
+    alone: bool
+    silent: bool = False  # for longer than it may, so that it was killed
     code: int | None = None
     ended: float = float("inf")
     open: bool = True
     last: deque[bytes] = field(default_factory=lambda: deque(maxlen=_LAST_LINES))
 
     def prefixed(self, line: bytes) -> bytes:
-        """[2] and the line."""
-        return b"[%d] %s\n" % (self.index, line.removesuffix(b"\n"))
+        """[2] and the line; the line as it is where no other rank is here."""
+        return line if self.alone else b"[%d] %s\n" % (self.index, line.removesuffix(b"\n"))
 
     def read(self, reports: queue.Queue) -> None:
         """Report every line; None at the end of the output."""
@@ -133,9 +143,6 @@ class _Supervisor:
             if rank.code is None:
                 rank.process.send_signal(number)
 
-    def _say(self, text: str) -> None:
-        print(f"k2jax launch local: {text}", file=sys.stderr, flush=True)
-
     def _stop_in(self, *delays: tuple[float, int]) -> None:
         now = time.monotonic()
         self._due = sorted(self._due + [(now + seconds, number) for seconds, number in delays])
@@ -172,12 +179,12 @@ class _Supervisor:
             number = self.caught.pop(0)
             if self.stopped_by is None:
                 self.stopped_by = number
-                self._say(
+                _say(
                     f"{signal.Signals(number).name}: SIGTERM to all processes; once more ends them without a save"
                 )
                 self._send(signal.SIGTERM)
             else:
-                self._say(f"{signal.Signals(number).name} again: SIGINT to all processes, SIGKILL in {self.grace:g} s")
+                _say(f"{signal.Signals(number).name} again: SIGINT to all processes, SIGKILL in {self.grace:g} s")
                 self.hurried = True
                 self._send(signal.SIGINT)
                 self._stop_in((self.grace, signal.SIGKILL))
@@ -198,11 +205,21 @@ class _Supervisor:
             self._ended(rank, *report)
         return True
 
+    def _look_at_signs(self) -> None:
+        """SIGKILL for a rank that is silent for longer than it may: its own watchdog would have spoken if it could."""
+        now = time.monotonic()
+        for rank in self.ranks:
+            if rank.code is None and not rank.silent and now > (signs := read_signs(rank.pulse)).until:
+                rank.silent = True
+                _say(f"process {rank.index} is stuck, no sign of life for {now - signs.since:.0f} s: SIGKILL")
+                rank.process.kill()
+
     def run(self, reports: queue.Queue) -> None:
         """Handle signals and reports until every rank has ended."""
         while any(rank.code is None for rank in self.ranks):
             self._take_signals()
             self._take_report(reports)
+            self._look_at_signs()
 
     def drain(self, reports: queue.Queue) -> None:
         """Handle reports until all outputs are closed, or silent for long: a daemon in another group may hold one."""
@@ -218,57 +235,97 @@ class _Supervisor:
         failed = self._failed()
         if not failed:
             return 128 + self.stopped_by if any(rank.code for rank in self.ranks) else 0
-        first = min(failed, key=lambda rank: rank.ended)
+        # What the others end with is the loss of the one that was stuck, even where they were the first to end.
+        first = min(failed, key=lambda rank: (not rank.silent, rank.ended))
         name = _SIGNALS.get(first.code - 128)
         code = f"{first.code} ({name})" if name else str(first.code)
+        if first.alone:
+            _say(f"the process of this host ended with exit code {code}")
+            return first.code
         say = f"process {first.index} failed first, with exit code {code} after {first.ended - began:.1f} s"
-        self._say(f"{say}; its last lines:" if first.last else f"{say}, without a word")
+        _say(f"{say}; its last lines:" if first.last else f"{say}, without a word")
         sys.stderr.buffer.write(b"".join(map(first.prefixed, first.last)))
         sys.stderr.buffer.flush()
         return first.code
 
 
+@dataclass(frozen=True)
+class Ended:
+    """The end of all ranks. code: that of the command; stopped: by its user; committed: the newest step, or -1."""
+
+    code: int
+    stopped: bool
+    committed: int
+
+
 def supervise(
-    argv: list[str], environments: list[Mapping[str, str]], log_dir: Path | None = None, grace: float = GRACE
-) -> int:
+    argv: list[str],
+    environments: list[Mapping[str, str]],
+    log_dir: Path | None = None,
+    grace: float = GRACE,
+    is_host: bool = False,
+) -> Ended:
     """Run `argv` once per environment, added to this process's own, and show all lines, with "[2] " before them.
 
+    is_host: the one process is this host's part of a run, and its lines are shown as they are.
     Lines of stdout and stderr are shown whole, in the order in which they came; log_dir/rank-I.log gets the bytes of
     rank I as they are. When a rank fails, the others have `grace` seconds to end by themselves, then they get SIGTERM,
     and SIGKILL after `grace` more. SIGINT, SIGTERM or SIGHUP becomes SIGTERM for all, which trainers answer by saving;
-    the second one, SIGINT, which ends them at once, and SIGKILL after `grace`. What is in the ranks' process group outlives neither this call nor, by
-    more than `grace`, this process. To be called in the main thread.
+    the second one, SIGINT, which ends them at once, and SIGKILL after `grace`. A rank that gives no sign of life for
+    longer than it said it would (launch/pulse.py) gets SIGKILL. What is in the ranks' process group outlives neither this
+    call nor, by more than `grace`, this process. To be called in the main thread.
 
-    Returns 0 if all did, else the exit code of the rank that failed first; 128 + n if signal n stopped all. Raises
+    The exit code is 0 if all had that, else of the rank that failed first; 128 + n if signal n stopped all. Raises
     UserError for a log_dir that cannot be written, OSError for output that cannot be, once all ranks have ended.
     """
     logs = _open_logs(log_dir, len(environments))
     reports: queue.Queue = queue.Queue(maxsize=1000)  # a slow terminal slows the ranks down instead of filling memory
     began = time.monotonic()
-    with _caught_signals() as caught, _guarded_group(grace) as group:
+    with tempfile.TemporaryDirectory(prefix="k2jax-") as folder, _caught_signals() as caught, _guarded_group(grace) as group:
         ranks: list[_Rank] = []
         for index, (environment, log) in enumerate(zip(environments, logs, strict=True)):
+            pulse = Path(folder) / f"pulse-{index}"
+            pulse.touch()
             process = subprocess.Popen(
                 argv,
-                env=os.environ | environment,
+                env=os.environ | environment | {PULSE: str(pulse)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 process_group=group,
             )
-            ranks.append(_Rank(index, process, log))
+            ranks.append(_Rank(index, process, log, pulse, is_host))
         for rank in ranks:
             threading.Thread(target=rank.read, args=(reports,), daemon=True).start()
             threading.Thread(target=rank.wait, args=(reports,), daemon=True).start()
         supervisor = _Supervisor(ranks, caught, grace)
         supervisor.run(reports)
+        committed = max(read_signs(rank.pulse).committed for rank in ranks)
     supervisor.drain(reports)  # what they had started is gone too: the pipes are at their end
     for log in logs:
         if log is not None:
             log.close()
-    return supervisor.verdict(began)
+    return Ended(supervisor.verdict(began), supervisor.stopped_by is not None, committed)
 
 
-def run_k2jax(arguments: list[str], environments: list[Mapping[str, str]], log_dir: Path | None = None) -> int:
-    """`supervise` for a command of k2jax, with this Python."""
-    return supervise([sys.executable, "-m", "k2jax", *arguments], environments, log_dir)
+def run_on_host(arguments: list[str]) -> int:
+    """`supervise` this host's process of a run that a cluster has started, and will start again; the exit code."""
+    return supervise([sys.executable, "-m", "k2jax", *arguments], [{}], is_host=True).code
+
+
+def run_k2jax(
+    arguments: list[str], count: int, devices: int | None, log_dir: Path | None = None, max_restarts: int = 0
+) -> int:
+    """`supervise` a command of k2jax in `count` processes, with this Python, and again after failures; the exit code.
+
+    devices: of each process, on the CPU. max_restarts: in a row without a newer committed step.
+    """
+    restarts = Restarts(max_restarts)
+    while True:
+        ended = supervise([sys.executable, "-m", "k2jax", *arguments], rank_environments(count, devices), log_dir)
+        if ended.code == 0 or ended.stopped:
+            return ended.code
+        again, why = restarts.after(ended.code, ended.committed)
+        _say(f"exit code {ended.code}: {why}")
+        if not again:
+            return ended.code

@@ -51,8 +51,8 @@ class Job:
         return {} if self.devices is None else {SIMULATE: str(self.devices)}
 
     def full_command(self) -> list[str]:
-        """k2jax and its arguments, the run directory included."""
-        return ["k2jax", *self.command, *(["--train.run-dir", self.run_dir] if self.run_dir else [])]
+        """k2jax and its arguments, the run directory included, under a supervisor of each host's own."""
+        return ["k2jax", "launch", "host", "--", *self.command, *(["--train.run-dir", self.run_dir] if self.run_dir else [])]
 
 
 def command_problems(command: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from the step at which the next one goes on. Times inside a start are of the mon
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,19 +16,20 @@ from k2jax.files import naming
 from k2jax.runs.records import read_records, to_line
 
 # Inside a start. Between starts "restart"; steps that a later start repeated are "lost work" and no longer "step".
-KINDS = ("step", "start", "restore", "compile", "data wait", "save stall", "evaluation", "lost work", "restart")
+KINDS = ("step", "start", "restore", "compile", "data wait", "save stall", "evaluation", "hang", "lost work", "restart")
 FLUSH_SECONDS = 30  # what a killed start leaves unknown of its end, at most; counted as "restart"
 
 
 class TimeLog:
     """The clock of one start: always running, on the innermost of the kinds it was told. Without a path nothing is kept.
 
-    step: steps that were done before this start.
+    step: steps that were done before this start. watch(kind): called whenever the kind changes, also to the same again.
     """
 
-    def __init__(self, path: Path | None, step: int):
-        self._path, self._step, self._seconds = path, step, Counter()
+    def __init__(self, path: Path | None, step: int, watch: Callable[[str], None] = lambda kind: None):
+        self._path, self._step, self._seconds, self._watch = path, step, Counter(), watch
         self._kinds, self._since, self._flushed = ["start"], time.monotonic(), time.monotonic()
+        watch("start")
         if path is not None:
             starts = read_records(path, ordered=False)
             self._start = 1 + (starts[-1]["start"] if starts else 0)
@@ -45,16 +46,19 @@ class TimeLog:
         """Time that passes inside is of this kind, and not of the one around."""
         self._settle()
         self._kinds.append(kind)
+        self._watch(kind)
         try:
             yield
         finally:
             self._settle()
             self._kinds.pop()
+            self._watch(self._kinds[-1])
 
     def begin_steps(self) -> None:
         """Time that no `spent_on` names is "start" until here, and "step" from here on."""
         self._settle()
         self._kinds[0] = "step"
+        self._watch(self._kinds[-1])
 
     def flush(self, step: int, ended: bool = False) -> None:
         """Write the account so far, `step` steps being done. OSError, with the file's name, if the disk is full."""
@@ -72,6 +76,11 @@ class TimeLog:
         """`flush`, if the last one is FLUSH_SECONDS ago."""
         if time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush(step)
+
+    def hung(self) -> None:
+        """The last line, by another thread than the one that is stuck: the time since the kind last changed went to nothing."""
+        self._kinds.append("hang")
+        self.close()
 
     def close(self) -> None:
         """The last line: this start came to an end of its own, good or bad."""

@@ -101,10 +101,14 @@ def save_model(folder: Path, model: dict) -> None:
 
 
 class Saver:
-    """Saves in the background, one step at a time; a failure is raised at the next call of any method."""
+    """Saves in the background, one step at a time; a failure is raised at the next call of any method.
 
-    def __init__(self, folder: Path, config: CheckpointConfig):
+    on_commit(step): called in a thread, when the step is committed.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, on_commit: Callable[[int], None] = lambda step: None):
         folder.mkdir(parents=True, exist_ok=True)
+        self._on_commit = on_commit
         self._folder, self._config = folder.absolute(), config  # a link stays one: beside it is the run it belongs to
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -143,6 +147,7 @@ class Saver:
         try:
             _commit(self._folder, record, items, sums, write(), self._config.save_timeout_seconds)
             barrier("committed", self._config.save_timeout_seconds)  # one that ends now ends the first, which writes, with it
+            self._on_commit(record["step"])
             if is_first():
                 self._prune()
             else:

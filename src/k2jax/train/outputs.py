@@ -19,6 +19,7 @@ from k2jax.runs.records import RecordFile
 from k2jax.train.display import Display
 from k2jax.train.metrics import TensorBoard
 from k2jax.train.replay import Replay
+from k2jax.train.watchdog import Watchdog
 
 
 def describe_run(folder: RunFolder, config: Config, segments: list[dict], tokenizer: Tokenizer | None) -> None:
@@ -32,7 +33,7 @@ def describe_run(folder: RunFolder, config: Config, segments: list[dict], tokeni
 
 
 class Outputs:
-    """Display, metrics.jsonl, TensorBoard, and the account of this start's time.
+    """Display, metrics.jsonl, TensorBoard, the account of this start's time, and the watchdog that follows it.
 
     The other processes write nothing, or with train.log_ranks what the first displays, as they see it, in ranks/N.log.
     """
@@ -47,8 +48,11 @@ class Outputs:
             console = Console(file=log, soft_wrap=True, highlight=False)
         self.display = Display(first_step, config.train.num_steps, config.train.log_every, console)
         self._files.callback(self.display.close)
-        self.time = TimeLog(folder.time if is_first() else None, first_step)
+        self.watchdog = Watchdog(config.watchdog, folder.ranks)
+        self.time = TimeLog(folder.time if is_first() else None, first_step, self.watchdog.watch)
         self._files.callback(self.time.close)
+        self.watchdog.start(self.time.hung)
+        self._files.callback(self.watchdog.stop)
 
     def say(self, text: str) -> None:
         self.display.say(text)

@@ -190,10 +190,10 @@ def open_run(config: Config, change_mixture: bool) -> Iterator[Run]:
 
         held.enter_context(uploading(folder.path))
         segments, notes = on_first("describe", describe)
-        saver = Saver(folder.checkpoints, config.checkpoint)
-        held.callback(saver.join)  # a failure elsewhere loses no save that had begun
         outputs = Outputs(folder, config, step or 0)
         held.callback(outputs.close)
+        saver = Saver(folder.checkpoints, config.checkpoint, outputs.watchdog.committed)
+        held.callback(saver.join)  # a failure elsewhere loses no save that had begun
         run = Run(config, folder, mesh, tx, abstract, corpus, make_timeline(segments, config), step, saver, outputs)
         outputs.say("\n".join([banner(config, abstract, mesh),
                                describe_mixture(run.timeline, config), *damaged, *notes]))  # fmt: skip
