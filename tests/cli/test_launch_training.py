@@ -12,8 +12,8 @@ import pytest
 
 pytestmark = pytest.mark.grid
 ROOT = Path(__file__).parents[2]
-TRAIN = ("--train.run-dir", "run", "--train.self-check", "off", "--train.num-steps", "60", "--mesh.fsdp", "2")
-STEP = re.compile(r"\[0\] step (\d+)/60 ")
+TRAIN = ("--train.run-dir", "run", "--train.self-check", "off", "--train.num-steps", "2000", "--mesh.fsdp", "2")
+STEP = re.compile(r"\[0\] step (\d+)/2000 ")
 
 
 @pytest.fixture(scope="module")

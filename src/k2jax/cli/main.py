@@ -7,7 +7,7 @@ import os
 import sys
 
 from k2jax import processes
-from k2jax.cli import audit, data, goodput, launch, model, plan, run, verify
+from k2jax.cli import audit, data, goodput, launch, model, plan, rewind, run, verify
 from k2jax.config import MeshConfig
 from k2jax.errors import RunFailed, UserError, exit_code
 from k2jax.launch.distributed import NotComing, decline
@@ -103,6 +103,11 @@ def _run_commands(command) -> None:
     sub = command("goodput", goodput.goodput, "Show what the time of a run went to, over all of its starts.")
     sub.add_argument("run", help="run directory")
     sub.add_argument("--json", action="store_true", help="print it as JSON")
+
+    sub = command("rewind", rewind.rewind, "Take a run back to an earlier checkpoint, to leave out data after it.")
+    sub.add_argument("run", help="run directory, of a run that is at rest")
+    sub.add_argument("--to", type=int, required=True, metavar="STEP", help="committed step from which it will go on")
+    sub.add_argument("--skip", default="", metavar="A-B,C-D", help="steps of data that are not read again")
 
     sub = command("plot", plan.plot, "Draw loss and max logit of runs into one PNG.")
     sub.add_argument("run", nargs="+", help="run directories")

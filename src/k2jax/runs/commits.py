@@ -166,6 +166,16 @@ def find_damaged(
     return bad, problems
 
 
+def move_steps(folder: Path, steps: list[int], aside: Path) -> None:
+    """Move steps of a run on a disk to another folder there, the records first. OSError if that does not take them."""
+    aside.mkdir(exist_ok=True)
+    for step in sorted(steps, reverse=True):  # whatever remains after a crash is a run that ends earlier
+        for name in (f"{step}.json", str(step)):
+            if os.path.lexists(folder / name):  # the files of a step may be gone altogether
+                _remove(aside / name)
+                (folder / name).rename(aside / name)
+
+
 def set_aside(folder: Path, steps: list[int], problems: list[str]) -> None:
     """Move these steps to ../damaged. UserError, with what is wrong with them, if that does not take them."""
     aside, mirror = RunFolder(folder.parent).damaged, mirror_of(folder)
@@ -174,11 +184,7 @@ def set_aside(folder: Path, steps: list[int], problems: list[str]) -> None:
             mirror.move_record(folder / f"{step}.json", aside / f"{step}.json")
             continue
         try:
-            aside.mkdir(exist_ok=True)
-            for name in (f"{step}.json", str(step)):
-                if os.path.lexists(folder / name):  # the files of a step may be gone altogether
-                    _remove(aside / name)
-                    (folder / name).rename(aside / name)
+            move_steps(folder, [step], aside)
         except OSError as error:
             raise UserError(*problems, f"{aside}: cannot take them: {error.strerror}; move it away") from None
 

@@ -37,6 +37,8 @@ class RunFolder:
     env = _Inside("env.txt")  # versions
     checkpoints = _Inside("checkpoints")  # folder of the committed steps: runs/commits.py
     arrays = _Inside("arrays")  # folder of the arrays of steps that were saved to a bucket
+    rewound = _Inside("rewound")  # folder of what rewinds took back: runs/rewind.py
+    rewinds = _Inside("rewinds.jsonl")  # a record per rewind
     damaged = _Inside("damaged")  # folder to which damaged ones are moved
     metrics = _Inside("metrics.jsonl")  # a record per step: runs/records.py
     time = _Inside("time.jsonl")  # an account of each start's seconds: runs/goodput.py

@@ -80,7 +80,8 @@ def check_health(record: dict, config: Config) -> None:
         raise RunFailed(
             f"step {record['step']}: {record['skipped_in_a_row']} steps in a row were skipped (here "
             f"{'; '.join(record['skip_reasons'])}), and guard.max_skips = {config.guard.max_skips}; {end} to the "
-            "same steps: look at the data, give other guard.* values, or begin a new train.run_dir with another "
+            "same steps: look at the data (k2jax audit RUN --step STEP) and leave it out by data.skip_steps, after k2jax "
+            "rewind if a checkpoint is past it; or give other guard.* values, or begin a new train.run_dir with another "
             "optim.learning_rate"
         )
 

@@ -12,6 +12,7 @@ from k2jax.processes import on_first
 from k2jax.runs.commits import committed_steps, is_model_alone
 from k2jax.runs.folder import path_problem, read_config
 from k2jax.runs.mirror import entries_of, open_run_folder, run_folder, shown
+from k2jax.runs.rewind import skip_problems
 from k2jax.sharding.mesh import make_mesh, single_device_mesh
 from k2jax.words import counted
 
@@ -55,6 +56,7 @@ def check_run_dir(config: Config) -> dict[str, tuple[object, object]]:
     if steps and config.train.num_steps < steps[-1]:  # what was done beyond it would be in no account
         rule = f"the run in {where} has done {counted(steps[-1], 'step')}; give at least as many, or another train.run_dir"
         problems.append(f"train.num_steps = {config.train.num_steps}: {rule}")
+    problems += skip_problems(files, config)
     if problems:
         raise UserError(*problems)
     return changes
