@@ -4,6 +4,7 @@ import os
 
 import jax
 import pytest
+from compile_flags import COMPILE_FLAGS
 
 import k2jax
 from k2jax.config import ModelConfig
@@ -13,10 +14,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 def start_backend() -> None:
-    """XLA reads its flags once. LLVM's optimisation is a third of the suite's time, and nearly all of it is compiling; what
-    tests start in processes of their own is compiled as users' runs are."""
+    """XLA reads its flags once; a process that a test starts, and that does not say otherwise, compiles as users' runs do."""
     before = os.environ.get("XLA_FLAGS")
-    os.environ["XLA_FLAGS"] = f"{before or ''} --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{before or ''} {COMPILE_FLAGS}"
     jax.devices()
     if before is None:
         del os.environ["XLA_FLAGS"]

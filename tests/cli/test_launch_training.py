@@ -9,6 +9,7 @@ from pathlib import Path
 
 import micro
 import pytest
+from compile_flags import COMPILE_FLAGS
 
 pytestmark = pytest.mark.grid
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,7 @@ def launched(place: Path) -> subprocess.Popen:
         config,
         *TRAIN,
     ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "XLA_FLAGS": COMPILE_FLAGS}
     return subprocess.Popen(argv, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

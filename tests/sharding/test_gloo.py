@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jaxlib
 import pytest
+from compile_flags import COMPILE_FLAGS
 
 HERE = Path(__file__).parent
 # Versions of jaxlib in which it was seen wrong: 9 of 62 and 2 of 10 self-checks of two processes on a busy machine.
@@ -17,7 +18,7 @@ WRONG = ("0.10.2", "0.11.2")
 @pytest.mark.slow
 def test_the_step_has_no_reduce_scatter_and_sums_are_the_same():
     paths = os.pathsep.join([str(HERE), str(HERE.parent / "train")])
-    environment = os.environ | {"PYTHONPATH": paths, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"PYTHONPATH": paths, "XLA_FLAGS": COMPILE_FLAGS}
     command = [sys.executable, str(HERE / "gloo_program.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

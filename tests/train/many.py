@@ -9,11 +9,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from compile_flags import COMPILE_FLAGS
+
 HERE = Path(__file__).parent
-# LLVM's optimisation is most of the time of a compile, and these runs compile often.
-# Also where the code under test is, if it is not the installed one.
+# Where the code under test is, if it is not the installed one.
 _PATHS = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": _PATHS}
+ENVIRONMENT = os.environ | {"XLA_FLAGS": COMPILE_FLAGS, "PYTHONPATH": _PATHS}
 
 
 @dataclass(frozen=True)
