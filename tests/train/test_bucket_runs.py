@@ -3,6 +3,7 @@
 import json
 import os
 
+import bucket_server
 import many
 import micro
 import pytest
@@ -30,6 +31,7 @@ def content(run_dir, step):
 
 
 def test_two_processes_and_then_one(tmp_path, gcs, monkeypatch, capfd):
+    monkeypatch.setattr(bucket_server, "PAGE", 1000)  # thousands of objects, and a listing looks at all for each page
     monkeypatch.setattr(many, "ENVIRONMENT", many.ENVIRONMENT | dict(os.environ))
     monkeypatch.chdir(tmp_path)
     micro.make_store(tmp_path)

@@ -36,7 +36,8 @@ class Handler(loopback.Handler):
 
     def page(self, prefix, after):
         """(names, the last of them where there are more)"""
-        files = (p.relative_to(self.bucket).as_posix() for p in self.bucket.rglob("*") if p.is_file())
+        folder = self.bucket / prefix.rpartition("/")[0]
+        files = (p.relative_to(self.bucket).as_posix() for p in folder.rglob("*") if p.is_file())
         names = sorted(name for name in files if name.startswith(prefix) and name > after)
         return names[:PAGE], names[PAGE - 1] if names[PAGE:] else None
 
