@@ -11,7 +11,7 @@ STDLIB = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdli
 # XLA on a CPU takes its temporary memory anew each step; in pages of 2 MiB that is a tenth of the step faster.
 train bench: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
-.PHONY: train test test-fast test-grid test-hosts test-interop test-tpu test-gpu test-kernels test-data env data comparators bench clean
+.PHONY: train test test-fast test-grid test-hosts test-interop test-tpu test-gpu test-kernels test-data chaos env data comparators bench clean
 
 env: $(VENV)/ready
 
@@ -47,7 +47,11 @@ test-grid: env
 
 # Real processes on this machine, up to sixteen: equal bits on every mesh, other counts, signals; half an hour.
 test-hosts: env
-	$(BIN)/python -m pytest -m 'slow or grid' tests/test_processes.py tests/train/test_many_processes.py tests/launch tests/cli/test_launch_training.py
+	$(BIN)/python -m pytest -m 'slow or grid' tests/test_processes.py tests/train/test_many_processes.py tests/train/test_bucket_runs.py tests/sharding/test_gloo.py tests/launch tests/cli/test_launch_training.py
+
+# The fault scoreboard: killed, frozen, hung and full, thirty runs that must end in the same bits; twenty minutes.
+chaos: env
+	$(BIN)/python benchmarks/chaos.py
 
 # What every change must pass on the other Python: all but the tests that train in processes of their own.
 test-fast: env

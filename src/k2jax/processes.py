@@ -74,6 +74,11 @@ def barrier(name: str, seconds: float = PATIENCE) -> None:
         raise RunFailed(f"{name}: not every process came within {seconds:g} s: {error}") from None
 
 
+def _by_process(entries: list[tuple[str, str]]) -> dict[int, object]:
+    """The values of a folder of the store, whose names are the numbers of processes."""
+    return {int(name.rpartition("/")[2]): json.loads(text) for name, text in entries}
+
+
 def gather(name: str, value: object, seconds: float = PATIENCE) -> list:
     """The JSON values that the processes give, in their order. RunFailed if one gives none in time."""
     if _client is None:
@@ -81,8 +86,7 @@ def gather(name: str, value: object, seconds: float = PATIENCE) -> list:
     key = _key(name)
     _client.key_value_set(f"{key}/{_index}", json.dumps(value))
     barrier(name, seconds)
-    entries = _client.key_value_dir_get(f"{key}/")  # one call, whatever the number of processes
-    values = {int(name.rpartition("/")[2]): json.loads(text) for name, text in entries}
+    values = _by_process(_client.key_value_dir_get(f"{key}/"))  # one call, whatever the number of processes
     barrier(name, seconds)
     _client.key_value_delete(f"{key}/{_index}")  # a run of months gathers often
     if missing := [str(number) for number in range(_count) if number not in values]:
@@ -165,6 +169,18 @@ def stop_is_due(step: int) -> bool:
         return step >= _stop_step
 
 
+def publish(name: str, value: object) -> None:
+    """Show a JSON value to the other processes, in place of the one before; waits for nobody."""
+    if _client is not None:
+        _client.key_value_set(f"k2jax/{name}-of/{_index}", json.dumps(value), allow_overwrite=True)
+
+
+def published(name: str) -> dict[int, object]:
+    """The newest values that the processes have shown, by process."""
+    entries = [] if _client is None else _client.key_value_dir_get(f"k2jax/{name}-of/")
+    return _by_process(entries)
+
+
 def answer(name: str, make: Callable[[], object]) -> None:
     """Give the JSON value that `make` returns as soon as a process `ask`s for `name`, whatever the main thread does."""
 
@@ -186,7 +202,7 @@ def ask(name: str, seconds: float) -> dict[int, object]:
     while len(entries) < _count and time.monotonic() < until:
         time.sleep(0.1)
         entries = _client.key_value_dir_get(f"k2jax/{name}-answers/")
-    return {int(key.rpartition("/")[2]): json.loads(text) for key, text in entries}
+    return _by_process(entries)
 
 
 def keep_last_words(folder: Path, share: Callable[[], None] | None = None) -> None:

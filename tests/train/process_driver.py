@@ -2,13 +2,14 @@
 
 EVENT is `none`, or KIND:PROCESS:STEP, which happens in that process when it hands out the record of that step:
 term (SIGTERM), kill (SIGKILL), raise (an exception), full (a disk error), stop (SIGSTOP), bad (RunFailed), sleep (the main
-thread, for good), hold (the same in a C call that keeps the interpreter's lock), or in all processes, PROCESS -1, alike.
+thread, for good), small (files of at most 4 kB from here on), slow (0.3 s), hold (the same in a C call that keeps the interpreter's lock), or in all processes, PROCESS -1, alike.
 With K2JAX_EVENT_ONCE set to a path it happens once for all starts, of which the first that comes there makes the file. With `bad` every save takes three seconds more;
-or KIND:PROCESS:save, eval, restore, compile: at the beginning of the first of these after step 0.
+or KIND:PROCESS:every, in each step; or KIND:PROCESS:save, eval, restore, compile: at the beginning of the first of these after step 0.
 """
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 import threading
@@ -47,6 +48,13 @@ def happen(kind: str, process: int) -> None:
         raise RunFailed("too many bad rows")
     if kind == "full":
         raise OSError(28, "No space left on device", "metrics.jsonl")
+    if kind == "small":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        return
+    if kind == "slow":
+        time.sleep(0.3)
+        return
     if kind == "sleep":
         time.sleep(1000)
     if kind == "hold":
@@ -81,6 +89,8 @@ def at(moment: str, kind: str, process: int) -> None:
         before(loop, "bits_per_byte", once)  # its arguments hold a validation that has run
     elif moment == "restore":
         before(start, "restore_state", once)
+    elif moment == "every":  # step, and each time
+        before(Recorder, "hold", lambda *_: happen(kind, process))
     elif moment == "compile":
         before(compile_cache, "_use", lambda folder: folder and once())
         before(compile_step, "cache_notes", once)

@@ -1,6 +1,7 @@
 """`k2jax launch`: a command of k2jax in several processes, on this machine or on a cluster."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,9 +9,14 @@ from k2jax.cli.overrides import load_config, override
 from k2jax.cli.run import train_options
 from k2jax.errors import UserError
 from k2jax.launch.jobset import jobset_manifest
-from k2jax.launch.local import run_k2jax, run_on_host
+from k2jax.launch.local import run_again, run_on_host
 from k2jax.launch.manifest import Job, command_problems, deliver
 from k2jax.launch.slurm import slurm_script
+
+
+def _command(args) -> list[str]:
+    """The command after --, by this Python."""
+    return [sys.executable, "-m", "k2jax", *args.arguments]
 
 
 def _local(args) -> int:
@@ -24,13 +30,13 @@ def _local(args) -> int:
     restarts = args.max_restarts
     if restarts is None:  # a run goes on from its checkpoints, another command would begin again
         restarts = Job.max_restarts if args.arguments[0] == "train" else 0
-    return run_k2jax(args.arguments, args.processes, args.devices_per_process, args.log_dir, restarts)
+    return run_again(_command(args), args.processes, args.devices_per_process, args.log_dir, restarts)
 
 
 def _host(args) -> int:
     if problems := command_problems(args.arguments):
         raise UserError(*problems)
-    return run_on_host(args.arguments)
+    return run_on_host(_command(args))
 
 
 def _job(args) -> Job:

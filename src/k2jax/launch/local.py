@@ -308,21 +308,19 @@ def supervise(
     return Ended(supervisor.verdict(began), supervisor.stopped_by is not None, committed)
 
 
-def run_on_host(arguments: list[str]) -> int:
+def run_on_host(argv: list[str]) -> int:
     """`supervise` this host's process of a run that a cluster has started, and will start again; the exit code."""
-    return supervise([sys.executable, "-m", "k2jax", *arguments], [{}], is_host=True).code
+    return supervise(argv, [{}], is_host=True).code
 
 
-def run_k2jax(
-    arguments: list[str], count: int, devices: int | None, log_dir: Path | None = None, max_restarts: int = 0
-) -> int:
-    """`supervise` a command of k2jax in `count` processes, with this Python, and again after failures; the exit code.
+def run_again(argv: list[str], count: int, devices: int | None, log_dir: Path | None = None, max_restarts: int = 0) -> int:
+    """`supervise` a command of k2jax in `count` processes, and again after failures; the exit code.
 
     devices: of each process, on the CPU. max_restarts: in a row without a newer committed step.
     """
     restarts = Restarts(max_restarts)
     while True:
-        ended = supervise([sys.executable, "-m", "k2jax", *arguments], rank_environments(count, devices), log_dir)
+        ended = supervise(argv, rank_environments(count, devices), log_dir)
         if ended.code == 0 or ended.stopped:
             return ended.code
         again, why = restarts.after(ended.code, ended.committed)

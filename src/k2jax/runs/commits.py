@@ -15,7 +15,7 @@ from pathlib import Path
 
 from k2jax.errors import RunFailed, UserError, first_of
 from k2jax.files import read_sealed, sealed, sha256_of, sync_file, write_sealed
-from k2jax.runs.folder import RunFolder
+from k2jax.runs.folder import RunFolder, check_held
 from k2jax.runs.identity import identity
 from k2jax.runs.mirror import mirror_of, shown
 
@@ -257,6 +257,7 @@ def commit(folder: Path, record: dict) -> None:
         rule = "do all hosts see the same in train.run_dir, at once?"
         raise RunFailed(f"{root}: no process vouches for {', '.join(first_of(lost, 3))}; {rule}")
     sync_file(folder)
+    check_held(folder.parent)
     write_sealed(path, record)
 
 

@@ -2,12 +2,14 @@
 
 import contextlib
 import os
+import secrets
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from k2jax.config import Config
-from k2jax.errors import UserError
+from k2jax.errors import RunFailed, UserError
 from k2jax.files import locked, read_json, read_small, unsealed, write_sealed
 
 _EDITED = "give changes as options of `k2jax train`, and restore the file from a copy"
@@ -86,6 +88,31 @@ def read_config(folder: Path) -> Config:
     return Config.from_json(path, unsealed(path, read_json(path), _EDITED))
 
 
+_held: dict[Path, bytes] = {}  # content of the lock files that this process holds
+
+
+def check_held(run_dir: Path) -> None:
+    """Raise RunFailed if this process has held the run and another has taken it: it must write nothing more there.
+
+    The operating system's lock does not tell: it stays with a file that was removed, and some network file systems give
+    it to several hosts.
+    """
+    path = RunFolder(run_dir).lock.absolute()
+    if path not in _held:
+        return
+    try:
+        found = read_small(path)
+    except UserError as error:
+        raise RunFailed(f"{error}; the run may belong to another process by now, so this one writes nothing more") from None
+    if found != _held[path]:
+        owner = _owner(found)
+        raise RunFailed(f"{path}: the run was taken over by process {owner}; this one writes nothing more")
+
+
+def _owner(content: bytes) -> str:
+    return content[:80].decode("ascii", "replace").partition("\n")[0].strip() or "unknown"
+
+
 @contextlib.contextmanager
 def lock_run(run_dir: Path) -> Iterator[None]:
     """Hold the run directory for this process inside; the OS releases the lock when the process exits.
@@ -98,11 +125,13 @@ def lock_run(run_dir: Path) -> Iterator[None]:
             descriptor = stack.enter_context(locked(path, os.O_RDWR | os.O_CREAT))
             if descriptor is not None:
                 os.truncate(descriptor, 0)
-                os.write(descriptor, f"{os.getpid()}\n".encode())
+                content = f"{os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(8)}\n".encode()
+                os.write(descriptor, content)
+                _held[path.absolute()] = content
+                stack.callback(_held.pop, path.absolute())
         except OSError as error:
             rule = f"cannot be written: {error.strerror}"
             raise UserError(f"train.run_dir = {str(run_dir)!r}: {rule}; make it writable, or give another") from None
         if descriptor is None:
-            owner = read_small(path)[:20].decode("ascii", "replace").strip() or "unknown"
-            raise UserError(f"{run_dir}: in use by process {owner}; wait for it or give another train.run_dir")
+            raise UserError(f"{run_dir}: in use by process {_owner(read_small(path))}; wait for it or give another train.run_dir")
         yield

@@ -20,6 +20,7 @@ from k2jax.config import CheckpointConfig
 from k2jax.errors import RunFailed, first_of
 from k2jax.processes import barrier, count, gather, index, is_first
 from k2jax.runs.commits import arrays_of, commit, committed_steps, file_digests, remove_step
+from k2jax.runs.folder import check_held
 from k2jax.runs.mirror import mirror_of, shown, upload
 from k2jax.train.bucket_arrays import copy_shards, write_shards
 from k2jax.train.content import content_sums, name_of, named_digests
@@ -135,6 +136,7 @@ class Saver:
             record["folder"] = f"{step}-{mirror.writer}"  # what another process, cut off, still writes is not in it
             own, headers = copy_shards(items, CHUNK_BYTES)
             return lambda: write_shards(mirror.folder(arrays_of(self._folder, record)), own, headers)
+        check_held(self._folder.parent)  # before a step of the same number is overwritten
         response = ocp.save_checkpointables_async(self._folder.resolve() / str(step), items, overwrite=True)
 
         def end() -> dict[str, str]:

@@ -21,6 +21,7 @@ from k2jax.train.compiling import all_have_compiled
 from k2jax.train.ledger import Ledger
 from k2jax.train.matmul_rate import matmul_seconds
 from k2jax.train.outputs import Outputs
+from k2jax.train.pace import Pace
 from k2jax.train.recorder import Recorder
 from k2jax.train.start import Run, open_run, start_state
 from k2jax.train.state import TrainState
@@ -94,6 +95,7 @@ def train(run: Run, state: TrainState, compiling: Future[CompiledStep] | None, s
     step = first = int(jax.device_get(state.step))
     outputs.open_records()
     recorder, evaluate = Recorder(config, outputs), make_evaluator(config, run.corpus, run.mesh)
+    pace = Pace(outputs.say)
     layout = BatchLayout(run.mesh, config.train.num_microbatches, config.data.batch_sequences, config.data.sequence_length)
     reader = RowReader(run.corpus, run.timeline, config)
     ledger = Ledger(run.folder.ledger, reader, config, first, layout.places)
@@ -128,8 +130,10 @@ def train(run: Run, state: TrainState, compiling: Future[CompiledStep] | None, s
                     save()
                 # Nothing may come between a save and the next batch: the data position is the step alone.
                 batch = draw()
+            pace.busy()
             state, metrics = train_step(state, batch)
             recorder.write()
+            pace.free()
             step += 1
             extra = {}
             if step == num_steps or (config.train.eval_every and step % config.train.eval_every == 0):
