@@ -391,7 +391,7 @@ def test_what_a_resumed_run_may_change():
     assert {n for n in free if n.startswith(("train.", "data.", "guard."))} == {
         "train.run_dir", "data.path", "data.validation_path", "data.read_threads", "data.prefetch_sequences",
         "data.index_dir", "data.skip_steps", "data.max_bad_rows", "train.num_steps", "guard.loss_zscore",
-        "guard.grad_norm_zscore", "guard.max_skips", "train.log_every", "train.eval_every", "train.eval_sequences",
+        "guard.grad_norm_zscore", "guard.max_skips", "guard.compare_every", "train.log_every", "train.eval_every", "train.eval_sequences",
         "train.remat", "train.self_check", "train.compile_cache", "train.num_microbatches",
         "train.microbatches_together", "train.log_ranks", "train.replay_bound",
     }  # fmt: skip

@@ -143,6 +143,7 @@ class GuardConfig:
     loss_zscore: Free[float | None] = None
     grad_norm_zscore: Free[float | None] = None
     max_skips: Free[int] = 5  # bad steps in a row that end the run
+    compare_every: Free[int | None] = None  # steps between comparisons of the copies that devices have of the state
 
 
 @dataclass(frozen=True)

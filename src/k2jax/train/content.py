@@ -165,7 +165,7 @@ def named_digests(tree, sums: np.ndarray) -> dict[str, str]:
     return digests
 
 
-def _differing_copies(tree) -> np.ndarray:
+def differing_copies(tree) -> np.ndarray:
     """bool [all digests]; all False where everything is on one device."""
     leaves = jax.tree.leaves(tree)
     mesh, specs = _layout(leaves)
@@ -182,7 +182,7 @@ def content_problems(tree, expected: dict[str, str]) -> list[str]:
     """
     problems, leaves, at = [], jax.tree.leaves(tree), 0
     found = named_digests(tree, np.asarray(jax.device_get(content_sums(tree))))
-    differ = _differing_copies(tree)  # the digests are of one copy
+    differ = differing_copies(tree)  # the digests are of one copy
     for (name, digests), leaf in zip(found.items(), leaves, strict=True):
         due, shape = expected.get(name, ""), stack_of(leaf.shape)
         total = math.prod(shape)

@@ -16,8 +16,10 @@ from k2jax.processes import count, fail, index, is_joined, say
 from k2jax.sharding.compile_options import refusing_options
 from k2jax.train.batch import BatchLayout
 from k2jax.train.compile_cache import compile_cache
+from k2jax.train.checkpoint import parts
 from k2jax.train.compile_step import CompiledStep, begin_compile
 from k2jax.train.compiling import all_have_compiled
+from k2jax.train.copies import check_copies
 from k2jax.train.ledger import Ledger
 from k2jax.train.matmul_rate import matmul_seconds
 from k2jax.train.outputs import Outputs
@@ -126,6 +128,9 @@ def train(run: Run, state: TrainState, compiling: Future[CompiledStep] | None, s
     with jax.transfer_guard("disallow"):
         while step < num_steps and not stopped:
             if step > first:
+                if config.guard.compare_every and step % config.guard.compare_every == 0:
+                    with recorder.untimed("step"):
+                        check_copies(parts(state), step)
                 if step % config.checkpoint.save_every == 0:
                     save()
                 # Nothing may come between a save and the next batch: the data position is the step alone.
