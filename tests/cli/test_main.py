@@ -98,7 +98,7 @@ def test_an_option_of_another_command_is_called_an_option(place, capsys):
     assert refusal(capsys, "inspect", MICRO, "--simulate", "8", "--num-steps", "3", "--mesh", "2") == (
         "k2jax inspect: 3 problems\n"
         "  --simulate: is no option of this command; simulate: no such field; "
-        "sections are model, optim, guard, phases, kernels, data, mixture, mesh, train, checkpoint\n"
+        "sections are model, optim, guard, phases, kernels, data, mixture, mesh, train, checkpoint, watchdog\n"
         "  --num-steps: is no option of this command; num_steps: no such field; did you mean train.num_steps?\n"
         "  mesh: is a section; give its fields, such as mesh.replica\n"
     )

@@ -149,6 +149,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+@pytest.mark.grid
 def test_memory_is_bounded(tmp_path):
     """The largest stacked tensor has 268 MB, the model twice of that and more; the bound is three times one of them.
 
@@ -260,7 +261,7 @@ print(int(sys.argv[3]) - left)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 def test_killed_export_is_not_there_or_whole(run, tmp_path):
     """SIGKILL at file operations from the first to the last; the next export finds nothing in its way."""
     out = tmp_path / "out"

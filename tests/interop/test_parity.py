@@ -70,7 +70,8 @@ def test_hidden_states_and_routing(case, model, monkeypatch):
             states.append(x)
             x, _ = nnx.merge(graph, jax.tree.map(lambda w, i=layer: w[i], weights))(x, positions)
     # transformers' last entry has gone through the final norm, which the logits test sees
-    np.testing.assert_allclose(np.stack(states), golden["hidden"][:-1], rtol=0, atol=1e-4)
+    # 1e-5 of the largest value, 17 to 23: XLA's older fusions, which these tests compile, are up to 1.01e-4 from torch.
+    np.testing.assert_allclose(np.stack(states), golden["hidden"][:-1], rtol=0, atol=1e-5 * np.abs(golden["hidden"]).max())
     choices, weights = (np.stack([np.asarray(s[i]) for s in seen]) for i in (0, 1))
     order = np.argsort(choices, -1)
     np.testing.assert_array_equal(np.take_along_axis(choices, order, -1), golden["choices"])
@@ -146,7 +147,7 @@ def test_float64_against_numpy(case):
     np.testing.assert_array_equal(out.report.expert_load, loads)
 
 
-@pytest.mark.parametrize("axes", [{"expert": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("axes", [pytest.param({"expert": 2}, marks=pytest.mark.grid), {"fsdp": 2, "expert": 2, "tensor": 2}], ids=str)
 def test_same_logits_on_a_mesh(case, model, mesh_of, axes):
     """LoadedModel shard by shard; within 1e-5 of the largest logit. The router bias is on every device."""
     folder, _, given, _ = case

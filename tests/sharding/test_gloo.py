@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 WRONG = ("0.10.2", "0.11.2")
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 def test_the_step_has_no_reduce_scatter_and_sums_are_the_same():
     paths = os.pathsep.join([str(HERE), str(HERE.parent / "train")])
     environment = os.environ | {"PYTHONPATH": paths, "XLA_FLAGS": COMPILE_FLAGS}

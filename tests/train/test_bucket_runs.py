@@ -13,7 +13,7 @@ from k2jax.inference.load import load_run
 from k2jax.runs.records import read_records
 from k2jax.train.metrics import WALL_CLOCK
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.grid
 MESH = "--mesh.expert", "4", "--optim.ns-dtype", "float32"
 
 

@@ -4,8 +4,8 @@ import jax
 import pytest
 from collective_counts import MESHES, NUM_MOE_LAYERS, count, path_of, read
 
-# One mesh in the fast tier, three in the whole suite, the others where there is time.
-TIERS = {"tensor": (), "context": pytest.mark.slow, "stage": pytest.mark.slow}
+# One mesh by default, the others where there is time.
+TIERS = {"tensor": ()}
 MARKS = [next((TIERS[axis] for axis in axes if axis in TIERS), pytest.mark.grid) for axes in MESHES]
 PARAMETERS = [pytest.param(axes, marks=marks, id=str(axes)) for axes, marks in zip(MESHES, MARKS, strict=True)]
 

@@ -63,7 +63,7 @@ def same(one: Path, other: Path) -> None:
     ],
 )
 def test_many_processes_train_as_one(place, mesh, counts):
-    """One process that uses the same collectives: equal in every bit. One that uses XLA's own: within 1e-6."""
+    """Equal in every bit to one process that uses the same collectives."""
     axes, name = (*MESHES[mesh], *EXACT), mesh.replace(" ", "") + str(counts[0])
     one = trained(place, f"{name}-1", 1, 8, *axes)
     for count in counts:
@@ -71,6 +71,13 @@ def test_many_processes_train_as_one(place, mesh, counts):
         same(one, run)
         logs = {path.name: path.read_text() for path in (run / "ranks").iterdir()}
         assert {*logs} == {f"{i}.log" for i in range(1, count)} and all("step 10/10" in text for text in logs.values())
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("mesh", MESHES)
+def test_gloo_sums_as_xla_does(place, mesh):
+    """One process by jax.distributed against one without, whose collectives are XLA's own: within 1e-6."""
+    one = trained(place, f"{mesh.replace(' ', '')}-gloo", 1, 8, *MESHES[mesh], *EXACT)
     pairs = zip(many.records(alone(place, mesh)), many.records(one), strict=True)
     worst = max(abs(a["loss"] / b["loss"] - 1) for a, b in pairs)
     print(f"{mesh}: {worst:.1e} from one process without jax.distributed")
@@ -88,7 +95,8 @@ CHAINS = {  # processes, devices of each, last step, mesh
 }
 
 
-@pytest.mark.parametrize("chain", ["2 -> 1", pytest.param("4 -> 2 -> 1 -> 4", marks=pytest.mark.grid)])
+@pytest.mark.grid
+@pytest.mark.parametrize("chain", CHAINS)
 def test_other_counts_and_meshes_go_on_exactly(place, chain):
     """Another mesh each time: every restore proves the content by its digests, and rows come once."""
     for count, devices, steps, mesh in CHAINS[chain]:
@@ -98,11 +106,15 @@ def test_other_counts_and_meshes_go_on_exactly(place, chain):
     assert max(abs(x["loss"] / y["loss"] - 1) for x, y in zip(a, b, strict=True)) <= 1e-6
 
 
-@pytest.mark.parametrize("moment", ["4", *(pytest.param(name, marks=pytest.mark.grid) for name in ("save", "commit", "eval"))])
-def test_sigterm_to_one_stops_all_after_the_same_step(place, moment):
-    name = f"term-{moment}"
-    ended = many.train(place, 4, 1, *options(name, num_steps=400, eval_every=4), "--mesh.expert", "4", event=f"term:2:{moment}")
-    assert ended.codes == [143] * 4, "\n".join(ended.outputs)
+@pytest.mark.parametrize(
+    ("count", "moment"), [(2, "4"), *(pytest.param(4, name, marks=pytest.mark.grid) for name in ("4", "save", "commit", "eval"))]
+)
+def test_sigterm_to_one_stops_all_after_the_same_step(place, count, moment):
+    name = f"term-{count}-{moment}"
+    ended = many.train(
+        place, count, 4 // count, *options(name, num_steps=400, eval_every=4), "--mesh.expert", "4", event=f"term:{count // 2}:{moment}"
+    )
+    assert ended.codes == [143] * count, "\n".join(ended.outputs)
     step = len(many.records(place / name))
     assert 4 < step < 20 and f"stopped after step {step}, saved" in ended.outputs[0]
     assert max(int(p.stem) for p in (place / name / "checkpoints").glob("*.json")) == step and ended.seconds < 15
@@ -121,7 +133,8 @@ def test_what_one_fails_with_ends_all_by_its_name(place, event):
     assert why in words and f"process {process} of 2" in words
 
 
-@pytest.mark.parametrize("process", ["-1", pytest.param("1", marks=pytest.mark.grid)])
+@pytest.mark.grid
+@pytest.mark.parametrize("process", ["-1", "1"])
 def test_a_save_that_has_begun_is_committed_before_a_failure_ends_all(place, process):
     """Of all processes alike, as by check_health, or of one while the other waits for it in the next step."""
     name = f"bad{process}"

@@ -47,6 +47,7 @@ def test_eight_devices_train_as_one(place, ns_dtype, bound):
     assert max(abs(a / b - 1) for a, b in zip(eight, one, strict=True)) <= bound
 
 
+@pytest.mark.grid
 def test_stages_train_as_one_device_and_others_go_on(place):
     """All 20 losses and three validations: nine steps by pipeline stages, the rest on a mesh without any."""
     exact = ("--optim.ns-dtype", "float32")

@@ -36,7 +36,7 @@ MESHES = [
     {"context": 2, "expert": 4},
 ]
 # One of each in every suite, the whole grid where there is time.
-QUICK = [({}, 4), ({"fsdp": 8}, 1), ({"expert": 8}, 1), ({"fsdp": 2, "expert": 2, "tensor": 2}, 2), (MESHES[-2], 1)]
+QUICK = [({}, 4), ({"fsdp": 2, "expert": 2, "tensor": 2}, 2), (MESHES[-2], 1)]
 LAYOUTS = [
     pytest.param(axes, count, {}, marks=() if (axes, count) in QUICK else pytest.mark.grid, id=f"{axes}-{count}")
     for axes, count in itertools.product(MESHES, (1, 2, 4))

@@ -83,7 +83,7 @@ def test_one_alone_and_a_phase(tmp_path):
     assert "in all_wait" in (tmp_path / "ranks/0.stacks").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 def test_a_process_that_stood_still_is_not_stuck(tmp_path):
     command = [sys.executable, str(TOY), "none", "0", "0", "one_stands_still"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=many.ENVIRONMENT)

@@ -90,6 +90,7 @@ def processes_with(marker):
     return found
 
 
+@pytest.mark.grid
 def test_a_killed_one_takes_its_workers_along_and_resumes(tmp_path, source, monkeypatch):
     """SIGKILL of the first process alone, once its workers have results."""
     run(tmp_path, source, "one")
@@ -143,6 +144,7 @@ def slurm(tmp_path):
     return folder
 
 
+@pytest.mark.grid
 def test_slurm(tmp_path, source, slurm):
     run(tmp_path, source, "one")
     choice = ("--executor", "slurm", "--workers", "3", "--executor-option", "partition=cpu", "--executor-option")
