@@ -71,8 +71,10 @@ class Rig:
             raise RuntimeError("\n".join(line for _, line in self.reference.lines[-20:]))
 
     def command(self, name: str, event: str, options: tuple[str, ...], count: int, restarts: int) -> list[str]:
-        return [sys.executable, str(TOP / "benchmarks" / "chaos_launch.py"), event, str(count), str(restarts),
-                "--train.run-dir", name, *OPTIONS, *options]  # fmt: skip
+        given = (*OPTIONS, *options)
+        values = dict(zip(given[::2], given[1::2], strict=True)) | {"--train.run-dir": name}
+        launch = [sys.executable, str(TOP / "benchmarks" / "chaos_launch.py"), event, str(count), str(restarts)]
+        return [*launch, *(text for pair in values.items() for text in pair)]
 
     @contextlib.contextmanager
     def started(self, name: str, event: str = "none", *options: str, count: int = 2, restarts: int = 3, once: bool = True):

@@ -161,7 +161,7 @@ def disk_full(rig: Rig) -> Outcome:
     """On a file system of a few megabytes, which then gets space; where none can be mounted, by an error of the write."""
     run = rig.folder / "full"
     run.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", run], capture_output=True).returncode == 0
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1700k", "tmpfs", run], capture_output=True).returncode == 0
     if not mounted:
         return supervised("full:0:9", 9)(rig)
     try:

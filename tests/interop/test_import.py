@@ -299,6 +299,7 @@ def test_import_that_fails_late_leaves_nothing(tmp_path, tensors, monkeypatch):
 MICRO = str(Path(__file__).parents[1] / "train" / "micro.py")
 
 
+@pytest.mark.grid
 def test_training_begins_from_an_import_and_does_not_resume_it(tmp_path, monkeypatch, capsys):
     """train.init_from: step 0 is the imported model, on a mesh, with a fresh optimizer; the import stays as it was."""
     sys.path.insert(0, str(Path(MICRO).parent))

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import random
+import re
+import socket
 
 import pytest
 
@@ -193,8 +195,9 @@ def test_a_full_disk_is_named(tmp_path):
 
 def test_a_lock_has_one_owner(tmp_path):
     with lock_run(tmp_path):
-        assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
-        with pytest.raises(UserError, match=f"in use by process {os.getpid()}; wait for it"), lock_run(tmp_path):
+        name = f"{os.getpid()} on {socket.gethostname()}"
+        assert re.fullmatch(rf"{name}\n[0-9a-f]{{16}}\n", (tmp_path / "lock").read_text())
+        with pytest.raises(UserError, match=f"in use by process {name}; wait for it"), lock_run(tmp_path):
             pass
     with locked(tmp_path, os.O_RDONLY) as first, locked(tmp_path, os.O_RDONLY) as second:
         assert first is not None and second is None

@@ -120,7 +120,8 @@ def test_sigterm_to_one_stops_all_after_the_same_step(place, count, moment):
     assert max(int(p.stem) for p in (place / name / "checkpoints").glob("*.json")) == step and ended.seconds < 15
 
 
-@pytest.mark.parametrize("event", ["raise:1:3", pytest.param("full:0:3", marks=pytest.mark.grid)])
+@pytest.mark.grid
+@pytest.mark.parametrize("event", ["raise:1:3", "full:0:3"])
 def test_what_one_fails_with_ends_all_by_its_name(place, event):
     name = event.replace(":", "-")
     ended = many.train(place, 2, 2, *options(name, num_steps=400), "--mesh.expert", "4", event=event)
