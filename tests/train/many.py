@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compile_flags import COMPILE_FLAGS
+
+from k2jax.launch.local import free_port
 
 HERE = Path(__file__).parent
 # Where the code under test is, if it is not the installed one.
@@ -24,11 +25,6 @@ class Ended:
     codes: list[int]
     outputs: list[str]
     seconds: float
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def commands(count: int, devices: int, *arguments: str, event: str = "none") -> list[list[str]]:

@@ -8,6 +8,7 @@ with the launcher, so a terminal's Ctrl-C reaches the launcher alone.
 import contextlib
 import os
 import queue
+import random
 import re
 import signal
 import socket
@@ -41,10 +42,15 @@ def _say(text: str) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A TCP port that nobody listens on now, below those that systems give to outgoing connections.
+
+    One of these would be free now, and taken by a connection before a process comes to listen there.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return port
 
 
 def rank_environments(count: int, devices: int | None) -> list[dict[str, str]]:
