@@ -154,7 +154,8 @@ def stale_writer(rig: Rig) -> Outcome:
         return Outcome("SILENT", f"successor {successor.code}, woken {told.code}, steps {before[1]} then {after[1]}")
     if before[0] != after[0]:
         return Outcome("SILENT", "the woken trainer wrote into the successor's records")
-    return Outcome("PASS", told.all("(.*lock.*)")[-1].strip()[:150] if told.all("(.*lock.*)") else told.last()[:150])
+    said = told.all(r"(the run .*(?:taken over|belong to another).*)")
+    return Outcome("PASS", said[-1][:150] if said else told.last()[:150])
 
 
 def disk_full(rig: Rig) -> Outcome:

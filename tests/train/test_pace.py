@@ -23,6 +23,9 @@ def test_the_clock_runs_between_the_devices_end_and_their_next_step(monkeypatch)
     monkeypatch.setattr(pace, "publish", lambda name, value: told.append(value))
     monkeypatch.setattr(pace, "published", lambda name: {0: told[-1], 1: 0.0})
     clock = Pace(said.append)
+    now[0] = 30.0  # of the start
+    clock.busy()
+    clock.free()
     for _ in range(2 * pace.EVERY):
         now[0] += 0.25  # on the host
         clock.busy()

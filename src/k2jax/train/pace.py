@@ -29,7 +29,7 @@ class Pace:
 
     def __init__(self, say: Callable[[str], None]):
         self._say, self._own, self._steps = say, 0.0, 0
-        self._free = self._began = time.monotonic()
+        self._free: float | None = None  # before the first step
 
     def free(self) -> None:
         """The devices have ended a step; from here on they may wait for this process."""
@@ -38,6 +38,9 @@ class Pace:
     def busy(self) -> None:
         """The devices have their next step."""
         now = time.monotonic()
+        if self._free is None:
+            self._began = now
+            return
         self._own += now - self._free
         self._steps += 1
         if self._steps == EVERY:
