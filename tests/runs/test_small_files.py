@@ -199,6 +199,12 @@ def test_a_lock_has_one_owner(tmp_path):
         assert re.fullmatch(rf"{name}\n[0-9a-f]{{16}}\n", (tmp_path / "lock").read_text())
         with pytest.raises(UserError, match=f"in use by process {name}; wait for it"), lock_run(tmp_path):
             pass
+    (tmp_path / "lock").unlink()
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="lock: is a symbolic link, which a run never makes; remove it"), lock_run(tmp_path):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+    (tmp_path / "lock").unlink()
     with locked(tmp_path, os.O_RDONLY) as first, locked(tmp_path, os.O_RDONLY) as second:
         assert first is not None and second is None
     with lock_run(tmp_path):

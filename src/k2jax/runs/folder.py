@@ -1,6 +1,7 @@
 """The run directory: the names of what is in it, its config, and the lock that keeps other processes out."""
 
 import contextlib
+import errno
 import os
 import secrets
 import socket
@@ -130,6 +131,8 @@ def lock_run(run_dir: Path) -> Iterator[None]:
                 _held[path.absolute()] = content
                 stack.callback(_held.pop, path.absolute())
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise UserError(f"{path}: is a symbolic link, which a run never makes; remove it") from None
             rule = f"cannot be written: {error.strerror}"
             raise UserError(f"train.run_dir = {str(run_dir)!r}: {rule}; make it writable, or give another") from None
         if descriptor is None:
