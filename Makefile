@@ -45,11 +45,11 @@ test: env
 test-grid: env
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m grid
 
-# Real processes on this machine, up to sixteen: equal bits on every mesh, other counts, signals; half an hour.
+# Real processes on this machine, up to sixteen: equal bits on every mesh, other counts, signals, buckets; an hour.
 test-hosts: env
 	$(BIN)/python -m pytest -m 'slow or grid' tests/test_processes.py tests/train/test_many_processes.py tests/train/test_bucket_runs.py tests/sharding/test_gloo.py tests/launch tests/cli/test_launch_training.py
 
-# The fault scoreboard: killed, frozen, hung and full, thirty runs that must end in the same bits; twenty minutes.
+# The fault scoreboard: killed, frozen, hung and full, thirty runs that must end in the same bits; half an hour.
 chaos: env
 	$(BIN)/python benchmarks/chaos.py
 
